@@ -1,0 +1,38 @@
+"""The codebook's gradient in plain PyTorch, for any device."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+_BUFFER_ELEMENTS = 1 << 20  # of the differences held at a time
+
+
+def codebook_gradient(x: Tensor, codebook: Tensor, indices: Tensor, deterministic: bool) -> tuple[Tensor, Tensor]:
+    """For each code, the sum over its rows of (code - row), and how many rows it has.
+
+    The differences are summed, in float64, as they are: n·c - Σx would cancel.
+
+    Args:
+        x: [N, D], a floating dtype.
+        codebook: [K, D].
+        indices: [N] int64 in [0, K).
+        deterministic: add up each code's rows in their order, whatever the device; else by atomic additions where the
+            device has them.
+
+    Returns:
+        difference_sums [K, D], float32 (float64 where an input is), and counts [K] int64.
+    """
+    num_codes, code_dim = codebook.shape
+    sums = torch.zeros(num_codes, code_dim, dtype=torch.float64, device=x.device)
+    rows = max(1, _BUFFER_ELEMENTS // code_dim)
+    for start in range(0, x.shape[0], rows):
+        chosen = indices[start : start + rows]
+        difference = codebook.index_select(0, chosen).double() - x[start : start + rows]
+        if not deterministic:
+            sums.index_add_(0, chosen, difference)
+            continue
+        ordered, order = torch.sort(chosen, stable=True)
+        present, counts = torch.unique_consecutive(ordered, return_counts=True)
+        sums[present] += F.embedding_bag(order, difference, counts.cumsum(0) - counts, mode="sum")
+    wide = torch.float64 in (x.dtype, codebook.dtype)
+    return sums.to(torch.float64 if wide else torch.float32), torch.bincount(indices, minlength=num_codes)

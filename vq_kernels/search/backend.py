@@ -1,0 +1,88 @@
+"""Which backend searches, and why."""
+
+import functools
+import os
+import warnings
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Backend = Literal["auto", "triton", "torch"]
+
+BACKENDS = ("auto", "triton", "torch")
+ENVIRONMENT_VARIABLE = "VQ_KERNELS_BACKEND"
+TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def select_backend(x: Tensor, codebook: Tensor, backend: str = "auto") -> tuple[str, str]:
+    """The backend that a search of x in codebook uses, and the reason.
+
+    Args:
+        x: [..., D].
+        codebook: [K, D], on x's device.
+        backend: "triton" or "torch" is taken as it is; "auto" (or what VQ_KERNELS_BACKEND puts in its place) takes
+            Triton for CUDA tensors where it can run, else PyTorch, and warns, once for each reason, where a CUDA
+            tensor has to do without Triton.
+
+    Returns:
+        (name, reason): name is "triton" or "torch".
+
+    Raises:
+        ValueError: an unknown backend.
+        RuntimeError: backend="triton" cannot run here; says why.
+    """
+    source = "backend"
+    if backend == "auto" and ENVIRONMENT_VARIABLE in os.environ:
+        source, backend = ENVIRONMENT_VARIABLE, os.environ[ENVIRONMENT_VARIABLE]
+    if backend not in BACKENDS:
+        raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend == "torch":
+        return "torch", f"{source} asks for it"
+    obstacle = _triton_obstacle(x, codebook)
+    if backend == "triton":
+        if obstacle:
+            raise RuntimeError(f"{source}='triton' cannot run here: {obstacle}")
+        return "triton", f"{source} asks for it"
+    if x.device.type != "cuda":
+        return "torch", f"x is on {x.device.type}, and Triton's kernels are for CUDA"
+    if obstacle:
+        _warn_once(f"vq_kernels searches with PyTorch instead of Triton: {obstacle}")
+        return "torch", obstacle
+    return "triton", "x is on CUDA, and Triton can run"
+
+
+def _triton_obstacle(x: Tensor, codebook: Tensor) -> str:
+    """Why Triton cannot search here; empty if it can."""
+    for name, tensor in (("x", x), ("codebook", codebook)):
+        if tensor.dtype not in TRITON_DTYPES:
+            return f"{name} is {tensor.dtype}, and the kernels take float32, float16 and bfloat16"
+    if torch.version.hip:
+        return "this is a ROCm build of PyTorch"
+    if x.device.type not in ("cuda", "cpu"):
+        return f"x is on {x.device.type}"
+    missing = _triton_missing()
+    if missing:
+        return missing
+    if x.device.type == "cpu":
+        return "" if _interpreting() else "x is on the CPU, and TRITON_INTERPRET=1 is not set"
+    major, minor = torch.cuda.get_device_capability(x.device)
+    return "" if major >= 8 else f"the GPU is sm_{major}{minor}, and the kernels need sm_80 or newer"
+
+
+@functools.cache
+def _triton_missing() -> str:
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"Triton cannot be imported ({error})"
+    return ""
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=2)

@@ -1,0 +1,37 @@
+"""The checks on what a user passes, made before anything is computed."""
+
+from torch import Tensor, bfloat16, float16, float32, float64
+
+SUPPORTED_DTYPES = (float32, float16, bfloat16, float64)
+
+
+def check_dtype(name: str, tensor: Tensor) -> None:
+    """Raise TypeError unless `tensor` is a tensor of a supported dtype."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in SUPPORTED_DTYPES:
+        raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {tensor.dtype}")
+
+
+def check_codebook(codebook: Tensor) -> None:
+    """Raise TypeError or ValueError unless `codebook` is [K, D] with K, D >= 1, of a supported dtype."""
+    check_dtype("codebook", codebook)
+    if codebook.dim() != 2 or codebook.shape[0] < 1 or codebook.shape[1] < 1:
+        raise ValueError(f"codebook must be [K, D] with K >= 1 and D >= 1, got {tuple(codebook.shape)}")
+
+
+def check_pair(x: Tensor, codebook: Tensor) -> None:
+    """Raise TypeError or ValueError unless x [..., D] can be searched in codebook [K, D]."""
+    check_codebook(codebook)
+    check_dtype("x", x)
+    code_dim = codebook.shape[1]
+    if x.dim() < 1 or x.shape[-1] != code_dim:
+        raise ValueError(f"x must be [..., {code_dim}] to match codebook {tuple(codebook.shape)}, got {tuple(x.shape)}")
+    if x.device != codebook.device:
+        raise ValueError(f"codebook must be on x's device, {x.device}, got {codebook.device}")
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")

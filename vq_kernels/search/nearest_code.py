@@ -1,0 +1,96 @@
+"""The search as users call it."""
+
+from typing import Literal, NamedTuple
+
+from torch import Tensor
+
+from vq_kernels.search.backend import BACKENDS, Backend
+from vq_kernels.search.checks import check_choice, check_pair
+from vq_kernels.search.op import nearest_code_op
+from vq_kernels.search.prepared import PreparedCodebook
+
+PRECISIONS = ("exact", "fast")
+
+
+class NearestCode(NamedTuple):
+    """What `nearest_code` returns.
+
+    Attributes:
+        indices: [...], int64, in [0, K).
+        codes: [..., D], the codebook's rows at `indices`, in x's dtype.
+        sq_distances: [...], float32, the squared Euclidean distance to the code as the codebook holds it.
+    """
+
+    indices: Tensor
+    codes: Tensor
+    sq_distances: Tensor
+
+
+class SearchStatistics(NamedTuple):
+    """How many rows each step of a search decided; they add up to N."""
+
+    proved: int
+    resolved: int
+    drained: int
+
+
+def nearest_code(
+    x: Tensor,
+    codebook: Tensor | PreparedCodebook,
+    *,
+    backend: Backend = "auto",
+    precision: Literal["exact", "fast"] = "exact",
+) -> NearestCode:
+    """The codebook row closest to each vector, exactly.
+
+    The same indices as a float64 brute-force search over the same values; the lowest index on a tie. (Where two
+    distances agree to within float64's own rounding, 1e-13 relative, either may be given.) Neither autocast nor the
+    switches for float32 matrix products change a result. The [N, K] distances are never stored.
+
+    Args:
+        x: [..., D], float32, float16, bfloat16 or float64, any strides.
+        codebook: [K, D], K >= 1, on x's device, its dtype may differ from x's; or a `PreparedCodebook`.
+        backend: "auto", "triton" or "torch"; see `select_backend`. float64 is for "torch".
+        precision: "exact"; or "fast", which takes the best score of the first scan without a proof. With "torch" that
+            is float32's rounding: about one row in a thousand may get a code that is further away by a relative 1e-6
+            or so. With "triton" it is 16-bit rounding: up to about 3 % of rows, further away by 1e-3 or so.
+
+    Returns:
+        NearestCode(indices [...] int64 in [0, K), codes [..., D] in x's dtype, sq_distances [...] float32, within 1e-5
+        relative, inf where float32 overflows). Not differentiable: see `vector_quantize`. A row holding NaN or Inf gets
+        index 0 and a NaN distance. A code holding NaN or Inf is chosen only where there is no finite one; then 0 is.
+
+    Raises:
+        TypeError: a dtype that is not supported.
+        ValueError: D, the device or K does not fit, or an unknown backend or precision.
+        RuntimeError: backend="triton" cannot run here; says why.
+
+    Source: van den Oord et al. 2017, arXiv:1711.00937, eq. 1.
+    """
+    indices, codes, sq_distances, _ = _search(x, codebook, backend, precision)
+    return NearestCode(indices.view(x.shape[:-1]), codes.view(x.shape), sq_distances.view(x.shape[:-1]))
+
+
+def search_statistics(x: Tensor, codebook: Tensor | PreparedCodebook, *, backend: Backend = "auto") -> SearchStatistics:
+    """How many of x's rows the first scan proved, how many were resolved among a few candidates, how many were drained
+    by direct float64 differences. Arguments and errors as for `nearest_code`."""
+    statistics = _search(x, codebook, backend, "exact")[3]
+    return SearchStatistics(*statistics.tolist())
+
+
+def _search(
+    x: Tensor, codebook: Tensor | PreparedCodebook, backend: str, precision: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_choice("backend", backend, BACKENDS)
+    check_choice("precision", precision, PRECISIONS)
+    operands: list[Tensor] = []
+    if isinstance(codebook, PreparedCodebook):
+        if backend not in ("auto", codebook.backend):
+            raise ValueError(
+                f"backend must be 'auto' or {codebook.backend!r}, which codebook was prepared for, got {backend!r}"
+            )
+        backend, operands, codebook = codebook.backend, list(codebook.operands), codebook.codebook
+    check_pair(x, codebook)
+    rows = x.detach().reshape(-1, x.shape[-1])
+    indices, codes, sq_distances, statistics = nearest_code_op(rows, codebook.detach(), operands, backend, precision)
+    return indices, codes, sq_distances, statistics

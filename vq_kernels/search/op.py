@@ -1,0 +1,34 @@
+"""The search as one operator: its schema, its fake, and the way to a backend. Needs torch alone."""
+
+import torch
+from torch import Tensor
+
+from vq_kernels.search.backend import select_backend
+from vq_kernels.search.prepared import backend_module
+
+
+@torch.library.custom_op("vq_kernels::nearest_code", mutates_args=())
+def nearest_code_op(
+    x: Tensor, codebook: Tensor, operands: list[Tensor], backend: str, precision: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x [N, D], codebook [K, D], operands of the backend (or none) -> indices, codes, sq_distances, statistics."""
+    if x.device.type == "mps":  # has no float64; the search is exact on the CPU instead
+        found = nearest_code_op(x.cpu(), codebook.cpu(), [operand.cpu() for operand in operands], backend, precision)
+        indices, codes, sq_distances, statistics = (result.to(x.device) for result in found)
+        return indices, codes, sq_distances, statistics
+    name, _ = select_backend(x, codebook, backend)
+    indices, codes, sq_distances, statistics = backend_module(name).search(x, codebook, operands, precision)
+    return indices, codes, sq_distances, statistics
+
+
+@nearest_code_op.register_fake
+def _(
+    x: Tensor, codebook: Tensor, operands: list[Tensor], backend: str, precision: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    num_rows = x.shape[0]
+    return (
+        x.new_empty(num_rows, dtype=torch.int64),
+        x.new_empty(x.shape),
+        x.new_empty(num_rows, dtype=torch.float32),
+        x.new_empty(3, dtype=torch.int64),
+    )
