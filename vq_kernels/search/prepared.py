@@ -1,6 +1,7 @@
 """A codebook made ready once, for many searches."""
 
 from dataclasses import dataclass
+from importlib import import_module
 from types import ModuleType
 
 import torch
@@ -15,9 +16,7 @@ def backend_module(name: str) -> ModuleType:
     """The module with a backend's `prepare` and `search`. Triton is imported here, on first use."""
     if name == "torch":
         return torch_backend
-    from vq_kernels.search import triton_backend
-
-    return triton_backend
+    return import_module("vq_kernels.search.triton_backend")
 
 
 @dataclass(frozen=True)

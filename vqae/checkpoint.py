@@ -1,0 +1,103 @@
+"""Checkpoints: written whole or not at all, and read with suspicion."""
+
+import contextlib
+import errno
+import io
+import os
+import pickle
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vq_kernels import VectorQuantizer
+from vqae.config import Config
+from vqae.errors import UsageError
+from vqae.model import VQAE
+
+FORMAT = "vqae checkpoint 1"
+
+
+def write_whole(file: Path, data: bytes | memoryview) -> None:
+    """Replace `file` by `data`, or leave it as it was: temporary file, fsync, rename.
+
+    Raises:
+        UsageError: the disk is full, or the folder cannot be written to.
+    """
+    temporary = None
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+        with os.fdopen(descriptor, "wb") as stream:
+            os.fchmod(descriptor, 0o666 & ~_umask())  # mkstemp's own mode shuts others out
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, file)
+        temporary = None
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise UsageError(
+                f"no space left on the disk for {file} ({len(data)} bytes); what was there is kept"
+            ) from None
+        raise UsageError(f"{file} cannot be written: {error.strerror}") from None
+    finally:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+
+
+def _umask() -> int:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+def save_checkpoint(file: Path, state: dict[str, Any]) -> None:
+    """Write a dict of tensors and plain values; raises UsageError as `write_whole` does."""
+    buffer = io.BytesIO()
+    torch.save({"format": FORMAT, **state}, buffer)
+    write_whole(file, buffer.getbuffer())
+
+
+def load_checkpoint(file: Path) -> dict[str, Any]:
+    """The dict that `save_checkpoint` wrote, on the CPU.
+
+    Raises:
+        UsageError: the file is missing, cut short, or not a checkpoint of this program.
+    """
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UsageError(f"checkpoint {file} cannot be read: {error.strerror or error}") from None
+    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError):
+        raise UsageError(f"{file} is not a checkpoint, or it was cut short") from None
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise UsageError(f"{file} is not a checkpoint of this program ({FORMAT!r})")
+    return state
+
+
+def build_model(config: Config, image_size: tuple[int, int]) -> VQAE:
+    """A new model by its settings, for pictures of (H, W)."""
+    quantizer = VectorQuantizer(
+        config.num_codes, config.code_dim, init=config.codebook_init, restart_after=config.restart_after
+    )
+    return VQAE(image_size, config.code_dim, config.hidden_dims, quantizer, embedding_norm=config.embedding_norm)
+
+
+def model_of(state: dict[str, Any]) -> VQAE:
+    """The model that a checkpoint holds; raises UsageError where its weights have another shape than its settings."""
+    model = build_model(Config.from_dict(state["config"], "the checkpoint"), tuple(state["image_size"]))
+    load_weights(model, state)
+    return model
+
+
+def load_weights(model: VQAE, state: dict[str, Any]) -> None:
+    """Put a checkpoint's weights into the model; raises UsageError where they do not fit."""
+    try:
+        model.load_state_dict(state["model"])
+    except (RuntimeError, KeyError) as error:
+        raise UsageError(
+            f"the checkpoint's weights do not fit the model: {str(error).splitlines()[-1].strip()}"
+        ) from None

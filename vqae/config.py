@@ -1,0 +1,181 @@
+"""The settings of a run: their one home. The command line's flags, its help and config.json are made from here."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import torch
+
+from vqae.errors import UsageError
+
+Dataset = Literal["auto", "cifar10", "imagefolder", "synthetic"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """A training run. Every default beyond the specification says why it is there."""
+
+    out: Path = Path("runs/default")
+    """Folder that the run writes to."""
+    dataset: Dataset = "auto"
+    """auto: CIFAR-10 where it is there or can be had, else synthetic pictures, with a warning."""
+    data_dir: Path | None = None
+    """Where the pictures are: DIR/train/<class>/* and DIR/test/<class>/* for imagefolder; for cifar10 the folder that
+    it is, or will be, downloaded to (./data)."""
+    image_size: int | None = None
+    """Resize and crop pictures to squares of this side; needed where they differ in size."""
+    limit: int | None = None
+    """Take only the first N training pictures, after a seeded shuffle."""
+    val_fraction: float = 0.02
+    """Share of the training pictures held out to choose best.pt by; with 0, best.pt is the last."""
+    flip: bool = False
+    """Mirror each training picture with probability 1/2. Off: with one code a picture, there are none to spare."""
+
+    num_codes: int = 512
+    """K, the codebook's size."""
+    code_dim: int = 512
+    """D, the dimension of a code; 512 takes ResNet-18's features as they are."""
+    hidden_dims: tuple[int, ...] = (1024,)
+    """Widths of the decoder's hidden layers."""
+    embedding_norm: Literal["batch", "none"] = "batch"
+    """BatchNorm without affine before the quantizer: nothing in the two losses keeps embeddings near their codes."""
+    codebook_init: Literal["normal", "uniform", "data"] = "normal"
+    """How the codebook begins: at random, as specified, or at the first batch's embeddings."""
+    restart_after: int = 60
+    """Put a code that was never chosen in so many steps at a random embedding of the batch; 0: never. Without it most
+    codes get no gradient, ever: 2 of 512 were in use at the end."""
+
+    epochs: int = 12
+    """Passes over the training pictures, at most."""
+    max_minutes: float | None = None
+    """Wall time from start to exit; the learning rate's schedule fits into it."""
+    batch_size: int = 256
+    """Pictures a step, over all processes."""
+    lr: float = 0.3
+    """Peak learning rate of encoder and decoder."""
+    momentum: float = 0.9
+    """Of SGD, for encoder and decoder; the codebook has none."""
+    weight_decay: float = 5e-4
+    """Of SGD, for encoder and decoder; the codebook has none."""
+    warmup: float = 0.05
+    """Share of the run over which the learning rate rises, before it falls by a cosine."""
+    codebook_step: Literal["share", "plain"] = "share"
+    """share: a step closes codebook_lr of the gap between a code and the mean of its rows. plain: SGD on the MSE, whose
+    step, at even use, is 2·codebook_lr/(K·D) of that gap: nearly nothing."""
+    codebook_lr: float = 0.1
+    """Learning rate of the codebook; see codebook_step."""
+
+    seed: int = 0
+    """Of everything random."""
+    device: str = "auto"
+    """auto, cpu, cuda, or one GPU such as cuda:1."""
+    amp: bool = False
+    """bfloat16 autocast for encoder and decoder."""
+    compile: bool = False
+    """torch.compile the model."""
+    checkpoint_minutes: float = 1.0
+    """Save last.pt at least this often."""
+
+    def check(self) -> None:
+        """Raise UsageError for a value out of range."""
+        for name, kind in get_type_hints(type(self)).items():
+            if get_origin(kind) is Literal and getattr(self, name) not in get_args(kind):
+                choices = ", ".join(get_args(kind))
+                raise UsageError(f"{flag(name)} must be one of {choices}, got {getattr(self, name)!r}")
+        positive = (
+            "num_codes",
+            "code_dim",
+            "epochs",
+            "batch_size",
+            "lr",
+            "codebook_lr",
+            "image_size",
+            "limit",
+            "max_minutes",
+        )
+        not_negative = ("momentum", "weight_decay", "restart_after", "warmup", "checkpoint_minutes", "val_fraction")
+        for name in positive:
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise UsageError(f"{flag(name)} must be above 0, got {value}")
+        for name in not_negative:
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise UsageError(f"{flag(name)} must be at least 0, got {getattr(self, name)}")
+        for name in ("momentum", "warmup", "val_fraction"):
+            if getattr(self, name) >= 1:
+                raise UsageError(f"{flag(name)} must be below 1, got {getattr(self, name)}")
+        if self.batch_size < 2:
+            raise UsageError(f"--batch-size must be at least 2, which BatchNorm needs, got {self.batch_size}")
+        if any(dim < 1 for dim in self.hidden_dims):
+            raise UsageError(f"--hidden-dims must be above 0, got {' '.join(map(str, self.hidden_dims))}")
+        if self.codebook_step == "share" and self.codebook_lr >= 2:
+            raise UsageError(f"--codebook-lr is a share of a gap and must be below 2, got {self.codebook_lr}")
+        if not -(2**63) <= self.seed < 2**63:
+            raise UsageError(f"--seed must fit into 64 bits, got {self.seed}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as config.json and checkpoints hold them."""
+        values = dataclasses.asdict(self)
+        values["hidden_dims"] = list(self.hidden_dims)
+        for name in ("out", "data_dir"):
+            values[name] = None if values[name] is None else str(values[name])
+        return values
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], source: str) -> Config:
+        """The opposite of `to_dict`; raises UsageError, naming `source`, for what is no setting."""
+        if not isinstance(values, dict):
+            raise UsageError(f"{source} must hold an object of settings, got {type(values).__name__}")
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise UsageError(f"{source} holds settings that are not known: {', '.join(unknown)}")
+        values = dict(values)
+        try:
+            if "hidden_dims" in values:
+                values["hidden_dims"] = tuple(int(dim) for dim in values["hidden_dims"])
+            for name in ("out", "data_dir"):
+                if values.get(name) is not None:
+                    values[name] = Path(values[name])
+            config = cls(**values)
+            config.check()
+        except TypeError as error:
+            raise UsageError(f"{source} holds a setting of the wrong type: {error}") from None
+        return config
+
+    @classmethod
+    def read(cls, file: Path) -> Config:
+        """The settings in a JSON file; those that it leaves out have their defaults."""
+        try:
+            values = json.loads(file.read_text())
+        except OSError as error:
+            raise UsageError(f"{file} cannot be read: {error.strerror}") from None
+        except ValueError as error:
+            raise UsageError(f"{file} is not JSON: {error}") from None
+        return cls.from_dict(values, str(file))
+
+
+def flag(name: str) -> str:
+    """A setting's name as the command line spells it."""
+    return "--" + name.replace("_", "-")
+
+
+def find_device(name: str) -> torch.device:
+    """The device that --device names; raises UsageError where it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if (device.index or 0) >= count:
+            raise UsageError(f"--device {name} is not there: this machine has {count} CUDA devices")
+    return device

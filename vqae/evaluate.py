@@ -1,0 +1,59 @@
+"""Evaluate a checkpoint: `python -m vqae.evaluate --help`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from vqae.checkpoint import load_checkpoint, model_of
+from vqae.command_line import run_command
+from vqae.config import find_device
+from vqae.data import load_split
+from vqae.errors import UsageError
+from vqae.evaluation import evaluate
+from vqae.interrupt import SignalHandler
+
+
+@dataclass(frozen=True)
+class Command:
+    """Print one JSON line: mse, psnr_db, perplexity, codes_used, images, and what they were measured on."""
+
+    checkpoint: Path
+    """best.pt or last.pt of a run."""
+    dataset: Literal["cifar10", "imagefolder", "synthetic"] | None = None
+    """Pictures to measure on; by default those of the checkpoint's own kind."""
+    data_dir: Path | None = None
+    """Where they are; see python -m vqae.train --help."""
+    split: Literal["train", "test"] = "test"
+    """Which of them."""
+    batch_size: int = 256
+    """Pictures at a time."""
+    device: str = "auto"
+    """auto, cpu, cuda, or one GPU such as cuda:1."""
+
+
+def main(arguments: list[str], signals: SignalHandler) -> None:
+    """Run the command line; raises what `run_command` turns into exit codes."""
+    command = tyro.cli(Command, args=arguments, prog="python -m vqae.evaluate")
+    if command.batch_size < 1:
+        raise UsageError(f"--batch-size must be at least 1, got {command.batch_size}")
+    device = find_device(command.device)
+    state = load_checkpoint(command.checkpoint)
+    model = model_of(state).to(device).eval()
+    height, width = model.image_size
+    image_size = state["config"]["image_size"]
+    seed = state["config"]["seed"]
+    dataset = command.dataset or state["dataset"]
+    pictures, name = load_split(dataset, command.data_dir, command.split, image_size=image_size, seed=seed)
+    if tuple(pictures.shape[2:]) != model.image_size:
+        raise UsageError(f"pictures must be {height} x {width} as in the checkpoint, got {tuple(pictures.shape[2:])}")
+    result = evaluate(model, pictures, command.batch_size, device, signals.poll)
+    print(json.dumps({**result._asdict(), "dataset": name, "split": command.split}))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,98 @@
+"""The pictures that a run leaves: reconstructions, the codebook, the curves."""
+
+import io
+import math
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import torch
+from torch import Tensor
+from torchvision.utils import make_grid
+
+from vqae.checkpoint import write_whole
+from vqae.model import VQAE
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+_UPSCALE_TO = 64  # pixels a small picture's side is shown at, at least
+
+
+@torch.no_grad()
+def plot_reconstructions(model: VQAE, pictures: Tensor, file: Path, title: str, columns: int = 16) -> None:
+    """Originals over reconstructions.
+
+    Args:
+        model: in eval mode.
+        pictures: [B, 3, H, W], uint8 or floats in [0, 1], on the model's device.
+        file: the PNG to write.
+        title: above the pictures.
+        columns: pictures a row.
+    """
+    originals = pictures.float() / 255 if pictures.dtype == torch.uint8 else pictures
+    decoded = model.decode(model.encode(pictures))
+    rows = []
+    for start in range(0, originals.shape[0], columns):
+        rows += [_padded(part[start : start + columns], columns) for part in (originals, decoded)]
+    _write_grid(torch.cat(rows), columns, file, title)
+
+
+@torch.no_grad()
+def plot_codebook(model: VQAE, counts: Tensor, file: Path, title: str) -> None:
+    """Every code decoded, the most used first; a code that `counts` [K] never saw is dimmed."""
+    order = counts.argsort(descending=True, stable=True)
+    decoded = model.decode(order)
+    unused = (counts[order] == 0)[:, None, None, None]
+    columns = max(1, math.ceil(math.sqrt(2 * counts.numel())))  # twice as wide as high
+    _write_grid(torch.where(unused, decoded * 0.25, decoded), columns, file, title, upscale_to=32)
+
+
+def plot_curves(history: list[dict[str, Any]], file: Path, title: str) -> None:
+    """MSE, losses, and the codebook's life against the epoch."""
+    epochs = [line["epoch"] for line in history]
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
+    panels: tuple[tuple[str, tuple[str, ...]], ...] = (
+        ("MSE a pixel value", ("train_mse", "val_mse", "test_mse")),
+        ("loss", ("reconstruction_loss", "codebook_loss")),
+        ("codes", ("codes_used", "perplexity", "restarts")),
+    )
+    for axis, (label, names) in zip(axes, panels, strict=True):
+        for name in names:
+            values = [math.nan if line[name] is None else line[name] for line in history]
+            axis.plot(epochs, values, marker=".", label=name)
+        axis.set(xlabel="epoch", ylabel=label)
+        axis.grid(alpha=0.3)
+        if history:
+            axis.legend()
+    axes[1].set_yscale("symlog", linthresh=1e-3)
+    figure.suptitle(title)
+    _write_figure(figure, file)
+
+
+def _padded(row: Tensor, columns: int) -> Tensor:
+    """[B, 3, H, W] with white pictures appended up to a full row."""
+    return torch.cat([row, row.new_ones(columns - row.shape[0], *row.shape[1:])])
+
+
+def _write_grid(pictures: Tensor, columns: int, file: Path, title: str, upscale_to: int = _UPSCALE_TO) -> None:
+    """Write pictures [B, 3, H, W] in [0, 1] as a titled grid, enlarged without smoothing where they are small."""
+    enlarge = max(1, upscale_to // max(pictures.shape[2:]))
+    shown = pictures.cpu().repeat_interleave(enlarge, dim=2).repeat_interleave(enlarge, dim=3)
+    grid = make_grid(shown, nrow=columns, padding=2, pad_value=1.0).permute(1, 2, 0).numpy()  # [height, width, 3]
+    dpi, band = 100, 40  # the title's band in pixels
+    height, width = grid.shape[:2]
+    figure = Figure(figsize=(width / dpi, (height + band) / dpi), dpi=dpi)
+    axis = figure.add_axes((0, 0, 1, height / (height + band)))
+    axis.imshow(grid, interpolation="nearest", aspect="auto")
+    axis.set_axis_off()
+    figure.text(0.5, (height + band / 2) / (height + band), title, ha="center", va="center", fontsize=11)
+    _write_figure(figure, file)
+
+
+def _write_figure(figure: Figure, file: Path) -> None:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    plt.close(figure)
+    write_whole(file, buffer.getbuffer())

@@ -1,0 +1,59 @@
+"""Show what a model makes of pictures: `python -m vqae.reconstruct --help`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+from torchvision.transforms.v2 import functional as vision
+
+from vqae.command_line import run_command
+from vqae.config import find_device
+from vqae.data import read_picture
+from vqae.errors import UsageError
+from vqae.interrupt import SignalHandler
+from vqae.model import VQAE
+from vqae.plots import plot_reconstructions
+
+
+@dataclass(frozen=True)
+class Command:
+    """Write a picture of originals over their reconstructions."""
+
+    checkpoint: Path
+    """best.pt or last.pt of a run."""
+    pictures: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Picture files; another size than the model's is scaled and cropped to it."""
+    out: Path = Path("reconstructions.png")
+    """The PNG to write."""
+    device: str = "auto"
+    """auto, cpu, cuda, or one GPU such as cuda:1."""
+
+
+def main(arguments: list[str], signals: SignalHandler) -> None:
+    """Run the command line; raises what `run_command` turns into exit codes."""
+    command = tyro.cli(Command, args=arguments, prog="python -m vqae.reconstruct")
+    if not command.pictures:
+        raise UsageError("at least one picture must be given, got none")
+    device = find_device(command.device)
+    model = VQAE.load(command.checkpoint, device)
+    originals = torch.stack([_fitted(read_picture(file), model.image_size) for file in command.pictures])
+    title = f"originals over reconstructions by {command.checkpoint.name}"
+    plot_reconstructions(model, originals.to(device), command.out, title, columns=min(16, len(originals)))
+    print(f"{len(originals)} pictures in {command.out}")
+
+
+def _fitted(picture: torch.Tensor, image_size: tuple[int, int]) -> torch.Tensor:
+    """A picture [3, h, w] uint8 scaled to cover (H, W), and cropped to it."""
+    height, width = picture.shape[1:]
+    scale = max(image_size[0] / height, image_size[1] / width)
+    scaled = vision.resize(picture, [round(height * scale), round(width * scale)], antialias=True)
+    cropped: torch.Tensor = vision.center_crop(scaled, list(image_size))
+    return cropped
+
+
+if __name__ == "__main__":
+    run_command(main)

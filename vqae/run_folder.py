@@ -1,0 +1,53 @@
+"""The files of a run, by name."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from vqae.checkpoint import write_whole
+from vqae.config import Config
+from vqae.errors import UsageError
+
+
+class RunFolder:
+    """Where a run writes: one attribute a file.
+
+    Args:
+        path: the folder; made when the first file is written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.json"
+        self.metrics = path / "metrics.jsonl"
+        self.last = path / "last.pt"
+        self.best = path / "best.pt"
+        self.reconstructions = path / "reconstructions.png"
+        self.codebook = path / "codebook.png"
+        self.curves = path / "curves.png"
+        self.events = path / "events"
+
+    def files(self) -> list[Path]:
+        """The run's files that are there."""
+        own = (self.config, self.metrics, self.last, self.best, self.reconstructions, self.codebook, self.curves)
+        return [file for file in (*own, *self.events.glob("events.out.tfevents.*")) if file.is_file()]
+
+    def refuse_if_taken(self) -> None:
+        """Raise UsageError if the folder cannot take a new run."""
+        if self.path.exists() and not self.path.is_dir():
+            raise UsageError(f"--out must be a folder, got the file {self.path}")
+        if self.config.exists() or self.last.exists():
+            raise UsageError(f"--out {self.path} already holds a run: give --resume, --overwrite or another folder")
+
+    def clear(self) -> None:
+        """Remove the files of an earlier run, and nothing else."""
+        for file in self.files():
+            file.unlink()
+
+    def write_config(self, config: Config) -> None:
+        """Write config.json, for `--config`."""
+        write_whole(self.config, (json.dumps(config.to_dict(), indent=2) + "\n").encode())
+
+    def write_metrics(self, history: list[dict[str, Any]]) -> None:
+        """Write metrics.jsonl, a line an epoch."""
+        write_whole(self.metrics, "".join(json.dumps(line) + "\n" for line in history).encode())

@@ -1,0 +1,280 @@
+"""The training loop, and all that it needs to stop and go on."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.optim.lr_scheduler import LambdaLR
+
+from vqae import clock
+from vqae.batches import EpochOrder, in_order, place
+from vqae.checkpoint import load_weights, save_checkpoint
+from vqae.config import Config
+from vqae.evaluation import Evaluation, evaluate
+from vqae.interrupt import Interrupted, SignalHandler
+from vqae.loss_watch import LossWatch
+from vqae.model import VQAE
+from vqae.plots import plot_codebook, plot_curves, plot_reconstructions
+from vqae.progress import ProgressReporter
+from vqae.recipe import build_optimizer, learning_rate_factor
+from vqae.run_folder import RunFolder
+
+_CLOSING_S = 6.0  # kept of --max-minutes for the last checkpoint, the plots and the interpreter's exit
+_SHOWN_PICTURES = 48
+
+
+class Trainer:
+    """One run, from its first step or from a checkpoint.
+
+    Args:
+        config: the settings, checked.
+        model: on `device`.
+        train: [N, 3, H, W] uint8; val: [M, 3, H, W], M may be 0; test: [L, 3, H, W], L >= 1.
+        dataset: what was really read, for the files.
+        device: where to train.
+        signals: asked, between steps, whether to stop.
+        state: a checkpoint of the same settings to continue from.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        model: VQAE,
+        train: Tensor,
+        val: Tensor,
+        test: Tensor,
+        dataset: str,
+        device: torch.device,
+        signals: SignalHandler,
+        state: dict[str, Any] | None = None,
+    ) -> None:
+        self.config, self.model, self.dataset, self.device, self.signals = config, model, dataset, device, signals
+        self.folder = RunFolder(config.out)
+        self.train, self.val, self.test = (place(pictures, device) for pictures in (train, val, test))
+        self.batch_size = min(config.batch_size, train.shape[0])
+        self.steps_per_epoch = train.shape[0] // self.batch_size
+        self.forward: Callable[[Tensor], Any] = torch.compile(model) if config.compile else model
+
+        self.epoch = 0  # finished epochs
+        self.step = 0  # finished steps of the current one
+        self.elapsed_before_s = 0.0  # of the processes that trained before this one
+        self.train_s = 0.0  # of the current epoch's steps
+        self.evaluation_s: float | None = None
+        self.history: list[dict[str, Any]] = []
+        self.best_val_mse = float("inf")
+        self.losses = LossWatch(device)
+        self.optimizer = build_optimizer(model, config)
+        self.schedule = LambdaLR(self.optimizer, lambda _: learning_rate_factor(self.progress(), config.warmup))
+        if state is not None:
+            self._restore(state)
+        self.saved_at = time.monotonic()
+        self.steps_here = 0  # by this process
+        self.reporter = ProgressReporter(self.progress())
+
+    # -- where the run is
+
+    def progress(self) -> float:
+        """Share of the run that is done, 0 to 1: of its steps, or of its time where that ends first."""
+        by_steps = self._global_step() / (self.config.epochs * self.steps_per_epoch)
+        if self.config.max_minutes is None:
+            return by_steps
+        time_to_train_s = 60 * self.config.max_minutes - _CLOSING_S - self._evaluation_s()
+        return min(1.0, max(by_steps, self._elapsed_s() / max(time_to_train_s, 1e-9)))
+
+    def _global_step(self) -> int:
+        return self.epoch * self.steps_per_epoch + self.step
+
+    def _elapsed_s(self) -> float:
+        return self.elapsed_before_s + clock.elapsed_s()
+
+    def _evaluation_s(self) -> float:
+        """How long an evaluation takes: as the last one, or, before any, half of training on as many pictures."""
+        if self.evaluation_s is not None:
+            return self.evaluation_s
+        pictures = self.val.shape[0] + self.test.shape[0]
+        return 0.5 * pictures * self.train_s / max(self.step * self.batch_size, 1)
+
+    # -- the run
+
+    def run(self) -> None:
+        """Train to the end, leaving every file of the run.
+
+        Raises:
+            Interrupted: a signal came; the run is saved.
+            DivergedError: a loss was not finite; the last checkpoint is kept.
+            UsageError: a file cannot be written.
+        """
+        with self.signals.deferred():
+            try:
+                while self.step or (self.epoch < self.config.epochs and self.progress() < 1):
+                    self._train_epoch()
+                    self._end_epoch()
+                self._save(finished=False)
+                self._plot()
+                self._save(finished=True)
+            except Interrupted:
+                self.losses.check()
+                self._save(finished=False)
+                raise
+            finally:
+                self.reporter.close()
+
+    def _train_epoch(self) -> None:
+        """The steps that are left of the current epoch."""
+        self.model.train()
+        order = EpochOrder(
+            self.train.shape[0], self.batch_size, flip=self.config.flip, seed=self.config.seed, epoch=self.epoch
+        )
+        start, before_s = time.monotonic(), self.train_s
+        while self.step < self.steps_per_epoch and (self.progress() < 1 or not self._global_step()):
+            self._train_step(order.batch(self.train, self.step, self.device))
+            self.train_s = before_s + time.monotonic() - start
+            if self.device.type == "cpu":  # elsewhere it would mean to wait for the device
+                self.losses.check()
+            if self.reporter.due():
+                self.reporter.show(self.progress(), self.losses.means(), int(self.model.quantizer.codes_used))
+            if time.monotonic() - self.saved_at >= 60 * self.config.checkpoint_minutes:
+                self._save(finished=False)
+            self.signals.poll()
+        self.losses.check()
+        self.train_s = before_s + time.monotonic() - start
+
+    def _train_step(self, pictures: Tensor) -> None:
+        """One step of SGD on the two losses, for pictures [B, 3, H, W] uint8."""
+        target = self.model.normalise(pictures)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp):
+            output = self.forward(target)
+        reconstruction_loss = F.mse_loss(output.reconstruction.float(), target)
+        self.optimizer.zero_grad(set_to_none=True)
+        (reconstruction_loss + output.codebook_loss).backward()
+        self.optimizer.step()
+        self.losses.add(reconstruction_loss, output.codebook_loss, self._global_step() + 1)
+        self.step += 1
+        self.schedule.step()
+
+    def _end_epoch(self) -> None:
+        """Evaluate, record, save, and move on to the next epoch."""
+        start = time.monotonic()
+        test = self._evaluate(self.test)
+        val = self._evaluate(self.val) if self.val.shape[0] else None
+        self.evaluation_s = time.monotonic() - start
+        self._record(test, val)
+        self.epoch, self.step, self.train_s = self.epoch + 1, 0, 0.0
+        self.losses = LossWatch(self.device)
+        self.model.quantizer.reset_usage()
+        val_mse = test.mse if val is None else val.mse
+        if val is None or val_mse < self.best_val_mse:
+            self.best_val_mse = val_mse
+            save_checkpoint(self.folder.best, self._model_state())
+        self._save(finished=False)
+        self.folder.write_metrics(self.history)
+
+    def _evaluate(self, pictures: Tensor) -> Evaluation:
+        return evaluate(self.model, pictures, self.config.batch_size, self.device, self.signals.poll)
+
+    def _record(self, test: Evaluation, val: Evaluation | None) -> None:
+        """Append the epoch's line to the history, and show it."""
+        reconstruction_loss, codebook_loss = self.losses.means()
+        quantizer = self.model.quantizer
+        line = {
+            "epoch": round(self.epoch + self.step / self.steps_per_epoch, 4),
+            "step": self._global_step(),
+            "dataset": self.dataset,
+            "reconstruction_loss": reconstruction_loss,
+            "codebook_loss": codebook_loss,
+            "train_mse": reconstruction_loss * self.model.pixel_std.item() ** 2,
+            "val_mse": None if val is None else val.mse,
+            "test_mse": test.mse,
+            "psnr_db": test.psnr_db,
+            "perplexity": test.perplexity,
+            "codes_used": test.codes_used,
+            "train_perplexity": quantizer.perplexity.item(),
+            "train_codes_used": int(quantizer.codes_used),
+            "restarts": int(quantizer.restarts),
+            "images_per_s": self.step * self.batch_size / self.train_s if self.train_s else 0.0,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "elapsed_s": self._elapsed_s(),
+        }
+        self.history.append(line)
+        _write_events(self.folder, line)
+        self.reporter.line(
+            f"epoch {line['epoch']:g}/{self.config.epochs} ({self.dataset})  train MSE {line['train_mse']:.4f}  "
+            f"test MSE {test.mse:.4f}  PSNR {test.psnr_db:.2f} dB  codes used {test.codes_used}/{quantizer.num_codes}  "
+            f"perplexity {test.perplexity:.0f}  {line['images_per_s']:.0f} pictures/s"
+        )
+
+    def _plot(self) -> None:
+        """The run's three pictures."""
+        self.model.eval()
+        test_mse = f"test MSE {self.history[-1]['test_mse']:.4f}" if self.history else "untrained"
+        what = f"{self.dataset}, K = {self.config.num_codes}, {test_mse}"
+        shown = self.test[:: max(1, self.test.shape[0] // _SHOWN_PICTURES)][:_SHOWN_PICTURES].to(self.device)
+        plot_reconstructions(self.model, shown, self.folder.reconstructions, f"originals over reconstructions ({what})")
+        counts = torch.zeros(self.config.num_codes, dtype=torch.int64, device=self.device)
+        for batch in in_order(self.test, self.config.batch_size, self.device):
+            counts += torch.bincount(self.model.encode(batch), minlength=self.config.num_codes)
+        plot_codebook(self.model, counts, self.folder.codebook, f"codebook, by use ({what})")
+        plot_curves(self.history, self.folder.curves, what)
+
+    # -- checkpoints
+
+    def _model_state(self) -> dict[str, Any]:
+        """What best.pt holds: enough to use the model."""
+        return {
+            "config": self.config.to_dict(),
+            "dataset": self.dataset,
+            "image_size": list(self.model.image_size),
+            "model": self.model.state_dict(),
+        }
+
+    def _save(self, *, finished: bool) -> None:
+        """Write last.pt: enough to go on."""
+        self.losses.check()
+        rng = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(self.device)
+        state = {
+            **self._model_state(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "rng": rng,
+            "losses": self.losses.state_dict(),
+            "epoch": self.epoch,
+            "step": self.step,
+            "train_s": self.train_s,
+            "elapsed_s": self._elapsed_s(),
+            "history": self.history,
+            "best_val_mse": self.best_val_mse,
+            "finished": finished,
+        }
+        save_checkpoint(self.folder.last, state)
+        self.saved_at = time.monotonic()
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        """The opposite of `_save`."""
+        load_weights(self.model, state)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.losses.load_state_dict(state["losses"])
+        self.epoch, self.step, self.train_s = state["epoch"], state["step"], state["train_s"]
+        self.elapsed_before_s = state["elapsed_s"]
+        self.history, self.best_val_mse = state["history"], state["best_val_mse"]
+        self.schedule.load_state_dict(state["schedule"])
+        self.folder.write_metrics(self.history)  # a line that was being written when the run died is dropped
+        torch.set_rng_state(state["rng"]["cpu"])
+        if self.device.type == "cuda" and "cuda" in state["rng"]:
+            torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
+
+
+def _write_events(folder: RunFolder, line: dict[str, Any]) -> None:
+    """The epoch's figures as TensorBoard events, where it is installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return
+    with SummaryWriter(str(folder.events)) as writer:
+        for name, value in line.items():
+            if isinstance(value, int | float) and name not in ("epoch", "step"):
+                writer.add_scalar(name, value, line["step"])
