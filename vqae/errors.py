@@ -1,4 +1,4 @@
-"""The one exception that the commands of this package turn into a message and exit code 2."""
+"""The exceptions that the commands of this package turn into a message and an exit code."""
 
 
 class UsageError(Exception):
@@ -6,4 +6,11 @@ class UsageError(Exception):
 
     The message names the argument or file, the rule and the value, and says what to do. The command line prints it
     without a traceback and exits with 2.
+    """
+
+
+class DivergedError(Exception):
+    """A loss, or what the model makes of pictures, was NaN or Inf; the message says at which step.
+
+    The command line exits with 1.
     """

@@ -1,0 +1,259 @@
+"""Folders of pictures: what is read, in which order, and what is said of a folder that will not do."""
+
+import signal
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vqae.data.image_folder import read_image_folder, read_picture
+from vqae.errors import UsageError
+
+REAL_PICTURES = Path(__file__).parents[4] / "shared" / "data" / "cifar10-jpeg.tar.xz"
+
+
+def _save(path: Path, picture: Image.Image | None = None, **options: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    (Image.new("RGB", (8, 6), "red") if picture is None else picture).save(path, **options)
+    return path
+
+
+def _noise(height: int, width: int, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two red pictures of 8 x 6 in each split."""
+    for split in ("train", "test"):
+        _save(tmp_path / split / "cats" / "1.png")
+        _save(tmp_path / split / "dogs" / "1.png")
+    return tmp_path
+
+
+def test_reads_in_sorted_order(tmp_path: Path) -> None:
+    names = ["b/2.png", "a/10.png", "b/1.png", "a/9.bmp"]
+    for seed, name in enumerate(names):
+        _save(tmp_path / "train" / name, _noise(6, 8, seed))
+    (pictures,) = read_image_folder(tmp_path, ["train"], None)
+    expected = [np.asarray(_noise(6, 8, names.index(name))) for name in sorted(names)]
+    assert pictures.shape == (4, 3, 6, 8)
+    assert pictures.dtype == torch.uint8
+    assert pictures.is_contiguous()
+    assert torch.equal(pictures.permute(0, 2, 3, 1), torch.from_numpy(np.stack(expected)))
+
+
+def test_reads_only_the_split_that_is_asked_for(tmp_path: Path) -> None:
+    _save(tmp_path / "test" / "cats" / "1.png")
+    (pictures,) = read_image_folder(tmp_path, ["test"], None)
+    assert pictures.shape == (1, 3, 6, 8)
+    with pytest.raises(UsageError, match=r"must hold the folder train/"):
+        read_image_folder(tmp_path, ["train", "test"], None)
+
+
+def test_hidden_files_and_folders_are_left_out(folder: Path) -> None:
+    (folder / "train" / ".DS_Store").write_bytes(b"no picture")
+    (folder / "train" / "cats" / ".DS_Store").write_bytes(b"no picture")
+    (folder / "train" / ".cache").mkdir()
+    (folder / "train" / "cats" / ".thumbnails").mkdir()
+    (folder / "train" / "cats" / ".thumbnails" / "1.db").write_bytes(b"no picture")
+    (pictures,) = read_image_folder(folder, ["train"], None)
+    assert len(pictures) == 2
+
+
+def test_data_dir_may_itself_be_hidden(tmp_path: Path) -> None:
+    _save(tmp_path / ".pictures" / "test" / "cats" / "1.png")
+    (pictures,) = read_image_folder(tmp_path / ".pictures", ["test"], None)
+    assert len(pictures) == 1
+
+
+def _transparent_palette() -> Image.Image:
+    picture = Image.new("P", (8, 6), 1)
+    picture.putpalette([0, 0, 0, 200, 100, 50])
+    return picture
+
+
+@pytest.mark.parametrize(
+    ("picture", "options", "expected"),
+    [
+        (Image.new("L", (8, 6), 77), {}, (77, 77, 77)),
+        (Image.new("1", (8, 6), 1), {}, (255, 255, 255)),
+        (Image.new("LA", (8, 6), (77, 10)), {}, (77, 77, 77)),
+        (Image.new("RGBA", (8, 6), (200, 100, 50, 128)), {}, (200, 100, 50)),
+        (_transparent_palette(), {}, (200, 100, 50)),
+        (_transparent_palette(), {"transparency": b"\x00\x80"}, (200, 100, 50)),
+        (Image.fromarray(np.full((6, 8), 0x4D80, dtype=np.uint16)), {}, (77, 77, 77)),
+    ],
+    ids=["grey", "black and white", "grey with alpha", "RGBA", "palette", "transparent palette", "16-bit grey"],
+)
+def test_every_kind_of_picture_becomes_rgb(
+    picture: Image.Image, options: dict[str, object], expected: tuple[int, int, int], tmp_path: Path
+) -> None:
+    _save(tmp_path / "test" / "cats" / "1.png", picture, **options)
+    (pictures,) = read_image_folder(tmp_path, ["test"], None)
+    assert pictures.shape == (1, 3, 6, 8)
+    assert torch.equal(pictures[0], torch.tensor(expected, dtype=torch.uint8)[:, None, None].expand(3, 6, 8))
+
+
+def test_image_size_cuts_out_the_centre(tmp_path: Path) -> None:
+    wide = np.zeros((8, 24, 3), dtype=np.uint8)
+    wide[:, 4:20] = [200, 100, 50]  # 8 to 16 remains; antialiasing looks a little further
+    _save(tmp_path / "test" / "cats" / "wide.png", Image.fromarray(wide))
+    _save(tmp_path / "test" / "cats" / "tall.png", Image.fromarray(wide.transpose(1, 0, 2)))
+    (pictures,) = read_image_folder(tmp_path, ["test"], 4)
+    assert pictures.shape == (2, 3, 4, 4)
+    assert torch.equal(pictures, torch.tensor([200, 100, 50], dtype=torch.uint8)[:, None, None].expand(2, 3, 4, 4))
+
+
+def test_image_size_is_antialiased(tmp_path: Path) -> None:
+    stripes = np.zeros((64, 64, 3), dtype=np.uint8)
+    stripes[:, ::2] = 255
+    _save(tmp_path / "test" / "cats" / "1.png", Image.fromarray(stripes))
+    (pictures,) = read_image_folder(tmp_path, ["test"], 8)
+    assert pictures[..., 1:-1].float().sub(127.5).abs().max() < 8  # without antialiasing 0 or 255
+
+
+def test_several_sizes_name_two_files(folder: Path) -> None:
+    odd = _save(folder / "train" / "dogs" / "2.png", _noise(5, 7))
+    first = folder / "train" / "cats" / "1.png"
+    with pytest.raises(UsageError, match=rf"--image-size is not given: {first} is 8 x 6, {odd} is 7 x 5"):
+        read_image_folder(folder, ["train", "test"], None)
+    train, test = read_image_folder(folder, ["train", "test"], 4)
+    assert (train.shape, test.shape) == ((3, 3, 4, 4), (2, 3, 4, 4))
+
+
+def test_splits_of_different_sizes(folder: Path) -> None:
+    for name in ("cats", "dogs"):
+        _save(folder / "test" / name / "1.png", _noise(5, 7))
+    with pytest.raises(UsageError, match=r"train.cats.1\.png is 8 x 6, .*test.cats.1\.png is 7 x 5"):
+        read_image_folder(folder, ["train", "test"], None)
+
+
+def _remove(path: Path) -> None:
+    for below in path.iterdir():
+        _remove(below) if below.is_dir() else below.unlink()
+    path.rmdir()
+
+
+def _empty(path: Path) -> None:
+    _remove(path)
+    path.mkdir()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "name", "message"),
+    [
+        (_remove, "", r"must be a folder, but .* does not exist"),
+        (_empty, "", r"must hold the folder train/"),
+        (_remove, "train", r"must hold the folder train/"),
+        (_remove, "test", r"must hold the folder test/"),
+        (_empty, "train", r"train is empty"),
+        (_empty, "test/dogs", r"dogs is empty"),
+    ],
+)
+def test_missing_and_empty_folders(spoil: Callable[[Path], None], name: str, message: str, folder: Path) -> None:
+    spoil(folder / name)
+    with pytest.raises(UsageError, match=message):
+        read_image_folder(folder, ["train", "test"], None)
+
+
+def test_data_dir_that_is_a_file(tmp_path: Path) -> None:
+    file = _save(tmp_path / "1.png")
+    with pytest.raises(UsageError, match=r"must be a folder, but .* is a file"):
+        read_image_folder(file, ["train", "test"], None)
+
+
+def test_picture_outside_a_class(folder: Path) -> None:
+    stray = _save(folder / "train" / "stray.png")
+    with pytest.raises(UsageError, match=rf"{stray} lies outside a class's folder"):
+        read_image_folder(folder, ["train"], None)
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "2.jpg", "nothing"])
+@pytest.mark.parametrize("content", [b"", b"these are notes", b"\xff\xd8\xff\xe0 half a header"])
+def test_file_that_is_no_picture_is_named(name: str, content: bytes, folder: Path) -> None:
+    path = folder / "train" / "dogs" / name
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match=rf"{path} is no picture"):
+        read_image_folder(folder, ["train", "test"], None)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "bmp", "webp"])
+def test_truncated_picture_is_named(suffix: str, tmp_path: Path) -> None:
+    path = _save(tmp_path / "test" / "cats" / f"1.{suffix}", _noise(64, 64))
+    content = path.read_bytes()
+    for num_bytes in (1, 20, 100, len(content) // 2, len(content) * 9 // 10):
+        path.write_bytes(content[:num_bytes])
+        with pytest.raises(UsageError, match=rf"{path} is no picture, is damaged"):
+            read_image_folder(tmp_path, ["test"], None)
+
+
+def test_broken_link_is_named(folder: Path) -> None:
+    link = folder / "train" / "dogs" / "2.png"
+    link.symlink_to(folder / "gone.png")
+    with pytest.raises(UsageError, match=rf"{link} .*No such file"):
+        read_image_folder(folder, ["train"], None)
+
+
+def test_picture_of_unknown_range(tmp_path: Path) -> None:
+    path = _save(tmp_path / "test" / "cats" / "1.tif", Image.fromarray(np.ones((4, 4), dtype=np.float32)))
+    with pytest.raises(UsageError, match=rf"{path} .*mode F"):
+        read_image_folder(tmp_path, ["test"], None)
+
+
+def test_decompression_bomb_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    with pytest.raises(UsageError, match=r"1\.png .*exceeds limit"):
+        read_image_folder(folder, ["train"], None)
+
+
+def test_one_picture(tmp_path: Path) -> None:
+    path = _save(tmp_path / "1.png", _noise(5, 7))
+    picture = read_picture(path)
+    assert picture.dtype == torch.uint8
+    assert torch.equal(picture.permute(1, 2, 0), torch.from_numpy(np.array(_noise(5, 7))))
+    for no_picture in (tmp_path, tmp_path / "2.png"):
+        with pytest.raises(UsageError, match=rf"{no_picture} is no picture"):
+            read_picture(no_picture)
+
+
+class _StoppedError(Exception):
+    """Raised by a signal handler, as a trainer's may be."""
+
+
+def test_signal_handler_ends_the_reading(tmp_path: Path) -> None:
+    picture = _save(tmp_path / "test" / "cats" / "0.png", _noise(512, 512))
+    for number in range(1, 2000):  # some 10 s of decoding
+        (picture.parent / f"{number}.png").hardlink_to(picture)
+
+    def stop(*_: object) -> None:
+        raise _StoppedError
+
+    handler_before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, 0.3)
+    try:
+        with pytest.raises(_StoppedError):
+            read_image_folder(tmp_path, ["test"], None)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler_before)
+
+
+def test_real_pictures(tmp_path: Path) -> None:
+    if not REAL_PICTURES.exists():
+        pytest.skip(f"{REAL_PICTURES} is not there")
+    with tarfile.open(REAL_PICTURES, "r|xz") as archive:
+        for member in archive:
+            archive.extract(member, tmp_path, filter="data")
+            if member.name.endswith("/0199.jpg"):
+                break
+    (pictures,) = read_image_folder(tmp_path / "cifar10-jpeg", ["train"], None)
+    assert pictures.shape == (200, 3, 32, 32)
+    first = Image.open(tmp_path / "cifar10-jpeg" / "train" / "airplane" / "0000.jpg")
+    with first:
+        assert np.array_equal(pictures[0].permute(1, 2, 0).numpy(), np.asarray(first))
+    assert 40 < pictures.float().std() < 90
