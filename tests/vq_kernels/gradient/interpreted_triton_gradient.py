@@ -1,0 +1,61 @@
+"""The Triton codebook gradient under TRITON_INTERPRET=1. Run by test_triton_gradient.py in a process of its own."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from vq_kernels.gradient.triton_gradient import SEGMENT_ROWS, codebook_gradient
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+def make(n: int, k: int, d: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x, codebook = torch.randn(n, d, generator=generator), torch.randn(k, d, generator=generator)
+    return x, codebook, torch.randint(0, k, (n,), generator=generator)
+
+
+def check(x: Tensor, codebook: Tensor, indices: Tensor, deterministic: bool) -> None:
+    sums, counts = codebook_gradient(x, codebook, indices, deterministic)
+    difference = codebook.double()[indices] - x.double()
+    expected = torch.zeros(codebook.shape, dtype=torch.float64).index_add_(0, indices, difference)
+    magnitude = torch.zeros(codebook.shape, dtype=torch.float64).index_add_(0, indices, difference.abs())
+    assert (sums.dtype, counts.dtype) == (torch.float32, torch.int64)
+    assert torch.equal(counts, torch.bincount(indices, minlength=codebook.shape[0]))
+    # The deterministic form rounds once; additions in float32 round as often as a code has rows.
+    roundings = torch.ones(1) if deterministic else 2.0 + counts[:, None]
+    scale = expected.abs() if deterministic else magnitude
+    assert ((sums - expected).abs() <= roundings * scale * 2.0**-23 + 1e-12 * magnitude).all()
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.parametrize("dims", [(1, 1, 1), (63, 7, 3), (1000, 5, 70), (200, 300, 64), (0, 4, 3)])
+def test_against_float64(dims: tuple[int, int, int], deterministic: bool):
+    check(*make(*dims), deterministic)
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.parametrize("rows", [SEGMENT_ROWS - 1, SEGMENT_ROWS, SEGMENT_ROWS + 1, 40 * SEGMENT_ROWS])
+def test_one_code_takes_all(rows: int, deterministic: bool):
+    x, codebook, indices = make(rows, 6, 5)
+    check(x, codebook, torch.full_like(indices, 3), deterministic)
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_dtypes_and_strides(deterministic: bool):
+    x, codebook, indices = make(90, 8, 12)
+    check(x.half()[:, ::2], codebook.bfloat16()[:, 1::2], indices, deterministic)
+    check(x.T.contiguous().T, codebook.T.contiguous().T, indices.repeat_interleave(2)[::2], deterministic)
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_good_codes_do_not_cancel(deterministic: bool):
+    """Rows within a millionth of their codes: n c - sum(x) in float32 would keep nothing."""
+    x, codebook, indices = make(300, 4, 6)
+    check(1000.0 + codebook[indices] + 1e-4 * x, 1000.0 + codebook, indices, deterministic)
+
+
+def test_two_runs_give_the_same_bits():
+    x, codebook, indices = make(700, 9, 20)
+    first, second = (codebook_gradient(x, codebook, indices, True)[0] for _ in range(2))
+    assert torch.equal(first.view(torch.int32), second.view(torch.int32))

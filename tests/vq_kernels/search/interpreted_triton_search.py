@@ -1,0 +1,261 @@
+"""The Triton backend under TRITON_INTERPRET=1. Run by test_triton_search.py in a process of its own.
+
+Every answer is held against a float64 brute force written here. `torch.empty` and `new_empty` hand out NaN and -1 while
+a search runs, so that what a kernel fails to write is seen.
+"""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from vq_kernels.search import triton_backend
+from vq_kernels.search.triton_common import ceil_div
+from vq_kernels.search.triton_plan import CONFIGS, ScanConfig, SearchPlan
+
+# Overflow is part of what is tested; numpy, which stands in for the device, warns of it.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+_BY_NAME = {config.name: config for config in CONFIGS}
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    def poisoned(make):
+        def allocate(*args, **kwargs):
+            tensor = make(*args, **kwargs)
+            return tensor.fill_(float("nan") if tensor.is_floating_point() else -1)
+
+        return allocate
+
+    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+    monkeypatch.setattr(Tensor, "new_empty", poisoned(Tensor.new_empty))
+    return
+
+
+def distances(x: Tensor, codebook: Tensor) -> Tensor:
+    """[N, K] float64 squared distances by direct differences; codes with NaN or Inf are infinitely far."""
+    sq_distances = torch.stack([((codebook.double() - row) ** 2).sum(1) for row in x.double()])
+    sq_distances[:, ~codebook.isfinite().all(1)] = torch.inf
+    return sq_distances
+
+
+def brute_force(x: Tensor, codebook: Tensor) -> Tensor:
+    """The contract's index of each row: the first of the nearest, 0 for a row with NaN or Inf."""
+    indices = distances(x, codebook).argmin(1)
+    indices[~x.isfinite().all(1)] = 0
+    return indices
+
+
+def check(x: Tensor, codebook: Tensor, plan: SearchPlan | None = None) -> tuple[int, int, int]:
+    """Search, compare everything with the brute force, and return how many rows were proved, resolved, drained."""
+    if plan is None:
+        results = triton_backend.search(x, codebook, [], "exact")
+    else:
+        results = triton_backend.search_with_plan(x, codebook, [], "exact", plan)
+    indices, codes, sq_distances, statistics = results
+    assert indices.dtype == torch.int64
+    assert ((indices >= 0) & (indices < codebook.shape[0])).all()
+    for row in (indices != (expected := brute_force(x, codebook))).nonzero().flatten().tolist():
+        # The contract leaves the order open only of different codes whose distances float64 cannot tell apart.
+        found, wanted = (
+            distances(x[row : row + 1], codebook[index[row], None]).item() for index in (indices, expected)
+        )
+        assert abs(found - wanted) <= 1e-13 * wanted
+        assert not torch.equal(codebook[indices[row]], codebook[expected[row]])
+    torch.testing.assert_close(codes, codebook[indices].to(x.dtype), rtol=0, atol=0, equal_nan=True)
+    true_sq_distances = ((codebook[indices].double() - x.double()) ** 2).sum(1)
+    true_sq_distances[~x.isfinite().all(1)] = torch.nan
+    torch.testing.assert_close(sq_distances, true_sq_distances.float(), rtol=1e-5, atol=1.5e-45, equal_nan=True)
+    proved, resolved, drained = statistics.tolist()
+    assert proved + resolved + drained == x.shape[0]
+    return proved, resolved, drained
+
+
+def gaussian(n: int, k: int, d: int, seed: int = 0, offset: float = 0.0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, d, generator=generator) + offset, torch.randn(k, d, generator=generator) + offset
+
+
+def plan_for(config: ScanConfig, k: int, splits: int = 1, rows_per_launch: int = 1 << 20) -> SearchPlan:
+    tiles_per_split = ceil_div(ceil_div(k, config.block_k), splits)
+    return SearchPlan(config, ceil_div(ceil_div(k, config.block_k), tiles_per_split), tiles_per_split, rows_per_launch)
+
+
+def test_this_process_interprets():
+    assert os.environ["TRITON_INTERPRET"] == "1"
+    assert triton_backend.is_available("cpu")[0]
+
+
+@pytest.mark.parametrize("dims", [(1, 1, 1), (63, 7, 3), (257, 513, 64), (100, 100, 100), (70, 200, 200)])
+def test_odd_sizes(dims: tuple[int, int, int]):
+    check(*gaussian(*dims))
+
+
+def test_no_rows():
+    indices, codes, sq_distances, statistics = triton_backend.search(torch.empty(0, 5), torch.ones(3, 5), [], "exact")
+    assert (indices.shape, codes.shape, sq_distances.shape) == ((0,), (0, 5), (0,))
+    assert statistics.tolist() == [0, 0, 0]
+
+
+def test_4096_dimensions():
+    check(*gaussian(2, 3, 4096))
+
+
+@pytest.mark.parametrize("name", [config.name for config in CONFIGS])
+def test_every_configuration(name: str):
+    """300 codes in two parts end inside a tile; 130 rows in launches of one tile end inside a launch."""
+    x, codebook = gaussian(130, 300, 40, offset=3.0)
+    proved, resolved, _ = check(x, codebook, plan_for(_BY_NAME[name], 300, splits=2, rows_per_launch=128))
+    assert proved > 100
+    assert resolved > 0
+
+
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("code_dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_dtypes(x_dtype: torch.dtype, code_dtype: torch.dtype):
+    x, codebook = gaussian(64, 100, 20, offset=1.0)
+    check(x.to(x_dtype), codebook.to(code_dtype))
+
+
+def test_any_strides():
+    x, codebook = gaussian(40, 50, 24)
+    check(x.T.contiguous().T, codebook[:, ::2].repeat_interleave(2, 1).T.contiguous().T)
+    check(x[::3, 1::2], codebook[::2, ::2])
+    check(x[:1].expand(9, -1), codebook)
+
+
+def test_prepared_tensors_serve_many_searches():
+    x, codebook = gaussian(40, 50, 24)
+    prepared = triton_backend.prepare(codebook)
+    before = [tensor.clone() for tensor in prepared]
+    for rows in (x[:7], x):
+        assert torch.equal(triton_backend.search(rows, codebook, prepared, "exact")[0], brute_force(rows, codebook))
+    assert all(torch.equal(tensor, old) for tensor, old in zip(prepared, before, strict=True))
+
+
+def test_fast_takes_the_best_score():
+    x, codebook = gaussian(200, 300, 32)
+    indices, codes, _, statistics = triton_backend.search(x, codebook, [], "fast")
+    assert (indices == brute_force(x, codebook)).float().mean() > 0.98
+    assert torch.equal(codes, codebook[indices])
+    assert statistics.tolist() == [200, 0, 0]
+
+
+def test_all_three_ways_are_taken():
+    """Far codes are proved, a code and its neighbour by one bit in another slot resolved, four in one slot drained."""
+    codebook = 100.0 * torch.eye(16).repeat(20, 1) * torch.arange(1, 21).repeat_interleave(16)[:, None]
+    codebook[1] = codebook[2]
+    codebook[1, 2] = torch.nextafter(codebook[2, 2], torch.tensor(0.0))
+    codebook[[64, 65, 128, 129]] = codebook[4].clone()
+    x = torch.stack([codebook[9], codebook[1], codebook[2], codebook[4], codebook[10]])
+    assert check(x, codebook, plan_for(_BY_NAME["short"], 320)) == (2, 2, 1)
+
+
+def test_more_candidates_than_places_are_drained():
+    codebook = torch.arange(12.0)[:, None].repeat(1, 8)
+    codebook[2::2] = 2.0
+    _, _, drained = check(torch.full((3, 8), 2.0), codebook)
+    assert drained == 3
+
+
+def test_the_lowest_of_identical_codes():
+    x, codebook = gaussian(100, 40, 6)
+    assert check(x, codebook.repeat(5, 1))[0] == 0
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, -3.3e38, 1e-42])
+def test_all_codes_equal(value: float):
+    check(gaussian(20, 1, 5)[0], torch.full((30, 5), value))
+
+
+def test_small_integers_tie_exactly():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(-2, 3, (200, 4), generator=generator).float()
+    check(x, torch.randint(-2, 3, (50, 4), generator=generator).float())
+
+
+def test_codes_that_differ_in_the_last_bit():
+    x, codebook = gaussian(100, 32, 16)
+    neighbours = codebook.clone()
+    neighbours[:, 3] = torch.nextafter(codebook[:, 3], torch.tensor(torch.inf))
+    assert check(codebook.repeat(3, 1) + 1e-3 * x[:96], torch.cat([neighbours, codebook]))[1] > 0
+
+
+@pytest.mark.parametrize("offset", [100.0, 1e4, 1e6])
+def test_offsets(offset: float):
+    proved, _, _ = check(*gaussian(100, 200, 16, offset=offset))
+    assert proved > 60  # the shift, not the resolve step, is what copes with an offset
+
+
+def test_scores_that_order_two_codes_wrongly():
+    """Halfway between two codes, moved towards the further one by less than fp16 can see."""
+    generator = torch.Generator().manual_seed(0)
+    codebook = torch.randn(64, 32, generator=generator)
+    pairs = codebook.view(32, 2, 32)
+    x = pairs.mean(1) + 1e-5 * (pairs[:, 0] - pairs[:, 1])
+    expected = brute_force(x, codebook)
+    fast = triton_backend.search(x, codebook, [], "fast")[0]
+    assert not torch.equal(fast, expected)
+    _, resolved, drained = check(x, codebook)
+    assert resolved + drained > 0
+
+
+def test_one_huge_entry():
+    x, codebook = gaussian(60, 70, 16)
+    x[::3, 5] = 1e6
+    x[1::3, 2] = -3e38
+    check(x, codebook)
+    codebook[7, 3] = 1e30
+    check(x, codebook)
+
+
+@pytest.mark.parametrize("scale", [1e-45, 1e-40, 1e-30, 6e-8, 6e4, 1e19, 1e30, 1e38])
+def test_the_edges_of_the_ranges(scale: float):
+    x, codebook = gaussian(40, 50, 8)
+    check(x * scale, codebook * scale)
+    check(x, codebook * scale)
+    check(x * scale, codebook)
+
+
+def test_subnormal_float16():
+    x, codebook = gaussian(40, 50, 8)
+    check((x * 1e-7).half(), (codebook * 1e-7).half())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_values_that_are_not_finite(bad: float):
+    x, codebook = gaussian(50, 80, 12)
+    bad_x, bad_codebook = x.clone(), codebook.clone()
+    bad_x[::7, 3] = bad
+    bad_codebook[::5, 2] = bad
+    check(bad_x, codebook)
+    check(x, bad_codebook)
+    check(bad_x, bad_codebook)
+    indices = triton_backend.search(bad_x, torch.full((80, 12), bad), [], "exact")[0]
+    assert torch.equal(indices, torch.zeros_like(indices))
+
+
+def test_rows_that_are_not_finite_have_no_distance():
+    x, codebook = gaussian(8, 9, 4)
+    x[2, 1] = float("inf")
+    indices, _, sq_distances, _ = triton_backend.search(x, codebook, [], "exact")
+    assert indices[2] == 0
+    assert sq_distances.isnan().tolist() == [row == 2 for row in range(8)]
+
+
+def test_two_runs_agree_and_the_lists_do_not_matter():
+    x, codebook = gaussian(150, 90, 10)
+    first = triton_backend.search(x, codebook.repeat(3, 1), [], "exact")
+    backwards = triton_backend.search(x.flip(0), codebook.repeat(3, 1), [], "exact")
+    for name, one, other in zip(("indices", "codes", "sq_distances"), first, backwards, strict=False):
+        assert torch.equal(one, other.flip(0)), name
+
+
+@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(st.integers(1, 140), st.integers(1, 200), st.integers(1, 70), st.integers(0, 99), st.sampled_from([0.0, 7.0]))
+def test_random_shapes(n: int, k: int, d: int, seed: int, offset: float):
+    check(*gaussian(n, k, d, seed, offset))

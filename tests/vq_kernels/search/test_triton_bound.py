@@ -1,0 +1,107 @@
+"""The bound E as the Triton kernels compute it, against the model of the tensor cores' truncating accumulator.
+
+The interpreter adds in float32 and never cuts off, so running the search in it cannot find a bound that is too small.
+Here the kernels only prepare: x', c', h and E are theirs, the scores are the model's.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+from tests.vq_kernels.search.accumulator_model import ACCUMULATORS, Array, pack, truncating_product
+from tests.vq_kernels.search.exactness import device_of, require_backend
+from tests.vq_kernels.search.test_accumulator_model import CASES, vectors
+
+N, K = 24, 96
+
+
+@pytest.fixture
+def device() -> str:
+    """Where Triton's kernels run."""
+    require_backend("triton")
+    return device_of("triton")
+
+
+OWN_CASES = ("rows far smaller than the codes", "codes far smaller than the rows", "subnormal codes", "equal products")
+
+
+def attack(name: str, code_dim: int) -> tuple[Array, Array]:
+    """Vectors of test_accumulator_model.py, and some that only a prepared row can be wrong about."""
+    if name == "equal products":  # each a little less than what the accumulator keeps beside h
+        signs = np.resize([1.0, -1.0], (K, 1))
+        return np.full((N, code_dim), 2.0**-18 * (2 - 2.0**-9)), signs * np.ones(code_dim)
+    x, codebook = vectors("gaussian" if name in OWN_CASES else name, code_dim)
+    if name == "rows far smaller than the codes":
+        return codebook.mean(axis=0) + 1e-9 * x, codebook
+    if name == "codes far smaller than the rows":
+        return 1e15 * x, 1e-5 * codebook
+    if name == "subnormal codes":
+        return 1e-38 * x, 1e-39 * codebook
+    return x, codebook
+
+
+class Checked(NamedTuple):
+    """Of each row [N]: its largest error with any accumulator, E, and what H adds to E by the accumulation."""
+
+    error: Array
+    bound: Array
+    half_norm_term: Array
+
+
+def check(x: torch.Tensor, codebook: torch.Tensor) -> Checked:
+    """The errors of x [N, D] against codebook [K, D], prepared by the kernels and added up by the model."""
+    from vq_kernels.search.triton_plan import DeviceProperties, pick_config, plan_search
+    from vq_kernels.search.triton_prepare import launch_prepare
+    from vq_kernels.search.triton_rows import launch_rows
+
+    code_dim, properties = x.shape[1], DeviceProperties((9, 0), 132)
+    plan = plan_search(N, K, code_dim, pick_config(N, K, code_dim, x.dtype, properties), properties)
+    with np.errstate(all="ignore"):  # the interpreter computes in numpy
+        prepared = launch_prepare(codebook)
+        rows16, ratios, margins = launch_rows(x, prepared, plan)
+
+    rows, codes = as_array(rows16)[:N, :code_dim], as_array(prepared.codes16)[:K, :code_dim]
+    half_norms = as_array(prepared.half_norms)[None, :K] * as_array(ratios)[:, None]
+    true_scores = unrounded_scores(as_array(x), as_array(codebook), as_array(prepared.shift), int(prepared.exponent))
+    errors = []
+    for group, fraction_bits in ACCUMULATORS:
+        scores = truncating_product(rows, codes, -half_norms, group=group, fraction_bits=fraction_bits)
+        for place in (0, plan.tile_mask):
+            packed = pack(scores, plan.tile_mask.bit_length(), place)
+            errors.append(np.abs(packed - true_scores).max(axis=1))
+    half_norm_term = (code_dim + 16) * 2.0**-23 * float(prepared.bounds[3]) * as_array(ratios)
+    return Checked(np.max(errors, axis=0), as_array(margins) / 2, half_norm_term)
+
+
+def as_array(tensor: torch.Tensor) -> Array:
+    return tensor.cpu().double().numpy()
+
+
+def unrounded_scores(x: Array, codebook: Array, shift: Array, code_exponent: int) -> Array:
+    """X·C - h [N, K] in float64, on the scales that the kernels choose for the rows and for the codebook."""
+    largest = np.abs(x.astype(np.float32) - shift.astype(np.float32)).max(axis=1)
+    binary_exponents = np.maximum(np.frexp(largest)[1] - 1, -127)  # of a float32's exponent field, 0 for subnormals
+    row_exponents = np.minimum(13 - binary_exponents, min(code_exponent + 20, 126))[:, None]
+    scaled_rows = np.ldexp(x - shift, row_exponents)
+    scaled_codes = np.ldexp(codebook - shift, code_exponent)
+    half_norms = 0.5 * np.square(scaled_codes).sum(axis=1)
+    return scaled_rows @ scaled_codes.T - np.ldexp(half_norms[None, :], row_exponents - code_exponent)
+
+
+@pytest.mark.parametrize(("name", "code_dim"), [*CASES, *((name, 64) for name in OWN_CASES)])
+@pytest.mark.parametrize("codebook_dtype", [torch.float32, torch.float16])
+def test_no_score_is_further_off_than_the_margin_of_its_row(
+    device: str, name: str, code_dim: int, codebook_dtype: torch.dtype
+) -> None:
+    x, codebook = (torch.from_numpy(values).float().to(device) for values in attack(name, code_dim))
+    checked = check(x, codebook.to(codebook_dtype))
+    assert (checked.error <= checked.bound).all(), f"{(checked.error / checked.bound).max():.2f} of the bound"
+
+
+@pytest.mark.parametrize("name", ["near the mean", "equal products"])
+def test_these_attacks_see_a_margin_that_forgets_where_the_accumulator_starts(device: str, name: str) -> None:
+    x, codebook = (torch.from_numpy(values).float().to(device) for values in attack(name, 64))
+    checked = check(x, codebook)
+    assert (checked.error > checked.bound - checked.half_norm_term).any()

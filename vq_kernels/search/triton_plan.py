@@ -1,0 +1,151 @@
+"""Which tiles the Triton scan uses, and how a search is cut into launches. Pure functions: no device is asked.
+
+The model behind the choice, in clocks of one multiprocessor for a tile of BLOCK_N x BLOCK_K scores: the matrix units
+of an H100 need BLOCK_N * BLOCK_K * D / 2048 in 16 bits, the epilogue 4 ALU instructions a score at 64 lanes a clock.
+Both are equal at D = 128; below it the epilogue decides, above it the matrix units and the way from L2.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from vq_kernels.search.triton_common import ceil_div
+from vq_kernels.search.triton_prepare import prepared_nbytes, row_pitch
+
+# Tiles that one program folds: 7 bits of tile and 1 of parity cost 2**-15 relative, beside 2**-12 of fp16's rounding.
+MAX_TILES_PER_SPLIT = 128
+# One split's state of one row: 4 values, 4 codes, the best score not among them.
+_STATE_NBYTES = 36
+# A row's places on the two lists: row and 4 candidates on the one, row on the other.
+_LIST_NBYTES = 24
+# A row's ratio and margin, kept where they are not made by the program that uses them.
+_MARGIN_NBYTES = 8
+_WORKSPACE_CEILING = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class DeviceProperties:
+    """What the choice depends on: compute capability (major, minor) and the number of multiprocessors."""
+
+    capability: tuple[int, int]
+    multiprocessors: int
+
+
+@dataclass(frozen=True)
+class ScanConfig:
+    """One shape of the scan.
+
+    Attributes:
+        resident: x' is made by the program and stays on the chip; else it is made by a launch before, and both x' and
+            the codes are read in pieces of block_d columns.
+        block_d: columns a product takes at once; for a resident configuration the most that it is made for.
+        max_registers: what a thread may use, where that decides how many programs share a multiprocessor.
+    """
+
+    name: str
+    block_n: int
+    block_k: int
+    block_d: int
+    resident: bool
+    num_warps: int
+    num_stages: int
+    max_registers: int | None
+    reason: str
+
+    def columns(self, d: int) -> int:
+        """Columns of one product for codes of D = d."""
+        return min(self.block_d, max(16, 1 << (d - 1).bit_length()))
+
+
+@dataclass(frozen=True)
+class SearchPlan:
+    """How one search is launched.
+
+    Attributes:
+        splits: parts of the codebook, each scanned by programs of its own.
+        tiles_per_split: tiles of config.block_k codes in each part but the last.
+        rows_per_launch: rows of x that one round of launches takes; bounds the workspace.
+    """
+
+    config: ScanConfig
+    splits: int
+    tiles_per_split: int
+    rows_per_launch: int
+
+    @property
+    def tile_mask(self) -> int:
+        """The low bits of a score that hold its place: the tile in its split, and above it the column's parity."""
+        return 2 * (1 << (self.tiles_per_split - 1).bit_length()) - 1
+
+
+CONFIGS = (
+    ScanConfig(
+        "short", 128, 64, 128, True, 8, 3, None,
+        "x' stays in registers; 64 columns leave it room where a tile of 128 or a cap on registers would spill",
+    ),
+    ScanConfig(
+        "short_shared", 128, 64, 64, True, 8, 3, 128,
+        "128 registers let two programs share a multiprocessor: one's epilogue hides the other's products",
+    ),
+    ScanConfig(
+        "medium", 128, 128, 128, True, 8, 2, None,
+        "products and epilogue take equal time; wide tiles halve the codes' traffic from L2",
+    ),
+    ScanConfig(
+        "long_ampere", 128, 128, 32, False, 8, 3, None,
+        "a loop over D; pieces of 32 columns keep the register operands of mma.sync small",
+    ),
+    ScanConfig(
+        "long_hopper", 128, 128, 64, False, 8, 3, None,
+        "a loop over D; 128 bytes of a row a piece, one swizzled line of shared memory",
+    ),
+    ScanConfig(
+        "few_rows", 64, 64, 64, False, 4, 4, None,
+        "too few rows to fill the device: small tiles and a split codebook make more programs",
+    ),
+)  # fmt: skip
+_BY_NAME = {config.name: config for config in CONFIGS}
+
+
+def pick_config(n: int, k: int, d: int, dtype: torch.dtype, properties: DeviceProperties) -> ScanConfig:
+    """The configuration for a search of [n, d] rows among k codes.
+
+    Args:
+        n: rows. k: codes. d: their length.
+        dtype: x's; every choice so far serves all three dtypes, since the products are float16 whatever x is.
+        properties: of the device.
+
+    Returns:
+        One of CONFIGS.
+    """
+    major = properties.capability[0]
+    tiles = ceil_div(n, 128) * ceil_div(k, 128)
+    if d > 64 and tiles < properties.multiprocessors:
+        return _BY_NAME["few_rows"]
+    # On Ampere, unaligned rows of more than 64 columns do not leave x' room in registers.
+    if d > 128 or (major == 8 and d > 64 and d % 16 != 0):
+        return _BY_NAME["long_ampere" if major == 8 else "long_hopper"]
+    if major >= 9 and d > 64:
+        return _BY_NAME["medium"]
+    # Only Hopper's x' and epilogue fit 128 registers, and only where the rows of x are aligned.
+    return _BY_NAME["short_shared" if major == 9 and d % 16 == 0 else "short"]
+
+
+def workspace_limit(n: int, k: int, d: int) -> int:
+    """Bytes a search may take beyond inputs and outputs: 1 % of [n, k] in float32, or 16 MiB and the codebook again."""
+    return max(n * k * 4 // 100, 16 * 2**20 + 4 * k * d)
+
+
+def plan_search(n: int, k: int, d: int, config: ScanConfig, properties: DeviceProperties) -> SearchPlan:
+    """Splits that fill the device and keep the packed bits few, and rows a launch that keep within the memory limit."""
+    available = min(workspace_limit(n, k, d) - prepared_nbytes(k, d), _WORKSPACE_CEILING)
+    row_nbytes = _LIST_NBYTES + _MARGIN_NBYTES + (0 if config.resident else 2 * row_pitch(d))
+    tiles = ceil_div(k, config.block_k)
+    programs = ceil_div(min(n, available // row_nbytes), config.block_n)
+    wanted = max(ceil_div(tiles, MAX_TILES_PER_SPLIT), properties.multiprocessors // max(programs, 1))
+    tiles_per_split = ceil_div(tiles, min(wanted, tiles)) if wanted > 1 else tiles
+    splits = ceil_div(tiles, tiles_per_split)
+    if splits > 1:
+        row_nbytes += splits * _STATE_NBYTES
+    rows_per_launch = max(available // row_nbytes // config.block_n, 1) * config.block_n
+    return SearchPlan(config, splits, tiles_per_split, rows_per_launch)
