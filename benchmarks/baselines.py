@@ -1,0 +1,255 @@
+"""The contenders of `argmin_bench.py`, each once: what people use today, this library, and the ceiling.
+
+| contender        | what it is                                                       | on float32 input |
+|------------------|------------------------------------------------------------------|------------------|
+| cdist            | torch.cdist + argmin                                             | float32          |
+| addmm            | argmin of ‖c‖² - 2 x·c by torch.addmm                            | float32          |
+| addmm-chunked    | the same by chunks of rows, at the fastest of five sizes         | float32          |
+| addmm-compiled   | the same under torch.compile                                     | float32          |
+| faiss            | faiss.IndexFlatL2, on the CPU                                    | float32          |
+| flash-kmeans     | svg-project/flash-kmeans, euclid_assign_triton                   | TF32             |
+| flashlib         | FlashML-org/flashlib, euclid_assign_triton                       | TF32             |
+| flashlib-cutedsl | FlashML-org/flashlib, cutedsl_assign_euclid; 16-bit input alone  | -                |
+| cuvs             | cuvs.cluster.kmeans.predict                                      | 3xTF32 or TF32   |
+| keops            | argmin of pykeops LazyTensors                                    | float32          |
+| torch            | this library's PyTorch backend                                   | exact            |
+| torch-prepared   | the same, on a PreparedCodebook                                  | exact            |
+| triton           | this library's Triton backend                                    | exact            |
+| triton-prepared  | the same, on a PreparedCodebook                                  | exact            |
+| gemm             | the bare product x·cᵀ, which writes N x K: the ceiling           | float32          |
+| gemm-tf32        | the same in TF32                                                 | TF32             |
+| gemm-16bit       | the same of x and c rounded to float16 beforehand                | 16 bits          |
+
+With 16-bit input all but cdist, faiss and keops (which take it as float32) compute in 16 bits.
+Everything that a caller has to do for every new codebook is in the timed call, except for the -prepared contenders.
+"""
+
+import importlib
+import importlib.util
+import inspect
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from vq_kernels import PreparedCodebook, nearest_code
+
+Search = Callable[[], Tensor]
+"""One timed call. Returns the indices [N] of some integer dtype; a bare product returns its scores [N, K]."""
+
+Precision = Literal["exact", "float32", "3xTF32", "TF32", "16 bits"]
+
+_CHUNK_ROWS = (512, 2048, 8192, 32768, 131072)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A way to search.
+
+    Attributes:
+        name: as in the table above.
+        precision: the class of its arithmetic for float32 input.
+        build: (x [N, D], codebook [K, D]) -> the call to time. What build itself does is not timed.
+        devices: the device types it runs on.
+        package: the package it comes from, beyond this library's own dependencies.
+        dtypes: the input dtypes that it takes.
+        upcasts: whether it computes in float32 for 16-bit input too.
+        is_ceiling: whether it is a bare product, which finds no index.
+        backend: this library's backend that it runs, if any.
+    """
+
+    name: str
+    precision: Precision
+    build: Callable[[Tensor, Tensor], Search]
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    package: str = ""
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
+    upcasts: bool = False
+    is_ceiling: bool = False
+    backend: Literal["", "torch", "triton"] = ""
+
+    def precision_for(self, dtype: torch.dtype) -> Precision:
+        """The class of its arithmetic for input of `dtype`."""
+        keeps = dtype == torch.float32 or self.upcasts or self.precision == "exact"
+        return self.precision if keeps else "16 bits"
+
+    def obstacle(self, device_type: str, dtype: torch.dtype) -> str:
+        """Why it cannot run here; empty if it can."""
+        if self.package and importlib.util.find_spec(self.package.partition(".")[0]) is None:
+            return "not installed"
+        if device_type not in self.devices:
+            return f"runs on {' and '.join(self.devices)} alone"
+        if dtype not in self.dtypes:
+            return f"does not take {str(dtype).removeprefix('torch.')}"
+        return ""
+
+
+def _expansion(x: Tensor, codebook: Tensor) -> Tensor:
+    """Indices [N] of the least |c|^2 - 2 x.c; |x|^2 is the same for all codes."""
+    sq_norms = codebook.square().sum(dim=1)
+    return torch.addmm(sq_norms, x, codebook.t(), alpha=-2).argmin(dim=1)
+
+
+def _build_cdist(x: Tensor, codebook: Tensor) -> Search:
+    return lambda: torch.cdist(x.float(), codebook.float()).argmin(dim=1)
+
+
+def _build_addmm(x: Tensor, codebook: Tensor) -> Search:
+    return lambda: _expansion(x, codebook)
+
+
+def _build_addmm_chunked(x: Tensor, codebook: Tensor) -> Search:
+    def search(rows: int) -> Tensor:
+        starts = range(0, x.shape[0], rows)
+        return torch.cat([_expansion(x[start : start + rows], codebook) for start in starts])
+
+    def elapsed(rows: int) -> float:
+        search(rows)
+        start = time.perf_counter()
+        search(rows)[-1].item()  # waits for a GPU
+        return time.perf_counter() - start
+
+    affordable = [rows for rows in _CHUNK_ROWS if rows == _CHUNK_ROWS[0] or rows * codebook.shape[0] <= 1 << 28]
+    best_rows = min(affordable, key=elapsed)
+    return lambda: search(best_rows)
+
+
+def _build_addmm_compiled(x: Tensor, codebook: Tensor) -> Search:
+    torch.compiler.reset()  # one shape at a time: no recompilation counts against the limit
+    compiled = torch.compile(_expansion, dynamic=False)
+    return lambda: compiled(x, codebook)
+
+
+def _build_faiss(x: Tensor, codebook: Tensor) -> Search:
+    faiss: Any = importlib.import_module("faiss")
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    queries, codes = x.float().numpy(), codebook.float().numpy()
+
+    def search() -> Tensor:
+        index = faiss.IndexFlatL2(codes.shape[1])
+        index.add(codes)
+        return torch.from_numpy(index.search(queries, 1)[1][:, 0])
+
+    return search
+
+
+def _build_triton_assign(module: str, function: str) -> Callable[[Tensor, Tensor], Search]:
+    """For flash-kmeans' kernel and its descendants, which take batches and, in older versions, |x|^2."""
+
+    def build(x: Tensor, codebook: Tensor) -> Search:
+        assign: Any = getattr(importlib.import_module(module), function)
+        wants_norms = "x_sq" in inspect.signature(assign).parameters
+
+        def search() -> Tensor:
+            norms = {"x_sq": x.float().square().sum(dim=1)[None]} if wants_norms else {}
+            indices: Tensor = assign(x[None], codebook[None], **norms)
+            return indices[0]
+
+        return search
+
+    return build
+
+
+def _build_cuvs(x: Tensor, codebook: Tensor) -> Search:
+    kmeans: Any = importlib.import_module("cuvs.cluster.kmeans")
+    parameters = kmeans.KMeansParams(n_clusters=codebook.shape[0])
+
+    def search() -> Tensor:
+        labels = torch.empty(x.shape[0], dtype=torch.int32, device=x.device)
+        kmeans.predict(parameters, x, codebook, labels=labels)
+        return labels
+
+    return search
+
+
+def _build_keops(x: Tensor, codebook: Tensor) -> Search:
+    lazy_tensor: Any = importlib.import_module("pykeops.torch").LazyTensor
+
+    def search() -> Tensor:
+        differences = lazy_tensor(x.float()[:, None, :]) - lazy_tensor(codebook.float()[None, :, :])
+        indices: Tensor = (differences**2).sum(-1).argmin(dim=1)
+        return indices.view(-1)
+
+    return search
+
+
+def _build_ours(backend: Literal["torch", "triton"]) -> Callable[[Tensor, Tensor], Search]:
+    return lambda x, codebook: lambda: nearest_code(x, codebook, backend=backend).indices
+
+
+def _build_ours_prepared(backend: Literal["torch", "triton"]) -> Callable[[Tensor, Tensor], Search]:
+    def build(x: Tensor, codebook: Tensor) -> Search:
+        prepared = PreparedCodebook.from_codebook(codebook, backend=backend)
+        return lambda: nearest_code(x, prepared).indices
+
+    return build
+
+
+def _build_gemm(dtype: torch.dtype | None, precision: str) -> Callable[[Tensor, Tensor], Search]:
+    """x.c^T in `dtype` (None: as given), to a buffer of its own so that no page is touched for the first time."""
+
+    def build(x: Tensor, codebook: Tensor) -> Search:
+        left, right = x.to(dtype or x.dtype), codebook.to(dtype or x.dtype).t()
+        scores = torch.zeros(x.shape[0], codebook.shape[0], dtype=left.dtype, device=x.device)
+
+        def search() -> Tensor:
+            before = torch.get_float32_matmul_precision()
+            torch.set_float32_matmul_precision(precision)
+            try:
+                return torch.mm(left, right, out=scores)
+            finally:
+                torch.set_float32_matmul_precision(before)
+
+        return search
+
+    return build
+
+
+_CUDA = ("cuda",)
+_16_BITS = (torch.float16, torch.bfloat16)
+_FLOAT32 = (torch.float32,)
+
+_ALL = (
+    Contender("cdist", "float32", _build_cdist, upcasts=True),
+    Contender("addmm", "float32", _build_addmm),
+    Contender("addmm-chunked", "float32", _build_addmm_chunked),
+    Contender("addmm-compiled", "float32", _build_addmm_compiled),
+    Contender("faiss", "float32", _build_faiss, ("cpu",), "faiss", upcasts=True),
+    Contender(
+        "flash-kmeans",
+        "TF32",
+        _build_triton_assign("flash_kmeans.assign_euclid_triton", "euclid_assign_triton"),
+        _CUDA,
+        "flash_kmeans",
+    ),
+    Contender(
+        "flashlib",
+        "TF32",
+        _build_triton_assign("flashlib.primitives.kmeans", "euclid_assign_triton"),
+        _CUDA,
+        "flashlib",
+    ),
+    Contender(
+        "flashlib-cutedsl",
+        "16 bits",
+        _build_triton_assign("flashlib.primitives.kmeans.cutedsl", "cutedsl_assign_euclid"),
+        _CUDA,
+        "flashlib",
+        _16_BITS,
+    ),
+    Contender("cuvs", "3xTF32", _build_cuvs, _CUDA, "cuvs", _FLOAT32),
+    Contender("keops", "float32", _build_keops, package="pykeops", upcasts=True),
+    Contender("torch", "exact", _build_ours("torch"), backend="torch"),
+    Contender("torch-prepared", "exact", _build_ours_prepared("torch"), backend="torch"),
+    Contender("triton", "exact", _build_ours("triton"), _CUDA, "triton", backend="triton"),
+    Contender("triton-prepared", "exact", _build_ours_prepared("triton"), _CUDA, "triton", backend="triton"),
+    Contender("gemm", "float32", _build_gemm(None, "highest"), is_ceiling=True),
+    Contender("gemm-tf32", "TF32", _build_gemm(None, "high"), _CUDA, dtypes=_FLOAT32, is_ceiling=True),
+    Contender("gemm-16bit", "16 bits", _build_gemm(torch.float16, "highest"), _CUDA, dtypes=_FLOAT32, is_ceiling=True),
+)
+
+CONTENDERS: dict[str, Contender] = {contender.name: contender for contender in _ALL}
+"""All contenders by name, in the order in which they are run and shown."""

@@ -1,0 +1,271 @@
+"""What the compiler makes of every Triton kernel, without a GPU: registers, spills, shared memory, instructions.
+
+    python benchmarks/kernel_report.py --arch 80 90 100
+
+One JSON line a kernel, configuration and architecture; exit code 1 if anything spills, 2 if anything fails to compile.
+
+    {"kernel": "_scan_kernel", "config": "short_hopper D=64 float32", "arch": 90, "registers": 124, "spill_bytes": 0,
+     "stack_bytes": 0, "shared_bytes": 40960, "mma": "HGMMA.64x64x16.F32", "instructions_per_element": 5.1,
+     "bound": "epilogue"}
+
+`instructions_per_element` counts what the loop around the matrix instructions issues to the ALU for each score it
+makes. `bound` names the greatest of three estimates, in clocks of one multiprocessor for one tile of scores: matrix
+units (16-bit multiply-adds at the data-sheet rate), epilogue (those instructions at 64 lanes a clock), memory (what
+the tile reads of codes and x' through the multiprocessor's 64-byte port to L2). Kernels without products are bound by
+memory.
+
+The launches are recorded, not listed: the launchers run on meta tensors, and what they would launch is compiled.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from vq_kernels.gradient.triton_gradient import codebook_gradient
+from vq_kernels.search.triton_backend import search_with_plan
+from vq_kernels.search.triton_plan import DeviceProperties, pick_config, plan_search
+
+# Multiprocessors (A100, H100, B200), and 16-bit multiply-adds one does in a clock.
+_MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
+_MULTIPLY_ADDS = {80: 1024, 90: 2048, 100: 4096}
+_ALU_LANES = 64
+_PORT_BYTES = 64
+_ALU_INSTRUCTIONS = {
+    *("FMNMX", "FMNMX3", "VIMNMX", "VIMNMX3", "LOP3", "IADD3", "VIADD", "ISETP", "FSETP", "SEL", "FSEL", "SHF", "LEA"),
+    *("PRMT", "IABS"),
+}
+_MATRIX_INSTRUCTION = re.compile(r"\b((?:HGMMA|HMMA|UTCHMMA)[.\w]*)")
+_STORE_WIDTHS = {"STL": 4, "STL.64": 8, "STL.128": 16}
+# (rows, codes, D, dtype): together they make pick_config return every configuration, at each width of its products,
+# with and without a split codebook, with D a power of two and not.
+_SHAPES = (
+    *((65_536, 1_024, d, torch.float32) for d in (3, 16, 32, 64, 100, 128, 512, 1_000)),
+    *((65_536, 1_024, d, torch.bfloat16) for d in (64, 128, 512)),
+    (1_024, 4_096, 64, torch.float32),
+    (1_024, 65_536, 128, torch.float32),
+    (256, 1_024, 128, torch.float16),
+    (256, 1_024, 512, torch.float32),
+)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One compilation: the kernel (module and name), its label, and what Triton would specialise it for."""
+
+    module: str
+    kernel: str
+    config: str
+    arch: int
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    aligned: tuple[int, ...]
+    options: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Report:
+    """One line of the output."""
+
+    kernel: str
+    config: str
+    arch: int
+    registers: int
+    spill_bytes: int
+    stack_bytes: int
+    shared_bytes: int
+    mma: str | None
+    instructions_per_element: float | None
+    bound: str
+
+
+def _describe(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], config: str, arch: int) -> Launch:
+    """What Triton's own launcher derives from the arguments: types, constants, and what is divisible by 16."""
+    names = kernel.arg_names
+    values = dict(zip(names, args, strict=False)) | {name: kwargs[name] for name in kwargs if name in names}
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    aligned = []
+    for position, parameter in enumerate(kernel.params):
+        value = values[parameter.name]
+        specialised = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (specialised and type(value) is int and value == 1):
+            signature[parameter.name] = "constexpr"
+            constants[parameter.name] = value
+            continue
+        if isinstance(value, torch.Tensor):
+            signature[parameter.name] = "*" + _POINTEES[value.dtype]
+        else:
+            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+        if isinstance(value, torch.Tensor) or (specialised and value % 16 == 0):
+            aligned.append(position)
+    options = {name: kwargs[name] for name in kwargs if name not in names and kwargs[name] is not None}
+    return Launch(kernel.fn.__module__, kernel.__name__, config, arch, signature, constants, tuple(aligned), options)
+
+
+_POINTEES = {
+    torch.float64: "fp64",
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+}
+
+
+def _recorder(launches: dict[str, Launch], labels: dict[str, str], other: str, arch: int) -> Callable[..., None]:
+    """A stand-in for JITFunction.run that notes each launch once, under the first label it comes with."""
+
+    def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        launch = _describe(kernel, args, kwargs, labels.get(kernel.__name__, other), arch)
+        identity = asdict(launch) | {"config": None}
+        # D decides nothing of these kernels but a loop's length and a mask, so a row a dtype is enough.
+        if kernel.__name__ != "_scan_kernel":
+            identity["constants"] = {k: v for k, v in launch.constants.items() if k not in ("D", "PITCH")}
+        launches.setdefault(repr(identity), launch)
+
+    return run
+
+
+def collect_launches(arch: int) -> list[Launch]:
+    """Every kernel that a search or a gradient would launch on an architecture, each specialisation once."""
+    properties = DeviceProperties((arch // 10, arch % 10), _MULTIPROCESSORS[arch])
+    launches: dict[str, Launch] = {}
+    for n, k, d, dtype in _SHAPES:
+        x, codebook = (torch.empty(rows, d, dtype=dtype, device="meta") for rows in (n, k))
+        config = pick_config(n, k, d, dtype, properties)
+        plan = plan_search(n, k, d, config, properties)
+        dtype_name = str(dtype).removeprefix("torch.")
+        scan_label = f"{config.name} D={d} {dtype_name}{' split' if plan.splits > 1 else ''}"
+
+        for precision, suffix in (("exact", ""), ("fast", " fast")):
+            labels = {"_scan_kernel": scan_label + suffix, "_merge_kernel": dtype_name + suffix}
+            with mock.patch.object(JITFunction, "run", _recorder(launches, labels, dtype_name, arch)):
+                search_with_plan(x, codebook, [], precision, plan)
+        indices = torch.empty(n, dtype=torch.int64, device="meta")
+        for deterministic in (True, False):
+            with mock.patch.object(JITFunction, "run", _recorder(launches, {}, dtype_name, arch)):
+                codebook_gradient(x, codebook, indices, deterministic)
+    return list(launches.values())
+
+
+def compile_launch(launch: Launch) -> Report:
+    """Compile one kernel for its architecture and read what came out."""
+    module = sys.modules.get(launch.module) or __import__(launch.module, fromlist=["_"])
+    attributes = {(position,): [["tt.divisibility", 16]] for position in launch.aligned}
+    source = ASTSource(getattr(module, launch.kernel), launch.signature, launch.constants, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", launch.arch, 32), options=launch.options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _cuobjdump("-res-usage", file.name)
+        sass = _cuobjdump("-sass", file.name)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    if found is None:
+        raise RuntimeError(f"cuobjdump -res-usage named no registers: {usage!r}")
+    instructions = list(_instructions(sass))
+    matrix = _MATRIX_INSTRUCTION.search(sass)
+    per_element, bound = _bound(launch, instructions) if matrix else (None, "memory")
+    return Report(
+        kernel=launch.kernel,
+        config=launch.config,
+        arch=launch.arch,
+        registers=int(found.group(1)),
+        spill_bytes=sum(_STORE_WIDTHS.get(name, 0) for _, name, _ in instructions),
+        stack_bytes=int(found.group(2)),
+        shared_bytes=compiled.metadata.shared,
+        mma=matrix.group(1) if matrix else None,
+        instructions_per_element=per_element,
+        bound=bound,
+    )
+
+
+def _cuobjdump(option: str, path: str) -> str:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return subprocess.run([tool, option, path], capture_output=True, text=True, check=True).stdout
+
+
+def _instructions(sass: str) -> Iterator[tuple[int, str, str]]:
+    """(address, opcode with modifiers, operands) of each instruction."""
+    for match in re.finditer(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", sass):
+        yield int(match.group(1), 16), match.group(2), match.group(3)
+
+
+def _bound(launch: Launch, instructions: list[tuple[int, str, str]]) -> tuple[float, str]:
+    """ALU instructions for each score in the innermost loop with products, and what the model says is the bound."""
+    loops = []
+    for address, name, operands in instructions:
+        target = re.search(r"0x([0-9a-f]+)\s*$", operands.strip())
+        if name.startswith("BRA") and target and int(target.group(1), 16) < address:
+            body = [other for place, other, _ in instructions if int(target.group(1), 16) <= place <= address]
+            if any(_MATRIX_INSTRUCTION.match(other) for other in body):
+                loops.append(body)
+    if not loops:
+        raise RuntimeError(f"no loop around the matrix instructions of {launch.kernel} ({launch.config})")
+    alu = sum(name.split(".")[0] in _ALU_INSTRUCTIONS for name in min(loops, key=len))
+    sizes = launch.constants
+    scores = sizes["BLOCK_N"] * sizes["BLOCK_K"]
+    per_element = alu * 32 * launch.options["num_warps"] / scores
+    read_rows = sizes["BLOCK_K"] + (0 if sizes["RESIDENT"] else sizes["BLOCK_N"])
+    columns = -(-sizes["PITCH"] // sizes["BLOCK_D"]) * sizes["BLOCK_D"]
+    clocks = {
+        "matrix units": scores * columns / _MULTIPLY_ADDS[launch.arch],
+        "epilogue": scores * per_element / _ALU_LANES,
+        "memory": read_rows * sizes["PITCH"] * 2 / _PORT_BYTES,
+    }
+    return round(per_element, 2), max(clocks, key=lambda name: clocks[name])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Compile, print, and say by the exit code whether anything spills."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--arch", type=int, nargs="+", choices=sorted(_MULTIPROCESSORS), default=[80, 90, 100])
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes that compile at a time")
+    parser.add_argument("--only", default="", help="compile only what has this text in its kernel or configuration")
+    options = parser.parse_args(arguments)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET=1 is set: the interpreter compiles nothing")
+    launches = [
+        launch
+        for arch in options.arch
+        for launch in collect_launches(arch)
+        if options.only in f"{launch.kernel} {launch.config}"
+    ]
+    spilled, failed = [], []
+    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
+        futures = [pool.submit(compile_launch, launch) for launch in launches]
+        for launch, future in zip(launches, futures, strict=True):
+            name = f"{launch.kernel} ({launch.config}, sm_{launch.arch})"
+            error = future.exception()
+            if error is not None:
+                failed.append(name)
+                print(f"{name} does not compile: {error}", file=sys.stderr)
+                continue
+            report = future.result()
+            print(json.dumps(asdict(report)), flush=True)
+            if report.spill_bytes:
+                spilled.append(name)
+    print(f"{len(launches)} compiled, {len(spilled)} spill, {len(failed)} fail", file=sys.stderr)
+    for name in spilled:
+        print(f"spills: {name}", file=sys.stderr)
+    return 2 if failed else int(bool(spilled))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,175 @@
+"""The benchmark of the search, end to end on small shapes, and what it says of contenders that go wrong."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import argmin_bench
+import pytest
+import torch
+from argmin_bench import CPU_SHAPES, CUDA_SHAPES, parse_shape
+from baselines import CONTENDERS, Contender, Search
+from torch import Tensor
+
+FAST = ("cdist", "addmm", "addmm-chunked", "faiss", "torch", "torch-prepared", "gemm")
+
+
+def bench(monkeypatch: pytest.MonkeyPatch, out: Path, *arguments: str) -> tuple[int, list[dict[str, object]]]:
+    """The exit status and the rows of a run on the CPU."""
+    common = ["argmin_bench.py", "--device", "cpu", "--quick", "--rounds", "1", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", [*common, *arguments])
+    status = argmin_bench.main()
+    results = out / "results.jsonl"
+    return status, [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+
+
+def replace_search(monkeypatch: pytest.MonkeyPatch, name: str, build: Callable[[Tensor, Tensor], Search]) -> None:
+    """Let a contender of that name search by `build`."""
+    monkeypatch.setitem(CONTENDERS, name, dataclasses.replace(CONTENDERS[name], build=build))
+
+
+def test_a_quick_run_fills_every_column(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--shapes", "300x40x8", "500x64x8", "--data", "gaussian", "duplicates", "--contenders", *FAST)
+    status, rows = bench(monkeypatch, tmp_path, *arguments)
+
+    assert status == 0
+    assert [row["contender"] for row in rows] == list(FAST) * 4
+    for row in rows:
+        assert row["status"] == "ok"
+        assert row["op"] == "nearest_code"
+        assert 0 < row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"]
+        assert row["tflops"] == pytest.approx(2e-9 * row["N"] * row["K"] * row["D"] / row["p50_ms"])
+        assert row["peak_mib"] >= 0
+        assert row["timing"] == "wall clock"
+        assert all(row[field] for field in ("device", "versions", "commit", "date", "dtype", "data"))
+        assert (row["wrong_percent"] is None) == (row["contender"] == "gemm")
+        assert (row["unproved_percent"] is None) != row["contender"].startswith("torch")
+        if row["contender"] == "cdist":
+            assert row["ratio_to_cdist"] == 1
+        if row["precision"] == "exact":
+            assert row["wrong_percent"] == 0
+            assert row["checked_rows"] == row["N"]
+    assert (tmp_path / "times.png").stat().st_size > 10_000
+    printed = capsys.readouterr().out
+    assert "500 x 64 x 8, float32, duplicates" in printed
+    assert "torch-prepared" in printed
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_16_bit_input(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, dtype: str) -> None:
+    status, rows = bench(
+        monkeypatch, tmp_path, "--shapes", "300x40x8", "--dtype", dtype, "--contenders", "cdist", "addmm", "torch"
+    )
+    assert status == 0
+    assert [row["precision"] for row in rows] == ["float32", "16 bits", "exact"]
+    assert {row["dtype"] for row in rows} == {dtype}
+
+
+def test_a_float32_search_that_is_wrong_says_how_often(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    arguments = ("--shapes", "500x200x64", "--data", "offset-1000", "--contenders", "cdist", "torch")
+    status, (cdist, ours) = bench(monkeypatch, tmp_path, *arguments)
+    assert status == 0
+    assert cdist["wrong_percent"] > 10
+    assert cdist["p50_ms"] > 0
+    assert ours["wrong_percent"] == 0
+
+
+def test_an_exact_search_with_one_wrong_index_is_not_timed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = CONTENDERS["torch"].build
+
+    def build(x: Tensor, codebook: Tensor) -> Search:
+        def search() -> Tensor:
+            indices = right(x, codebook)()
+            indices[7] = (indices[7] + 1) % codebook.shape[0]
+            return indices
+
+        return search
+
+    replace_search(monkeypatch, "torch", build)
+    status, (cdist, ours) = bench(monkeypatch, tmp_path, "--shapes", "200x40x8", "--contenders", "cdist", "torch")
+    assert status == 1
+    assert ours["status"] == "WRONG"
+    assert ours["wrong_percent"] == pytest.approx(0.5)
+    assert ours["p50_ms"] is None
+    assert cdist["status"] == "ok"
+    assert "WRONG" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (MemoryError(), "out of memory"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "out of memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "out of memory"),
+        (ZeroDivisionError("by zero\nand more"), "failed: by zero"),
+        (ZeroDivisionError(), "failed: ZeroDivisionError"),
+    ],
+)
+def test_a_contender_that_fails_is_a_row(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception, expected: str
+) -> None:
+    def build(x: Tensor, codebook: Tensor) -> Search:
+        raise error
+
+    replace_search(monkeypatch, "addmm", build)
+    status, (broken, ours) = bench(monkeypatch, tmp_path, "--shapes", "200x40x8", "--contenders", "addmm", "torch")
+    assert status == 0
+    assert broken["status"] == expected
+    assert broken["p50_ms"] is None
+    assert ours["status"] == "ok"
+
+
+def test_contenders_that_cannot_run_are_named_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    absent = Contender("absent", "float32", CONTENDERS["cdist"].build, package="no_such_package.of_mine")
+    monkeypatch.setitem(CONTENDERS, "absent", absent)
+    names = ("absent", "gemm-tf32", "flashlib-cutedsl", "cdist")
+    status, rows = bench(monkeypatch, tmp_path, "--shapes", "100x40x8", "--contenders", *names)
+    assert status == 0
+    statuses = {row["contender"]: row["status"] for row in rows}
+    assert statuses["absent"] == "not installed"
+    assert statuses["gemm-tf32"] == "runs on cuda alone"
+    assert statuses["flashlib-cutedsl"] in ("not installed", "runs on cuda alone")
+    assert "absent (not installed)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--shapes", "12x3"), "--shapes must be NxKxD with sizes from 1 on, got '12x3'"),
+        (("--shapes", "12x0x3"), "got '12x0x3'"),
+        (("--contenders", "faster"), "--contenders must be of cdist, "),
+        (("--data", "mine"), "--data must be of gaussian, "),
+        (("--data", "trained"), "--data trained needs --checkpoint FILE"),
+        (("--data", "trained", "--checkpoint", "no/such.pt", "--shapes", "9x9x9"), "no/such.pt"),
+    ],
+)
+def test_bad_options(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...],
+    message: str,
+) -> None:
+    status, _ = bench(monkeypatch, tmp_path, *arguments)
+    assert status == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["argmin_bench.py", "--device", "cuda"])
+    assert argmin_bench.main() == 2
+    assert "PyTorch sees no GPU" in capsys.readouterr().err
+
+
+def test_every_default_shape_is_a_shape() -> None:
+    assert (65536, 1024, 64) in [parse_shape(text) for text in CPU_SHAPES]
+    assert (1048576, 4096, 512) in [parse_shape(text) for text in CUDA_SHAPES]

@@ -1,0 +1,82 @@
+"""The kernel report: what it collects, and what it says of a few kernels compiled here."""
+
+import json
+
+import kernel_report
+import pytest
+
+from vq_kernels.search.triton_plan import CONFIGS
+
+
+def scan(arch: int, config: str) -> kernel_report.Launch:
+    return next(launch for launch in kernel_report.collect_launches(arch) if launch.config == config)
+
+
+def test_every_kernel_and_configuration_is_collected():
+    launches = [launch for arch in (80, 90, 100) for launch in kernel_report.collect_launches(arch)]
+    assert {launch.kernel for launch in launches} == {
+        "_column_statistics_kernel",
+        "_shift_kernel",
+        "_round_codes_kernel",
+        "_rows_kernel",
+        "_scan_kernel",
+        "_merge_kernel",
+        "_resolve_kernel",
+        "_drain_kernel",
+        "_segment_kernel",
+        "_combine_kernel",
+        "_atomic_kernel",
+    }
+    scanned = {launch.config.split()[0] for launch in launches if launch.kernel == "_scan_kernel"}
+    assert scanned == {config.name for config in CONFIGS}
+
+
+@pytest.mark.parametrize(
+    ("arch", "config", "mma"),
+    [
+        (80, "long_ampere D=512 float32", "HMMA.16816.F32"),
+        (90, "short_shared D=64 float32", "HGMMA.64x64x16.F32"),
+        (90, "long_hopper D=512 float32", "HGMMA.64x128x16.F32"),
+        (100, "few_rows D=512 float32 split", "UTCHMMA"),
+    ],
+)
+def test_scans_use_the_matrix_units_and_do_not_spill(arch: int, config: str, mma: str):
+    report = kernel_report.compile_launch(scan(arch, config))
+    assert report.mma == mma
+    assert report.spill_bytes == 0
+    assert report.registers <= (128 if config.startswith("short_shared") else 255)
+    assert report.shared_bytes <= 227 * 1024
+    assert 4.0 <= (report.instructions_per_element or 0) <= 6.0
+
+
+def test_a_line_and_the_exit_code(capsys: pytest.CaptureFixture[str]):
+    assert kernel_report.main(["--arch", "90", "--jobs", "1", "--only", "_combine_kernel"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    keys = "kernel config arch registers spill_bytes stack_bytes shared_bytes mma instructions_per_element bound"
+    assert [list(json.loads(line)) for line in lines] == [keys.split()] * len(lines)
+    assert {json.loads(line)["bound"] for line in lines} == {"memory"}
+
+
+def test_a_spill_is_an_error(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(kernel_report, "_STORE_WIDTHS", {"STG.E": 4})  # what every kernel has stands in for a spill
+    monkeypatch.setattr(kernel_report, "ProcessPoolExecutor", _Here)
+    assert kernel_report.main(["--arch", "90", "--only", "_combine_kernel"]) == 1
+    assert "spills: _combine_kernel" in capsys.readouterr().err
+
+
+class _Here:
+    """A pool that works in this process, where the monkeypatch holds."""
+
+    def __init__(self, *_: object, **__: object) -> None: ...
+
+    def __enter__(self) -> "_Here":
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def submit(self, function, launch):
+        from concurrent.futures import Future
+
+        future: Future[object] = Future()
+        future.set_result(function(launch))
+        return future
