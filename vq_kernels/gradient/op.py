@@ -1,5 +1,7 @@
 """The codebook's gradient as one operator: its schema, its fake, and the way to a backend. Needs torch alone."""
 
+from importlib import import_module
+
 import torch
 from torch import Tensor
 
@@ -13,9 +15,9 @@ def codebook_gradient_op(x: Tensor, codebook: Tensor, indices: Tensor, backend: 
     name, _ = select_backend(x, codebook, backend)
     deterministic = x.device.type == "cpu" or torch.are_deterministic_algorithms_enabled()
     if name == "triton":
-        from vq_kernels.gradient import triton_gradient
-
-        return triton_gradient.codebook_gradient(x, codebook, indices, deterministic)
+        triton_gradient = import_module("vq_kernels.gradient.triton_gradient")  # on first use
+        sums, counts = triton_gradient.codebook_gradient(x, codebook, indices, deterministic)
+        return sums, counts
     return torch_gradient.codebook_gradient(x, codebook, indices, deterministic)
 
 

@@ -1,0 +1,72 @@
+"""What the attacks on the search share: the backends that can run here, and the contract as one check."""
+
+import os
+
+import pytest
+import torch
+from search_verification import wrong_rows
+from torch import Tensor
+
+from vq_kernels import NearestCode, nearest_code, select_backend
+from vq_kernels.search.brute_force import brute_force_nearest
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Whether Triton's kernels run in its interpreter: on the CPU, and a thousand times slower."""
+
+
+def device_of(backend: str) -> str:
+    """Where a backend is tested: Triton on the GPU unless it is interpreted, PyTorch on the CPU."""
+    return "cuda" if backend == "triton" and not INTERPRETED else "cpu"
+
+
+def require_backend(backend: str) -> None:
+    """Skip the test, with the reason, where the backend cannot run."""
+    if device_of(backend) == "cuda" and not torch.cuda.is_available():
+        pytest.skip("Triton needs a GPU, or TRITON_INTERPRET=1")
+    sample = torch.zeros(1, 1, device=device_of(backend))
+    try:
+        select_backend(sample, sample, backend)
+    except RuntimeError as obstacle:
+        pytest.skip(str(obstacle))
+
+
+def check_exact(backend: str, x: Tensor, codebook: Tensor) -> NearestCode:
+    """Search x [N, D] in codebook [K, D] and hold every output against float64; what was found, on the CPU."""
+    if backend == "triton" and torch.float64 in (x.dtype, codebook.dtype):
+        pytest.skip("the Triton backend does not take float64")
+    device = device_of(backend)
+    found = NearestCode(*(t.cpu() for t in nearest_code(x.to(device), codebook.to(device), backend=backend)))
+    check_outputs(found, x, codebook)
+    return found
+
+
+def check_outputs(found: NearestCode, x: Tensor, codebook: Tensor) -> None:
+    """Hold what a search of x [N, D] in codebook [K, D] found against float64."""
+    indices, codes, sq_distances = found
+    assert indices.dtype == torch.int64
+    assert indices.shape == x.shape[:-1]
+    assert ((indices >= 0) & (indices < codebook.shape[0])).all()
+    finite = x.isfinite().all(dim=1)
+    if codebook.isfinite().all():
+        assert wrong_rows(x[finite], codebook, indices[finite]).sum() == 0
+    else:
+        assert torch.equal(indices[finite], brute_force_nearest(x[finite], codebook))
+    assert (indices[~finite] == 0).all()
+
+    chosen = codebook[indices]
+    assert codes.dtype == x.dtype
+    assert torch.equal(codes.nan_to_num(nan=7.0), chosen.to(x.dtype).nan_to_num(nan=7.0))
+    assert sq_distances.dtype == torch.float32
+    assert sq_distances[~finite].isnan().all()
+    check_sq_distances(sq_distances[finite], x[finite], chosen[finite])
+
+
+def check_sq_distances(sq_distances: Tensor, x: Tensor, chosen: Tensor) -> None:
+    """Within 1e-5 of float64, relatively; inf where float32 overflows; to float32's last bit where it is subnormal."""
+    usable = chosen.isfinite().all(dim=1)
+    expected = (x[usable].double() - chosen[usable].double()).square().sum(dim=1)
+    given = sq_distances[usable].double()
+    overflows = expected.float().isinf()
+    clearly = expected > 1.00002 * torch.finfo(torch.float32).max
+    assert given[clearly].isinf().all()
+    assert ((given - expected).abs()[~overflows] <= 1e-5 * expected[~overflows] + 2.0**-149).all()

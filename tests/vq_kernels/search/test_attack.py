@@ -1,0 +1,226 @@
+"""Attacks on the exactness of the search: values chosen so that a plausible implementation gets them wrong."""
+
+import itertools
+
+import pytest
+import torch
+from search_data import DRAWN_DATA, make_search_data
+from torch import Tensor
+
+from tests.vq_kernels.search.exactness import INTERPRETED, check_exact, device_of
+from vq_kernels import search_statistics
+from vq_kernels.search.brute_force import brute_force_nearest
+
+N, K, D = 24 if INTERPRETED else 100, 130, 16
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def gaussian(seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    generator = seeded(seed)
+    return torch.randn(N, D, generator=generator).to(dtype), torch.randn(K, D, generator=generator).to(dtype)
+
+
+def shell(spread: float) -> tuple[Tensor, Tensor]:
+    """Vectors near one point, and codes around it at distances 1 to 1 + spread: all nearly tied."""
+    generator = seeded(1)
+    centre = torch.randn(D, generator=generator)
+    directions = torch.nn.functional.normalize(torch.randn(K, D, generator=generator), dim=1)
+    radii = 1 + spread * torch.rand(K, 1, generator=generator)
+    x = centre + spread * torch.randn(N, D, generator=generator) / D
+    return x, centre + radii * directions
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("spread", [1e-2, 1e-3, 1e-5, 1e-6])
+def test_codes_that_16_bit_scores_put_in_the_wrong_order(backend: str, spread: float, dtype: torch.dtype) -> None:
+    x, codebook = shell(spread)
+    rounded_x, rounded_codes = x.to(dtype).double(), codebook.to(dtype).double()
+    rounded_scores = rounded_x @ rounded_codes.t() - rounded_codes.square().sum(dim=1) / 2
+    misled = rounded_scores.argmax(dim=1) != brute_force_nearest(x, codebook)
+    assert misled.sum() > N // 10, "the attack must mislead a search by 16-bit scores"
+
+    check_exact(backend, x, codebook)
+
+
+def test_every_step_of_the_search_is_attacked(backend: str) -> None:
+    kinds = {"proved": 0, "resolved": 0, "drained": 0}
+    for x, codebook in (gaussian(), shell(1e-3), shell(1e-6), (gaussian()[0], gaussian()[1][:1].expand(K, D))):
+        check_exact(backend, x, codebook)
+        device = device_of(backend)
+        statistics = search_statistics(x.to(device), codebook.to(device), backend=backend)
+        assert sum(statistics) == N
+        for kind in kinds:
+            kinds[kind] += getattr(statistics, kind)
+    assert all(kinds.values()), f"no row took one of the steps: {kinds}"
+
+
+@pytest.mark.parametrize("name", DRAWN_DATA)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_every_data_set_in_every_dtype(backend: str, name: str, dtype: torch.dtype) -> None:
+    x, codebook = make_search_data(name, N, K, D, dtype=dtype, seed=3)
+    check_exact(backend, x, codebook)
+
+
+@pytest.mark.parametrize("offset", [1.0, 1e2, 1e4, 1e6])
+@pytest.mark.parametrize("spread", [1.0, 1e-2])
+def test_offsets_far_beyond_the_spread(backend: str, offset: float, spread: float) -> None:
+    x, codebook = gaussian()
+    check_exact(backend, spread * x + offset, spread * codebook + offset)
+
+
+@pytest.mark.parametrize("offset", [1e2, 1e6])
+def test_codes_offset_from_the_vectors(backend: str, offset: float) -> None:
+    x, codebook = gaussian()
+    check_exact(backend, x, codebook + offset)
+    check_exact(backend, x + offset, codebook)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale"),
+    [
+        (torch.float32, 2.0**-126),
+        (torch.float32, 1e-40),
+        (torch.float32, 1e-44),
+        (torch.float16, 2.0**-14),
+        (torch.float16, 1e-6),
+        (torch.bfloat16, 1e-39),
+    ],
+)
+def test_subnormals(backend: str, dtype: torch.dtype, scale: float) -> None:
+    if backend == "triton" and INTERPRETED and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter converts bfloat16 subnormals to other numbers")
+    x, codebook = gaussian(dtype=torch.float64)
+    check_exact(backend, (scale * x).to(dtype), (scale * codebook).to(dtype))
+
+
+def test_subnormal_vectors_among_normal_codes(backend: str) -> None:
+    x, codebook = gaussian()
+    check_exact(backend, 1e-40 * x, codebook)
+    check_exact(backend, x, 1e-40 * codebook)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-19, 1e-15, 1e-10, 1e10, 1e15, 1e19, 1e30, 1e37])
+def test_scales_across_the_range_of_float32(backend: str, scale: float) -> None:
+    x, codebook = gaussian()
+    check_exact(backend, scale * x, scale * codebook)
+
+
+@pytest.mark.parametrize("huge", [1e4, 1e10, 1e20, 3e38])
+def test_one_huge_entry(backend: str, huge: float) -> None:
+    x, codebook = gaussian()
+    x[:, 3] = torch.where(torch.arange(N) % 2 == 0, huge, -huge)
+    check_exact(backend, x, codebook)
+    x, codebook = gaussian()
+    codebook[5, 2] = huge
+    check_exact(backend, x, codebook)
+    x[7] = codebook[5]
+    check_exact(backend, x, codebook)
+
+
+def test_rows_of_very_different_sizes(backend: str) -> None:
+    x, codebook = gaussian()
+    sizes = torch.logspace(-38, 37, N)[:, None]
+    check_exact(backend, sizes * x, codebook)
+    check_exact(backend, x, torch.logspace(-38, 37, K)[:, None] * codebook)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "limit"), [(torch.float16, 65504.0), (torch.bfloat16, 3.3895e38), (torch.float32, 3.4028e38)]
+)
+def test_values_at_the_edge_of_the_format(backend: str, dtype: torch.dtype, limit: float) -> None:
+    signs = torch.randint(0, 2, (N + K, D), generator=seeded(), dtype=torch.float64) * 2 - 1
+    values = (limit * signs * (1 - torch.rand(N + K, D, generator=seeded(1), dtype=torch.float64) / 8)).to(dtype)
+    check_exact(backend, values[:N], values[N:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("offset", [0.0, 5.0])
+def test_codes_that_differ_in_the_last_bit(backend: str, dtype: torch.dtype, offset: float) -> None:
+    x, codebook = make_search_data("near-duplicates", N, K, D, dtype=dtype, seed=1)
+    check_exact(backend, x + offset, codebook + offset)
+    check_exact(backend, codebook, codebook)
+
+
+def test_the_least_of_a_thousand_codes_within_one_ulp(backend: str) -> None:
+    generator = seeded()
+    bits = torch.ones(256, D).view(torch.int32) + torch.randint(0, 2, (256, D), generator=generator, dtype=torch.int32)
+    codebook = bits.view(torch.float32)
+    check_exact(backend, 1 + 2.0**-20 * torch.randn(N, D, generator=generator), codebook)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_identical_codes_give_the_lowest_index(backend: str, dtype: torch.dtype) -> None:
+    x, codebook = gaussian(dtype=dtype)
+    codebook[64:128] = codebook[:64].flip(0)
+    found = check_exact(backend, x, codebook)
+    assert torch.equal(found.indices, brute_force_nearest(x, codebook))
+    assert not ((found.indices >= 64) & (found.indices < 128)).any()
+
+
+def test_zero_and_minus_zero_are_identical(backend: str) -> None:
+    codebook = torch.zeros(20, D)
+    codebook[:10] = -0.0
+    assert (check_exact(backend, gaussian()[0], codebook).indices == 0).all()
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, 1e-30, 1e30, -65504.0])
+def test_all_codes_equal(backend: str, value: float) -> None:
+    codebook = torch.full((K, D), value)
+    assert (check_exact(backend, gaussian()[0], codebook).indices == 0).all()
+    assert (check_exact(backend, codebook[:3], codebook).indices == 0).all()
+
+
+def test_small_integers_tie_and_the_lowest_index_wins(backend: str) -> None:
+    generator = seeded()
+    x = torch.randint(-2, 3, (5 * N, 4), generator=generator).float()
+    codebook = torch.randint(-2, 3, (K, 4), generator=generator).float()
+    distances = (x[:, None] - codebook).square().sum(dim=2)
+    ties = (distances == distances.amin(dim=1, keepdim=True)).sum(dim=1)
+    assert (ties > 1).sum() > N, "the attack must tie"
+
+    found = check_exact(backend, x, codebook)
+    assert torch.equal(found.indices, distances.argmin(dim=1))  # argmin of integers: the first of equals
+    assert torch.equal(found.sq_distances, distances.amin(dim=1))
+
+
+def test_midpoints_moved_by_one_ulp(backend: str) -> None:
+    codebook = gaussian()[1]
+    pairs = torch.randint(0, K, (N, 2), generator=seeded(5))
+    middle = (codebook[pairs[:, 0]] + codebook[pairs[:, 1]]) / 2
+    for x in (middle, torch.nextafter(middle, codebook[pairs[:, 0]]), torch.nextafter(middle, codebook[pairs[:, 1]])):
+        check_exact(backend, x, codebook)
+        check_exact(backend, x, codebook[:2])
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("num_codes", [2, 3, 5, K])
+def test_nan_and_inf(backend: str, poison: float, num_codes: int) -> None:
+    x, codebook = gaussian()
+    codebook = codebook[:num_codes]
+    bad_x, bad_codebook = x.clone(), codebook.clone()
+    bad_x[::3, 2] = poison
+    bad_codebook[::2, 1] = poison
+    for vectors, codes in itertools.product((x, bad_x), (codebook, bad_codebook)):
+        check_exact(backend, vectors, codes)
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+@pytest.mark.parametrize("num_codes", [1, 2, K])
+def test_no_usable_code_at_all(backend: str, poison: float, num_codes: int) -> None:
+    codebook = torch.full((num_codes, D), poison)
+    assert (check_exact(backend, gaussian()[0], codebook).indices == 0).all()
+
+
+def test_one_usable_code_is_the_answer(backend: str) -> None:
+    codebook = torch.full((K, D), torch.nan)
+    codebook[77] = 1.0
+    assert (check_exact(backend, gaussian()[0], codebook).indices == 77).all()
+
+
+def test_one_usable_code_is_the_answer_however_far(backend: str) -> None:
+    codebook = torch.full((K, D), torch.inf)
+    codebook[77] = 3e38
+    assert (check_exact(backend, -3e38 * gaussian()[0].sign(), codebook).indices == 77).all()

@@ -1,0 +1,265 @@
+"""Attacks on the exactness of the search: shapes, strides, mixed dtypes, and what the process around it has set."""
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests.vq_kernels.search.exactness import INTERPRETED, check_exact, check_outputs, device_of
+from vq_kernels import NearestCode, PreparedCodebook, nearest_code
+from vq_kernels.search.brute_force import brute_force_nearest
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def gaussian(num_vectors: int, num_codes: int, code_dim: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(num_vectors, code_dim, generator=generator), torch.randn(
+        num_codes, code_dim, generator=generator
+    )
+
+
+@pytest.mark.parametrize("num_vectors", [1, 63, 1000])
+@pytest.mark.parametrize("num_codes", [1, 7, 513])
+@pytest.mark.parametrize("code_dim", [3, 64, 100])
+def test_odd_sizes(backend: str, num_vectors: int, num_codes: int, code_dim: int) -> None:
+    check_exact(backend, *gaussian(num_vectors, num_codes, code_dim))
+
+
+@pytest.mark.parametrize(
+    ("num_vectors", "num_codes", "code_dim"), [(0, 5, 4), (0, 1, 1), (1, 1, 1), (50, 1, 1), (50, 300, 1), (3, 20, 4096)]
+)
+def test_smallest_and_longest_sizes(backend: str, num_vectors: int, num_codes: int, code_dim: int) -> None:
+    check_exact(backend, *gaussian(num_vectors, num_codes, code_dim))
+
+
+@pytest.mark.parametrize("num_codes", [31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 2048, 2049])
+def test_the_best_code_in_the_first_and_the_last_place(backend: str, num_codes: int) -> None:
+    x, codebook = gaussian(20, num_codes, 8)
+    x[:10], x[10:] = codebook[0], codebook[-1]
+    x += 1e-4
+    found = check_exact(backend, x, codebook)
+    assert found.indices.tolist() == [0] * 10 + [num_codes - 1] * 10
+
+
+def test_the_least_numbers_of_equals_across_blocks_of_codes() -> None:
+    x, codebook = gaussian(200, 20_011, 4)
+    for shift in (8192, 10_000, 16_384):  # the PyTorch backend takes 8,192 codes at a time
+        codebook[shift : shift + 1000] = codebook[:1000]
+    x[:100] = codebook[torch.arange(100) + 8192] + 1e-3
+    found = check_exact("torch", x, codebook)
+    assert (found.indices[:100] < 8192).any()
+
+
+def test_more_rows_than_a_tile_holds() -> None:
+    x, codebook = gaussian(40_000, 50, 3)
+    check_exact("torch", x, codebook)
+
+
+@pytest.mark.parametrize(("x_dtype", "codebook_dtype"), list(itertools.product(DTYPES, DTYPES)))
+def test_mixed_dtypes(backend: str, x_dtype: torch.dtype, codebook_dtype: torch.dtype) -> None:
+    x, codebook = gaussian(200, 90, 12)
+    codebook[45:] = codebook[:45] * (1 + 1e-3)
+    check_exact(backend, x.to(x_dtype), codebook.to(codebook_dtype))
+    check_exact(backend, x.to(x_dtype) + 100, codebook.to(codebook_dtype) + 100)
+
+
+def test_float64_inputs_beyond_the_range_and_precision_of_float32() -> None:
+    x, codebook = (t.double() for t in gaussian(200, 90, 12))
+    for scale in (1e-100, 1e-60, 1e60, 1e100):
+        check_exact("torch", scale * x, scale * codebook)
+    codebook[45:] = codebook[:45] * (1 + 1e-12)
+    check_exact("torch", x, codebook)
+    check_exact("torch", x + 1e5, codebook + 1e5)
+
+
+@pytest.mark.parametrize("backend_argument", ["given", "prepared"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        lambda x: x.t().contiguous().t(),
+        lambda x: x.repeat_interleave(2, dim=1)[:, ::2],
+        lambda x: x.repeat_interleave(3, dim=0)[::3],
+        lambda x: x[:1].expand(x.shape[0], -1),
+        lambda x: x.flip(0),
+        lambda x: torch.cat([x, x], dim=1)[:, x.shape[1] :],
+        lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape),
+    ],
+    ids=["transposed", "columns-strided", "rows-strided", "expanded", "flipped", "offset-columns", "misaligned"],
+)
+def test_any_strides(backend: str, layout: Callable[[Tensor], Tensor], backend_argument: str) -> None:
+    x, codebook = (layout(t) for t in gaussian(70, 40, 10))
+    device = device_of(backend)
+    x, codebook = x.to(device), codebook.to(device)
+    if backend_argument == "given":
+        found = nearest_code(x, codebook, backend=backend)
+    else:
+        found = nearest_code(x, PreparedCodebook.from_codebook(codebook, backend=backend))
+    check_outputs(NearestCode(*(t.cpu() for t in found)), x.cpu(), codebook.cpu())
+
+
+@pytest.mark.parametrize("shape", [(5,), (2, 3, 5), (2, 0, 5), (1, 2, 3, 4, 5)])
+def test_leading_dimensions(backend: str, shape: tuple[int, ...]) -> None:
+    device = device_of(backend)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    x = x.movedim(0, -1).contiguous().movedim(-1, 0)
+    codebook = gaussian(1, 30, 5)[1]
+    found = NearestCode(*(t.cpu() for t in nearest_code(x.to(device), codebook.to(device), backend=backend)))
+    assert found.indices.shape == found.sq_distances.shape == shape[:-1]
+    assert found.codes.shape == shape
+    flat = NearestCode(found.indices.reshape(-1), found.codes.reshape(-1, 5), found.sq_distances.reshape(-1))
+    check_outputs(flat, x.reshape(-1, 5), codebook)
+
+
+@settings(
+    max_examples=15 if INTERPRETED else 60,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(data=st.data())
+def test_random_shapes_values_and_dtypes(backend: str, data: st.DataObject) -> None:
+    num_vectors, num_codes = data.draw(st.integers(0, 80)), data.draw(st.integers(1, 150))
+    code_dim, seed = data.draw(st.integers(1, 40)), data.draw(st.integers(0, 2**31))
+    dtypes = st.sampled_from(DTYPES if backend == "torch" else DTYPES[:3])
+    x, codebook = gaussian(num_vectors, num_codes, code_dim, seed)
+    offset = data.draw(st.sampled_from([0.0, 0.5, 30.0, 2000.0]))
+    scale = data.draw(st.sampled_from([1.0, 1e-3, 1e-6, 1e-20, 1e3, 1e15]))
+    levels = data.draw(st.sampled_from([None, 1, 2, 16]))  # coarse values tie
+    x, codebook = (scale * ((t * levels).round() / levels if levels else t) + offset for t in (x, codebook))
+    if data.draw(st.booleans()) and num_vectors:
+        x = codebook[torch.arange(num_vectors) % num_codes] + scale * 1e-3 * x
+    check_exact(backend, x.to(data.draw(dtypes)), codebook.to(data.draw(dtypes)))
+
+
+@contextmanager
+def float32_products(precision: str) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
+def every_float32_product_in(precision: str) -> Iterator[None]:
+    settings_before = torch.backends.fp32_precision, torch.backends.mkldnn.fp32_precision
+    torch.backends.fp32_precision = torch.backends.mkldnn.fp32_precision = precision
+    try:
+        yield
+    finally:
+        torch.backends.fp32_precision, torch.backends.mkldnn.fp32_precision = settings_before
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextmanager
+def deterministic_algorithms() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+SURROUNDINGS = [
+    *("autocast-bfloat16", "autocast-float16", "products-medium", "products-high", "all-products-bf16"),
+    *("all-products-tf32", "default-float64", "default-float16", "deterministic", "one-thread", "inference", "no-grad"),
+]
+
+
+@pytest.mark.parametrize(
+    "surroundings",
+    [
+        lambda device: torch.autocast(device, dtype=torch.bfloat16),
+        lambda device: torch.autocast(device, dtype=torch.float16),
+        lambda device: float32_products("medium"),
+        lambda device: float32_products("high"),
+        lambda device: every_float32_product_in("bf16"),
+        lambda device: every_float32_product_in("tf32"),
+        lambda device: default_dtype(torch.float64),
+        lambda device: default_dtype(torch.float16),
+        lambda device: deterministic_algorithms(),
+        lambda device: one_thread(),
+        lambda device: torch.inference_mode(),
+        lambda device: torch.no_grad(),
+    ],
+    ids=[
+        "autocast-bf16",
+        "autocast-fp16",
+        "medium",
+        "high",
+        "all-bf16",
+        "all-tf32",
+        "float64",
+        "float16",
+        "deterministic",
+        "thread",
+        "inference",
+        "no-grad",
+    ],
+)
+@pytest.mark.parametrize("offset", [0.0, 100.0])
+def test_nothing_around_it_changes_a_result(
+    backend: str, surroundings: Callable[[str], AbstractContextManager[object]], offset: float
+) -> None:
+    device = device_of(backend)
+    x, codebook = (t.to(device) + offset for t in gaussian(300, 100, 24))
+    expected = nearest_code(x, codebook, backend=backend)
+    with surroundings(device):
+        found = nearest_code(x, codebook, backend=backend)
+    assert torch.equal(found.indices, expected.indices)
+    assert torch.equal(found.codes, expected.codes)
+    check_outputs(NearestCode(*(t.cpu() for t in found)), x.cpu(), codebook.cpu())
+
+
+def test_flushing_subnormals_changes_no_result_of_normal_values() -> None:
+    generator = torch.Generator().manual_seed(0)
+    codebook, x = (1 + torch.rand(size, generator=generator) for size in ((100, 8), (200, 8)))
+    far_codes = torch.zeros(2, 8)
+    far_codes[:, 0] = torch.tensor([1.0, -1.0])  # these set the scale; the others are near each other and the mean
+    x, codebook = 2.0**-124 * x, torch.cat([2.0**-124 * codebook, 2.0**-100 * far_codes])
+    assert min(t[t != 0].abs().min() for t in (x, codebook)) >= torch.finfo(torch.float32).tiny
+    expected = brute_force_nearest(x, codebook)
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush subnormals to zero")
+    try:
+        found = nearest_code(x, codebook, backend="torch")
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(found.indices, expected)
+
+
+def test_nothing_of_a_call_is_written_to_its_inputs(backend: str) -> None:
+    device = device_of(backend)
+    x, codebook = (t.to(device) for t in gaussian(300, 100, 24))
+    x[5], codebook[3] = torch.nan, torch.inf
+    versions = x._version, codebook._version
+    copies = x.clone(), codebook.clone()
+    nearest_code(x, codebook, backend=backend)
+    assert (x._version, codebook._version) == versions
+    torch.testing.assert_close((x, codebook), copies, rtol=0, atol=0, equal_nan=True)

@@ -1,0 +1,217 @@
+"""nearest_code as users call it: shapes, errors, backends, prepared codebooks, memory, compilation."""
+
+import subprocess
+import sys
+import textwrap
+import warnings
+
+import pytest
+import torch
+
+from vq_kernels import PreparedCodebook, nearest_code, search_statistics, select_backend
+from vq_kernels.search import backend as backend_module
+from vq_kernels.search.brute_force import brute_force_nearest
+
+
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("shape", [(5,), (0, 5), (7, 5), (2, 3, 4, 5), (1, 1, 5)])
+def test_shapes_and_dtypes(shape: tuple[int, ...]) -> None:
+    x, codebook = draw(*shape).half(), draw(9, 5, seed=1)
+    indices, codes, sq_distances = nearest_code(x, codebook)
+    assert (indices.shape, codes.shape, sq_distances.shape) == (shape[:-1], shape, shape[:-1])
+    assert (indices.dtype, codes.dtype, sq_distances.dtype) == (torch.int64, torch.float16, torch.float32)
+    assert torch.equal(codes, codebook[indices].half())
+
+
+def test_strided_input() -> None:
+    codebook = draw(50, 6, seed=1)
+    x = draw(6, 40).t()
+    expected = brute_force_nearest(x, codebook)
+    assert torch.equal(nearest_code(x, codebook).indices, expected)
+    pictures = draw(2, 6, 4, 5).movedim(1, -1)
+    assert torch.equal(
+        nearest_code(pictures, codebook).indices.flatten(), brute_force_nearest(pictures.reshape(-1, 6), codebook)
+    )
+    assert torch.equal(nearest_code(x[::3], codebook.t().contiguous().t()).indices, expected[::3])
+    assert nearest_code(x[:1].expand(30, 6), codebook).indices.unique().tolist() == [expected[0].item()]
+
+
+@pytest.mark.parametrize(
+    ("x", "codebook", "error", "message"),
+    [
+        (
+            torch.zeros(3, 4),
+            torch.zeros(5, 3),
+            ValueError,
+            r"x must be \[..., 3\] to match codebook \(5, 3\), got \(3, 4\)",
+        ),
+        (torch.tensor(1.0), torch.zeros(5, 3), ValueError, r"x must be \[..., 3\]"),
+        (
+            torch.zeros(3, 4),
+            torch.zeros(4),
+            ValueError,
+            r"codebook must be \[K, D\] with K >= 1 and D >= 1, got \(4,\)",
+        ),
+        (torch.zeros(3, 4), torch.zeros(0, 4), ValueError, r"codebook must be .* got \(0, 4\)"),
+        (torch.zeros(3, 0), torch.zeros(4, 0), ValueError, r"codebook must be .* got \(4, 0\)"),
+        (torch.zeros(3, 4, dtype=torch.int32), torch.zeros(5, 4), TypeError, r"x must be float32, .* got torch.int32"),
+        (
+            torch.zeros(3, 4),
+            torch.zeros(5, 4, dtype=torch.complex64),
+            TypeError,
+            r"codebook must be float32, .*complex64",
+        ),
+        ([[1.0]], torch.zeros(5, 4), TypeError, r"x must be a tensor, got list"),
+        (
+            torch.zeros(3, 4, device="meta"),
+            torch.zeros(5, 4),
+            ValueError,
+            r"codebook must be on x's device, meta, got cpu",
+        ),
+    ],
+)
+def test_bad_tensors_are_named(x: torch.Tensor, codebook: torch.Tensor, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        nearest_code(x, codebook)
+
+
+def test_bad_choices_are_named() -> None:
+    x, codebook = draw(3, 4), draw(5, 4)
+    with pytest.raises(ValueError, match="backend must be one of auto, triton, torch, got 'cuda'"):
+        nearest_code(x, codebook, backend="cuda")
+    with pytest.raises(ValueError, match="precision must be one of exact, fast, got 'half'"):
+        nearest_code(x, codebook, precision="half")
+
+
+def test_auto_takes_pytorch_on_the_cpu_in_silence() -> None:
+    name, reason = select_backend(draw(3, 4), draw(5, 4))
+    assert name == "torch"
+    assert "cpu" in reason
+
+
+def test_an_explicit_triton_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(RuntimeError, match="backend='triton' cannot run here: "):
+        nearest_code(draw(3, 4), draw(5, 4), backend="triton")
+    with pytest.raises(RuntimeError, match=r"x is torch\.float64"):
+        nearest_code(draw(3, 4).double(), draw(5, 4), backend="triton")
+
+
+def test_the_environment_replaces_auto_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, codebook = draw(3, 4), draw(5, 4)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("VQ_KERNELS_BACKEND", "triton")
+    assert select_backend(x, codebook, "torch")[0] == "torch"
+    with pytest.raises(RuntimeError, match="VQ_KERNELS_BACKEND='triton' cannot run here"):
+        nearest_code(x, codebook)
+    monkeypatch.setenv("VQ_KERNELS_BACKEND", "tritn")
+    with pytest.raises(ValueError, match="VQ_KERNELS_BACKEND must be one of auto, triton, torch, got 'tritn'"):
+        nearest_code(x, codebook)
+
+
+def test_a_fall_back_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnCuda:
+        device, dtype = torch.device("cuda"), torch.float64
+
+    backend_module._warn_once.cache_clear()
+    with pytest.warns(RuntimeWarning, match="PyTorch instead of Triton: x is torch.float64"):
+        assert select_backend(OnCuda(), OnCuda())[0] == "torch"  # type: ignore[arg-type]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        select_backend(OnCuda(), OnCuda())  # type: ignore[arg-type]
+
+
+def test_prepared_codebook_is_a_copy_with_the_same_answers() -> None:
+    x, codebook = draw(300, 8), draw(60, 8, seed=1)
+    prepared = PreparedCodebook.from_codebook(codebook)
+    expected = nearest_code(x, codebook)
+    codebook.zero_()
+    found = nearest_code(x, prepared)
+    assert torch.equal(found.indices, expected.indices)
+    assert torch.equal(found.sq_distances, expected.sq_distances)
+    assert search_statistics(x, prepared) == search_statistics(x, prepared.codebook)
+    with pytest.raises(
+        ValueError, match="backend must be 'auto' or 'torch', which codebook was prepared for, got 'triton'"
+    ):
+        nearest_code(x, prepared, backend="triton")
+
+
+def test_fast_is_in_range_and_close() -> None:
+    x, codebook = draw(2000, 16), draw(300, 16, seed=1)
+    x[0], x[1] = torch.nan, 3e38
+    exact, fast = nearest_code(x, codebook), nearest_code(x, codebook, precision="fast")
+    assert (fast.indices >= 0).all()
+    assert (fast.indices < 300).all()
+    assert fast.indices[0] == 0
+    torch.testing.assert_close(fast.sq_distances, exact.sq_distances, rtol=1e-5, atol=0, equal_nan=True)
+
+
+def test_statistics_add_up_and_each_step_is_reached() -> None:
+    codebook = draw(400, 8, seed=1)
+    ties = (codebook[:50] + codebook[50:100]) / 2  # about as far from two codes
+    same = codebook[:1].expand(400, 8)
+    assert search_statistics(draw(200, 8), codebook).proved > 190
+    near_ties = search_statistics(codebook[0] + 0.5 * (codebook[1:2] - codebook[0]) + 0 * ties, codebook[:2])
+    assert near_ties.resolved == 50
+    drained = search_statistics(draw(20, 8), same)
+    assert drained.drained == 20
+    assert sum(search_statistics(ties, codebook)) == 50
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_no_switch_for_matrix_products_changes_a_result(precision: str) -> None:
+    x, codebook = draw(500, 32) + 3, draw(200, 32, seed=1) + 3
+    expected = nearest_code(x, codebook)
+    try:
+        torch.set_float32_matmul_precision(precision)
+        found = nearest_code(x, codebook)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    with torch.autocast("cpu", torch.bfloat16):
+        under_autocast = nearest_code(x, codebook)
+    for result in (found, under_autocast):
+        assert torch.equal(result.indices, expected.indices)
+        assert torch.equal(result.sq_distances, expected.sq_distances)
+
+
+def test_the_result_is_not_differentiable() -> None:
+    x, codebook = draw(5, 4).requires_grad_(), draw(6, 4).requires_grad_()
+    assert not any(result.requires_grad for result in nearest_code(x, codebook))
+
+
+def test_operator_is_well_formed() -> None:
+    arguments = (draw(5, 3), draw(7, 3), [], "torch", "exact")
+    torch.library.opcheck(torch.ops.vq_kernels.nearest_code.default, arguments)
+    indices = torch.tensor([0, 3, 3, 1, 6])
+    torch.library.opcheck(torch.ops.vq_kernels.codebook_gradient.default, (draw(5, 3), draw(7, 3), indices, "torch"))
+
+
+def test_import_needs_torch_alone() -> None:
+    program = """
+        import sys, torch
+        heavy = ("triton", "numpy", "torchvision", "matplotlib", "tyro", "tqdm")
+        for name in heavy:
+            sys.modules.setdefault(name, None)  # importing it from here on is an ImportError
+        import vq_kernels
+        assert vq_kernels.nearest_code(torch.zeros(2, 3), torch.zeros(4, 3)).indices.tolist() == [0, 0]
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True, timeout=120)
+
+
+def test_memory_is_far_below_the_matrix_of_distances() -> None:
+    """262,144 x 4,096 x 4: the distances would take 4 GiB."""
+    program = """
+        import resource, torch
+        from vq_kernels import nearest_code
+        x, codebook = torch.randn(1 << 18, 4), torch.randn(1 << 12, 4)
+        nearest_code(x[:5000], codebook)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        indices, codes, sq_distances = nearest_code(x, codebook)
+        outputs = indices.nbytes + codes.nbytes + sq_distances.nbytes
+        extra_mib = (1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) - outputs) / 2**20
+        assert extra_mib < 64, extra_mib
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True, timeout=240)

@@ -1,0 +1,64 @@
+"""torch.compile without a graph break and with dynamic shapes, and torch.export: the search is one node."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from vq_kernels import VectorQuantizer, nearest_code
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning:torch"
+)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_the_search_compiles_with_dynamic_shapes() -> None:
+    compiled = torch.compile(
+        lambda x, codebook: nearest_code(x, codebook), fullgraph=True, dynamic=True, backend="aot_eager"
+    )
+    for num_rows, num_codes in ((17, 5), (64, 33), (1, 1)):
+        x, codebook = draw(num_rows, 6), draw(num_codes, 6, seed=1)
+        for found, expected in zip(compiled(x, codebook), nearest_code(x, codebook), strict=True):
+            assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_module_compiles_and_keeps_its_gradients(training: bool) -> None:
+    torch.manual_seed(0)
+    eager = VectorQuantizer(20, 6, init="data", restart_after=2).train(training)
+    compiled_module = VectorQuantizer(20, 6, init="data", restart_after=2).train(training)
+    compiled_module.load_state_dict(eager.state_dict())
+    compiled = torch.compile(compiled_module, fullgraph=True, dynamic=True, backend="aot_eager")
+    for step in range(4):
+        results = []
+        for call, module in ((eager, eager), (compiled, compiled_module)):
+            torch.manual_seed(step)
+            x = draw(30 + step, 6, seed=step).requires_grad_()
+            module.zero_grad()
+            quantized, indices, loss = call(x)
+            (quantized.square().sum() + loss).backward()
+            results.append((indices, loss.detach(), x.grad, module.codebook.grad, module.steps_unused.clone()))
+        for found, expected in zip(*results, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
+
+
+def test_the_module_exports_as_one_node() -> None:
+    quantizer = VectorQuantizer(20, 6).eval()
+    program = torch.export.export(quantizer, (draw(8, 6),), dynamic_shapes=({0: torch.export.Dim("n", min=2)},))
+    targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert targets.count("vq_kernels.nearest_code.default") == 1
+    x = draw(11, 6, seed=1)
+    for found, expected in zip(program.module()(x), quantizer(x), strict=True):
+        assert torch.equal(found, expected)
