@@ -39,8 +39,8 @@ _NEVER = {torch.float32: -(2.0**100), torch.float64: -(2.0**900)}  # the score o
 class CodebookOperand(NamedTuple):
     """The codebook as a scan reads it: shifted by its mean, scaled to a radius of about 1, with its error bounds."""
 
-    mean: Tensor  # [D]
-    scale: Tensor  # [], a power of two
+    scale: Tensor  # [1], a power of two
+    mean: Tensor  # [D], times the scale
     matrix: Tensor  # [K padded, D + 2]: the scaled code, -h + its error, the error for a unit of a row's norm
     error_per_norm: Tensor  # [K padded]
     error_constant: Tensor  # [K padded]
@@ -52,12 +52,12 @@ def prepare(codebook: Tensor, dtype: torch.dtype = torch.float32) -> CodebookOpe
     wide = codebook.double()
     usable = wide.isfinite().all(dim=1, keepdim=True)  # [K, 1]
     wide = torch.where(usable, wide, 0.0)
-    mean = (wide.sum(dim=0) / usable.sum().clamp(min=1)).to(dtype)  # [D]
-    centred = torch.where(usable, wide - mean.double(), 0.0)
-    radius = torch.linalg.vector_norm(centred, dim=1).amax()
+    mean = wide.sum(dim=0) / usable.sum().clamp(min=1)  # [D]
+    radius = torch.linalg.vector_norm(torch.where(usable, wide - mean, 0.0), dim=1).amax()
     radius = torch.where(radius > 0, radius, 1.0)  # 0 where all codes are one
     scale = torch.exp2(-torch.log2(radius.clamp(min=2.0**-100, max=2.0**100)).floor())
-    centred = centred * scale
+    mean = (mean * scale).to(dtype)  # as the scan will subtract it
+    centred = torch.where(usable, wide * scale - mean.double(), 0.0)
 
     padded = -(-num_codes // _slots(num_codes)) * _slots(num_codes)
     error = 1.01 * (code_dim + 16) * _UNIT[dtype] + 1.01 * (code_dim + 16) * _UNIT[torch.float64]
@@ -71,7 +71,9 @@ def prepare(codebook: Tensor, dtype: torch.dtype = torch.float32) -> CodebookOpe
     matrix[:num_codes, :code_dim] = centred
     matrix[:num_codes, code_dim] = torch.where(usable[:, 0], error_constant[:num_codes] - half_sq_norms, _NEVER[dtype])
     matrix[:, code_dim + 1] = error_per_norm
-    return CodebookOperand(mean, scale.to(dtype), matrix.to(dtype), error_per_norm.to(dtype), error_constant.to(dtype))
+    return CodebookOperand(
+        scale.to(dtype)[None], mean, matrix.to(dtype), error_per_norm.to(dtype), error_constant.to(dtype)
+    )
 
 
 def search(
@@ -87,7 +89,7 @@ def search(
 
     Returns:
         indices [N] int64, codes [N, D] in x's dtype, sq_distances [N] float32, statistics [3] int64: rows proved by the
-        first scan, resolved among its candidates, drained by float64 scores.
+        first scan (or not finite, which need no search), resolved among its candidates, drained by float64 scores.
     """
     with torch.autocast(x.device.type, enabled=False):
         operand = CodebookOperand(*prepared) if prepared else prepare(codebook)
@@ -95,6 +97,9 @@ def search(
             operand = prepare(codebook, torch.float64)
         indices, thresholds, proved = _scan(x, operand, certify=precision == "exact")
         unproved = (~proved).nonzero()[:, 0]
+        finite = x[unproved].isfinite().all(dim=1)
+        indices[unproved[~finite]] = 0
+        unproved = unproved[finite]
         drained = 0
         if unproved.numel():
             rows = x[unproved]
@@ -113,11 +118,10 @@ def _drain(x: Tensor, codebook: Tensor) -> Tensor:
     """Indices [N] for the rows that float32 scores leave with many candidates, or that are out of float32's range."""
     operand = prepare(codebook, torch.float64)
     indices, thresholds, proved = _scan(x, operand)
-    finite = x.isfinite().all(dim=1)
-    undecided = (finite & ~proved).nonzero()[:, 0]
+    undecided = (~proved).nonzero()[:, 0]
     if undecided.numel():
         indices[undecided], _ = _resolve(x[undecided], codebook, operand, thresholds[undecided], codebook.shape[0])
-    return indices.masked_fill_(~finite, 0)
+    return indices
 
 
 def _scan(x: Tensor, operand: CodebookOperand, *, certify: bool = True) -> tuple[Tensor, Tensor, Tensor]:
@@ -150,8 +154,9 @@ def _augment(x: Tensor, operand: CodebookOperand, left: Tensor) -> Tensor:
     code_dim = x.shape[1]
     left = left[: x.shape[0]]
     shifted, norms = left[:, :code_dim], left[:, code_dim + 1]
-    torch.sub(x, operand.mean, out=shifted)
-    shifted.mul_(operand.scale)
+    # Scaled first: a difference flushed to zero afterwards is small beside the codebook. Subtracted in the wider of
+    # both dtypes, so that it is rounded once.
+    torch.sub(x * operand.scale, operand.mean, out=shifted)
     left[:, code_dim] = 1
     torch.linalg.vector_norm(shifted, dim=1, out=norms)
     norms.add_(2.0**-50)  # what squares that underflowed may hide
