@@ -4,8 +4,6 @@ import contextlib
 import errno
 import io
 import os
-import pickle
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from vqae.errors import UsageError
 from vqae.model import VQAE
 
 FORMAT = "vqae checkpoint 1"
+_MODEL_KEYS = ("config", "dataset", "image_size", "model")  # what `model_of` needs
 
 
 def write_whole(file: Path, data: bytes | memoryview) -> None:
@@ -25,17 +24,14 @@ def write_whole(file: Path, data: bytes | memoryview) -> None:
     Raises:
         UsageError: the disk is full, or the folder cannot be written to.
     """
-    temporary = None
+    temporary = file.with_name(f".{file.name}.part")  # of a process that was killed, the next write takes it over
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-        with os.fdopen(descriptor, "wb") as stream:
-            os.fchmod(descriptor, 0o666 & ~_umask())  # mkstemp's own mode shuts others out
+        with open(temporary, "wb") as stream:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, file)
-        temporary = None
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise UsageError(
@@ -43,15 +39,8 @@ def write_whole(file: Path, data: bytes | memoryview) -> None:
             ) from None
         raise UsageError(f"{file} cannot be written: {error.strerror}") from None
     finally:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-
-
-def _umask() -> int:
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def save_checkpoint(file: Path, state: dict[str, Any]) -> None:
@@ -67,13 +56,15 @@ def load_checkpoint(file: Path) -> dict[str, Any]:
     Raises:
         UsageError: the file is missing, cut short, or not a checkpoint of this program.
     """
+    if not file.is_file():
+        raise UsageError(f"checkpoint {file} {'is no file' if file.exists() else 'does not exist'}")
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UsageError(f"checkpoint {file} cannot be read: {error.strerror or error}") from None
-    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError):
-        raise UsageError(f"{file} is not a checkpoint, or it was cut short") from None
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
+    except PermissionError as error:
+        raise UsageError(f"checkpoint {file} cannot be read: {error.strerror}") from None
+    except Exception:  # torch.load fails in a dozen ways on bytes that it did not write
+        raise UsageError(f"{file} is not a checkpoint, or it is cut short or damaged") from None
+    if not isinstance(state, dict) or state.get("format") != FORMAT or not state.keys() >= set(_MODEL_KEYS):
         raise UsageError(f"{file} is not a checkpoint of this program ({FORMAT!r})")
     return state
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
+from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
@@ -114,8 +116,8 @@ class Config:
             raise UsageError(f"--hidden-dims must be above 0, got {' '.join(map(str, self.hidden_dims))}")
         if self.codebook_step == "share" and self.codebook_lr >= 2:
             raise UsageError(f"--codebook-lr is a share of a gap and must be below 2, got {self.codebook_lr}")
-        if not -(2**63) <= self.seed < 2**63:
-            raise UsageError(f"--seed must fit into 64 bits, got {self.seed}")
+        if not 0 <= self.seed < 2**62:
+            raise UsageError(f"--seed must be at least 0 and below 2**62, got {self.seed}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as config.json and checkpoints hold them."""
@@ -130,28 +132,22 @@ class Config:
         """The opposite of `to_dict`; raises UsageError, naming `source`, for what is no setting."""
         if not isinstance(values, dict):
             raise UsageError(f"{source} must hold an object of settings, got {type(values).__name__}")
-        known = {field.name for field in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - known)
+        kinds = get_type_hints(cls)
+        unknown = sorted(set(values) - set(kinds))
         if unknown:
             raise UsageError(f"{source} holds settings that are not known: {', '.join(unknown)}")
-        values = dict(values)
         try:
-            if "hidden_dims" in values:
-                values["hidden_dims"] = tuple(int(dim) for dim in values["hidden_dims"])
-            for name in ("out", "data_dir"):
-                if values.get(name) is not None:
-                    values[name] = Path(values[name])
-            config = cls(**values)
+            config = cls(**{name: _typed(value, kinds[name], flag(name)) for name, value in values.items()})
             config.check()
-        except TypeError as error:
-            raise UsageError(f"{source} holds a setting of the wrong type: {error}") from None
+        except UsageError as error:
+            raise UsageError(f"{source}: {error}") from None
         return config
 
     @classmethod
     def read(cls, file: Path) -> Config:
         """The settings in a JSON file; those that it leaves out have their defaults."""
         try:
-            values = json.loads(file.read_text())
+            values = json.loads(file.read_text(encoding="utf-8"))
         except OSError as error:
             raise UsageError(f"{file} cannot be read: {error.strerror}") from None
         except ValueError as error:
@@ -164,18 +160,29 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def _typed(value: Any, kind: Any, name: str) -> Any:
+    """A value from JSON as the type of its setting; raises UsageError, naming the setting, where it is of another."""
+    if isinstance(kind, UnionType):
+        return None if value is None else _typed(value, get_args(kind)[0], name)
+    if get_origin(kind) is tuple and isinstance(value, list):
+        return tuple(_typed(item, get_args(kind)[0], name) for item in value)
+    if kind is Path and isinstance(value, str):
+        return Path(value)
+    if kind is float and type(value) is int:
+        return value
+    if get_origin(kind) is Literal or type(value) is kind:  # `check` knows the choices of a Literal
+        return value
+    raise UsageError(f"{name} must be {kind if get_origin(kind) else kind.__name__}, got {json.dumps(value)}")
+
+
 def find_device(name: str) -> torch.device:
     """The device that --device names; raises UsageError where it is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UsageError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}") from None
-    if device.type not in ("cpu", "cuda"):
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name):
         raise UsageError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}")
-    if device.type == "cuda":
-        count = torch.cuda.device_count()
-        if (device.index or 0) >= count:
-            raise UsageError(f"--device {name} is not there: this machine has {count} CUDA devices")
+    device = torch.device(name)
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise UsageError(f"--device {name} is not there: this machine has {count} CUDA devices")
     return device

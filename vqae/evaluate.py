@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-import json
+if __name__ == "__main__":
+    from vqae.command_line import run_command
+
+    run_command("vqae.evaluate")  # loads this module again, once the signal handlers stand
+
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -10,12 +14,12 @@ from typing import Literal
 import tyro
 
 from vqae.checkpoint import load_checkpoint, model_of
-from vqae.command_line import run_command
-from vqae.config import find_device
+from vqae.config import Config, find_device
 from vqae.data import load_split
 from vqae.errors import UsageError
 from vqae.evaluation import evaluate
 from vqae.interrupt import SignalHandler
+from vqae.run_folder import json_line
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,7 @@ class Command:
     dataset: Literal["cifar10", "imagefolder", "synthetic"] | None = None
     """Pictures to measure on; by default those of the checkpoint's own kind."""
     data_dir: Path | None = None
-    """Where they are; see python -m vqae.train --help."""
+    """Where they are; by default where the checkpoint's own were."""
     split: Literal["train", "test"] = "test"
     """Which of them."""
     batch_size: int = 256
@@ -44,16 +48,13 @@ def main(arguments: list[str], signals: SignalHandler) -> None:
     device = find_device(command.device)
     state = load_checkpoint(command.checkpoint)
     model = model_of(state).to(device).eval()
-    height, width = model.image_size
-    image_size = state["config"]["image_size"]
-    seed = state["config"]["seed"]
-    dataset = command.dataset or state["dataset"]
-    pictures, name = load_split(dataset, command.data_dir, command.split, image_size=image_size, seed=seed)
+    config = Config.from_dict(state["config"], "the checkpoint")
+    dataset, data_dir = command.dataset or state["dataset"], command.data_dir
+    if data_dir is None and dataset == state["dataset"]:
+        data_dir = config.data_dir
+    pictures, name = load_split(dataset, data_dir, command.split, image_size=config.image_size, seed=config.seed)
     if tuple(pictures.shape[2:]) != model.image_size:
-        raise UsageError(f"pictures must be {height} x {width} as in the checkpoint, got {tuple(pictures.shape[2:])}")
-    result = evaluate(model, pictures, command.batch_size, device, signals.poll)
-    print(json.dumps({**result._asdict(), "dataset": name, "split": command.split}))
-
-
-if __name__ == "__main__":
-    run_command(main)
+        raise UsageError(f"pictures must be {model.image_size} as in the checkpoint, got {tuple(pictures.shape[2:])}")
+    result = evaluate(model, pictures, command.batch_size, device, signals.poll)._asdict()
+    del result["counts"]
+    print(json_line({**result, "dataset": name, "split": command.split}))

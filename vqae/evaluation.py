@@ -13,14 +13,23 @@ from vqae.model import VQAE
 
 
 class Evaluation(NamedTuple):
-    """Attributes: mse, mean squared error a pixel value, pixels in [0, 1]; psnr_db, of that mse, in dB; perplexity of
-    the codes chosen; codes_used; images, how many."""
+    """What is measured on a set of pictures.
+
+    Attributes:
+        mse: mean squared error of a pixel value, pixels in [0, 1].
+        psnr_db: of that mse, in dB; inf where it is 0.
+        perplexity: exp of the entropy of the codes chosen, 1 to K.
+        codes_used: how many codes were chosen at all.
+        images: how many pictures.
+        counts: [K] int64, the pictures that chose each code.
+    """
 
     mse: float
     psnr_db: float
     perplexity: float
     codes_used: int
     images: int
+    counts: Tensor
 
 
 @torch.no_grad()
@@ -49,9 +58,10 @@ def evaluate(
     finally:
         model.train(was_training)
     mse = sq_error.item() / pictures.numel()
-    return Evaluation(mse, psnr_db(mse), perplexity(counts).item(), int((counts > 0).sum()), pictures.shape[0])
+    codes_used = int((counts > 0).sum())
+    return Evaluation(mse, psnr_db(mse), perplexity(counts).item(), codes_used, pictures.shape[0], counts)
 
 
 def psnr_db(mse: float) -> float:
-    """Peak signal-to-noise ratio in dB, of pixels in [0, 1]."""
-    return -10 * math.log10(mse) if mse > 0 else math.inf
+    """Peak signal-to-noise ratio in dB, of pixels in [0, 1]; inf where mse is 0."""
+    return -10 * math.log10(mse) if mse else math.inf

@@ -5,10 +5,11 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Literal
 
 
-class Interrupted(Exception):  # noqa: N818 - it is a request, not an error
-    """The user asked the program to stop."""
+class Interrupted(BaseException):
+    """The user asked the program to stop. No Exception: no library's `except Exception` may swallow it."""
 
     def __init__(self, signal_number: int) -> None:
         super().__init__(signal.Signals(signal_number).name)
@@ -18,13 +19,14 @@ class Interrupted(Exception):  # noqa: N818 - it is a request, not an error
 class SignalHandler:
     """Turns the first SIGINT or SIGTERM into `Interrupted`, and the second into an exit on the spot.
 
-    The exception is raised where the signal arrives, which is safe while nothing is half done; inside `deferred()` it
-    waits for `poll()`.
+    Inside `raising()` the exception is raised where the signal arrives; inside `deferred()` it waits for `poll()`.
+    Elsewhere, while modules load and while the interpreter shuts down, the first signal exits on the spot as well:
+    nothing is to be saved then, and an exception would end in somebody else's traceback.
     """
 
     def __init__(self) -> None:
         self._received = 0
-        self._deferred = False
+        self._response: Literal["exit", "raise", "defer"] = "exit"
 
     def install(self) -> None:
         """Begin to handle both signals."""
@@ -32,10 +34,10 @@ class SignalHandler:
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
-        if self._received:
+        if self._received or self._response == "exit":
             os._exit(128 + number)
         self._received = number
-        if not self._deferred:
+        if self._response == "raise":
             raise Interrupted(number)
 
     def poll(self) -> None:
@@ -44,10 +46,19 @@ class SignalHandler:
             raise Interrupted(self._received)
 
     @contextmanager
-    def deferred(self) -> Iterator[None]:
-        """A block in which a first signal waits for `poll()`."""
-        self._deferred = True
+    def raising(self) -> Iterator[None]:
+        """A block in which nothing is half done: a first signal raises `Interrupted` at once."""
+        self._response = "raise"
         try:
             yield
         finally:
-            self._deferred = False
+            self._response = "exit"
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """A part of a `raising()` block in which a first signal waits for `poll()`."""
+        self._response = "defer"
+        try:
+            yield
+        finally:
+            self._response = "raise"

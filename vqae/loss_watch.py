@@ -3,9 +3,7 @@
 import torch
 from torch import Tensor
 
-
-class DivergedError(Exception):
-    """A loss was NaN or Inf; the message says at which step."""
+from vqae.errors import DivergedError
 
 
 class LossWatch:

@@ -18,6 +18,8 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 _UPSCALE_TO = 64  # pixels a small picture's side is shown at, at least
+_DPI = 100
+_TITLE_HEIGHT, _TITLE_CHARACTER_WIDTH = 40, 9  # pixels
 
 
 @torch.no_grad()
@@ -68,7 +70,7 @@ def plot_curves(history: list[dict[str, Any]], file: Path, title: str) -> None:
             axis.legend()
     axes[1].set_yscale("symlog", linthresh=1e-3)
     figure.suptitle(title)
-    _write_figure(figure, file)
+    _write_figure(figure, file, title)
 
 
 def _padded(row: Tensor, columns: int) -> Tensor:
@@ -81,18 +83,18 @@ def _write_grid(pictures: Tensor, columns: int, file: Path, title: str, upscale_
     enlarge = max(1, upscale_to // max(pictures.shape[2:]))
     shown = pictures.cpu().repeat_interleave(enlarge, dim=2).repeat_interleave(enlarge, dim=3)
     grid = make_grid(shown, nrow=columns, padding=2, pad_value=1.0).permute(1, 2, 0).numpy()  # [height, width, 3]
-    dpi, band = 100, 40  # the title's band in pixels
-    height, width = grid.shape[:2]
-    figure = Figure(figsize=(width / dpi, (height + band) / dpi), dpi=dpi)
-    axis = figure.add_axes((0, 0, 1, height / (height + band)))
+    grid_height, grid_width = grid.shape[:2]
+    height, width = grid_height + _TITLE_HEIGHT, max(grid_width, _TITLE_CHARACTER_WIDTH * len(title))
+    figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI)
+    axis = figure.add_axes(((width - grid_width) / 2 / width, 0, grid_width / width, grid_height / height))
     axis.imshow(grid, interpolation="nearest", aspect="auto")
     axis.set_axis_off()
-    figure.text(0.5, (height + band / 2) / (height + band), title, ha="center", va="center", fontsize=11)
-    _write_figure(figure, file)
+    figure.text(0.5, 1 - _TITLE_HEIGHT / 2 / height, title, ha="center", va="center", fontsize=11)
+    _write_figure(figure, file, title)
 
 
-def _write_figure(figure: Figure, file: Path) -> None:
+def _write_figure(figure: Figure, file: Path, title: str) -> None:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    figure.savefig(buffer, format="png", metadata={"Title": title})
     plt.close(figure)
     write_whole(file, buffer.getbuffer())

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from vqae.command_line import run_command
+
+    run_command("vqae.reconstruct")  # loads this module again, once the signal handlers stand
+
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -10,12 +15,11 @@ import torch
 import tyro
 from torchvision.transforms.v2 import functional as vision
 
-from vqae.command_line import run_command
+from vqae.checkpoint import load_checkpoint, model_of
 from vqae.config import find_device
 from vqae.data import read_picture
 from vqae.errors import UsageError
 from vqae.interrupt import SignalHandler
-from vqae.model import VQAE
 from vqae.plots import plot_reconstructions
 
 
@@ -39,9 +43,10 @@ def main(arguments: list[str], signals: SignalHandler) -> None:
     if not command.pictures:
         raise UsageError("at least one picture must be given, got none")
     device = find_device(command.device)
-    model = VQAE.load(command.checkpoint, device)
+    state = load_checkpoint(command.checkpoint)
+    model = model_of(state).to(device).eval()
     originals = torch.stack([_fitted(read_picture(file), model.image_size) for file in command.pictures])
-    title = f"originals over reconstructions by {command.checkpoint.name}"
+    title = f"originals over reconstructions by {command.checkpoint.name}, trained on {state['dataset']}"
     plot_reconstructions(model, originals.to(device), command.out, title, columns=min(16, len(originals)))
     print(f"{len(originals)} pictures in {command.out}")
 
@@ -53,7 +58,3 @@ def _fitted(picture: torch.Tensor, image_size: tuple[int, int]) -> torch.Tensor:
     scaled = vision.resize(picture, [round(height * scale), round(width * scale)], antialias=True)
     cropped: torch.Tensor = vision.center_crop(scaled, list(image_size))
     return cropped
-
-
-if __name__ == "__main__":
-    run_command(main)

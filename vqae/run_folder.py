@@ -1,6 +1,7 @@
 """The files of a run, by name."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,11 @@ class RunFolder:
         own = (self.config, self.metrics, self.last, self.best, self.reconstructions, self.codebook, self.curves)
         return [file for file in (*own, *self.events.glob("events.out.tfevents.*")) if file.is_file()]
 
-    def refuse_if_taken(self) -> None:
-        """Raise UsageError if the folder cannot take a new run."""
+    def check(self, *, may_be_taken: bool) -> None:
+        """Raise UsageError if this is no folder, or if it holds a run that may not be touched."""
         if self.path.exists() and not self.path.is_dir():
             raise UsageError(f"--out must be a folder, got the file {self.path}")
-        if self.config.exists() or self.last.exists():
+        if not may_be_taken and (self.config.exists() or self.last.exists()):
             raise UsageError(f"--out {self.path} already holds a run: give --resume, --overwrite or another folder")
 
     def clear(self) -> None:
@@ -50,4 +51,12 @@ class RunFolder:
 
     def write_metrics(self, history: list[dict[str, Any]]) -> None:
         """Write metrics.jsonl, a line an epoch."""
-        write_whole(self.metrics, "".join(json.dumps(line) + "\n" for line in history).encode())
+        write_whole(self.metrics, "".join(json_line(line) + "\n" for line in history).encode())
+
+
+def json_line(values: dict[str, Any]) -> str:
+    """The values as JSON, which has no word for a number that is not finite: null."""
+    finite = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()
+    }
+    return json.dumps(finite)

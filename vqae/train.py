@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from vqae.command_line import run_command
+
+    run_command("vqae.train")  # loads this module again, once the signal handlers stand
+
 import dataclasses
 import sys
 from dataclasses import dataclass
@@ -13,11 +18,10 @@ import tyro
 
 from vqae.batches import split_train
 from vqae.checkpoint import build_model, load_checkpoint
-from vqae.command_line import run_command
 from vqae.config import Config, Dataset, find_device, flag
 from vqae.data import load_pictures
 from vqae.errors import UsageError
-from vqae.interrupt import Interrupted, SignalHandler
+from vqae.interrupt import SignalHandler
 from vqae.model import VQAE
 from vqae.run_folder import RunFolder
 from vqae.trainer import Trainer
@@ -47,7 +51,7 @@ def parse(arguments: list[str]) -> Command:
         source = folder.config
     if source is not None:
         command = _parse(arguments, Config.read(source))
-        if "--out" not in arguments and command.config is None:
+        if command.config is None:  # the folder may have another name than when its config.json was written
             command = dataclasses.replace(command, run=dataclasses.replace(command.run, out=folder.path))
     if command.resume and command.overwrite:
         raise UsageError("--resume and --overwrite contradict each other: give one")
@@ -64,12 +68,11 @@ def main(arguments: list[str], signals: SignalHandler) -> None:
     command = parse(arguments)
     config, folder = command.run, RunFolder(command.run.out)
     device = find_device(config.device)
+    folder.check(may_be_taken=command.resume or command.overwrite)
     state = _checkpoint_to_resume(config, folder) if command.resume else None
     if state is not None and state["finished"]:
         print(f"{folder.path} holds a finished run: nothing to do")
         return
-    if not command.resume and not command.overwrite:
-        folder.refuse_if_taken()
 
     dataset = config.dataset if state is None else state["dataset"]
     pictures = load_pictures(dataset, config.data_dir, image_size=config.image_size, seed=config.seed)
@@ -87,19 +90,12 @@ def main(arguments: list[str], signals: SignalHandler) -> None:
         folder.write_config(config)
     print(
         f"{pictures.dataset}: {split.train.shape[0]} pictures to train on, {split.val.shape[0]} to validate, "
-        f"{pictures.test.shape[0]} to test, {image_size[0]} x {image_size[1]}, on {device}"
+        f"{pictures.test.shape[0]} to test, {image_size[0]} x {image_size[1]}, on {device}",
+        flush=True,
     )
-    trainer = Trainer(config, model.to(device), *split, pictures.test, pictures.dataset, device, signals, state)
-    try:
-        trainer.run()
-    except Interrupted as interrupted:
-        print(
-            f"stopped by {interrupted} at step {trainer.epoch * trainer.steps_per_epoch + trainer.step}, saved; "
-            f"go on with: python -m vqae.train --out {folder.path} --resume",
-            file=sys.stderr,
-        )
-        raise
-    print(f"results in {folder.path}: {', '.join(file.name for file in folder.files())}")
+    Trainer(config, model.to(device), *split, pictures.test, pictures.dataset, device, signals, state).run()
+    names = dict.fromkeys(file.relative_to(folder.path).parts[0] for file in folder.files())
+    print(f"results in {folder.path}: {', '.join(names)}")
 
 
 def _checkpoint_to_resume(config: Config, folder: RunFolder) -> dict[str, Any] | None:
@@ -108,12 +104,15 @@ def _checkpoint_to_resume(config: Config, folder: RunFolder) -> dict[str, Any] |
         print(f"no checkpoint in {folder.path}: the run starts anew", file=sys.stderr)
         return None
     state = load_checkpoint(folder.last)
+    if "optimizer" not in state:
+        raise UsageError(f"{folder.last} holds a model alone, as best.pt does: there is nothing to go on from")
     before, now = state["config"], config.to_dict()
-    for name, value in now.items():
-        if name not in _MAY_CHANGE and before.get(name) != value:
-            raise UsageError(f"--resume: {flag(name)} is {before.get(name)} in {folder.last}, got {value}")
+    contradicting = [name for name, value in now.items() if name not in _MAY_CHANGE and before.get(name) != value]
     if config.dataset not in ("auto", state["dataset"]):
-        raise UsageError(f"--resume: --dataset is {state['dataset']} in {folder.last}, got {config.dataset}")
+        contradicting.append("dataset")
+    if contradicting:
+        differences = ", ".join(f"{flag(name)} was {before.get(name)}, got {now[name]}" for name in contradicting)
+        raise UsageError(f"--resume: the settings contradict those of {folder.last}: {differences}")
     return state
 
 
@@ -124,7 +123,3 @@ def _set_pixel_statistics(model: VQAE, pictures: torch.Tensor) -> None:
     std = (sq_mean - mean.square()).mean().clamp(min=0).sqrt()
     model.pixel_mean.copy_(mean[:, None, None])
     model.pixel_std.copy_(std.clamp(min=1 / 255))
-
-
-if __name__ == "__main__":
-    run_command(main)

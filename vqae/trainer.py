@@ -1,5 +1,8 @@
 """The training loop, and all that it needs to stop and go on."""
 
+import math
+import shlex
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -10,10 +13,12 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 
 from vqae import clock
-from vqae.batches import EpochOrder, in_order, place
+from vqae.batches import EpochOrder, place
 from vqae.checkpoint import load_weights, save_checkpoint
 from vqae.config import Config
+from vqae.errors import DivergedError, UsageError
 from vqae.evaluation import Evaluation, evaluate
+from vqae.events import write_events
 from vqae.interrupt import Interrupted, SignalHandler
 from vqae.loss_watch import LossWatch
 from vqae.model import VQAE
@@ -37,6 +42,9 @@ class Trainer:
         device: where to train.
         signals: asked, between steps, whether to stop.
         state: a checkpoint of the same settings to continue from.
+
+    Raises:
+        UsageError: the checkpoint was trained on another number of pictures, or its weights do not fit.
     """
 
     def __init__(
@@ -65,13 +73,13 @@ class Trainer:
         self.evaluation_s: float | None = None
         self.history: list[dict[str, Any]] = []
         self.best_val_mse = float("inf")
+        self.test_counts = torch.zeros(config.num_codes, dtype=torch.int64)  # of the last evaluation
         self.losses = LossWatch(device)
         self.optimizer = build_optimizer(model, config)
         self.schedule = LambdaLR(self.optimizer, lambda _: learning_rate_factor(self.progress(), config.warmup))
         if state is not None:
             self._restore(state)
         self.saved_at = time.monotonic()
-        self.steps_here = 0  # by this process
         self.reporter = ProgressReporter(self.progress())
 
     # -- where the run is
@@ -109,27 +117,32 @@ class Trainer:
         """
         with self.signals.deferred():
             try:
-                while self.step or (self.epoch < self.config.epochs and self.progress() < 1):
-                    self._train_epoch()
+                # However little time there is, one step is taken and measured: every file of a run is then there.
+                while not self.history or self.step or (self.epoch < self.config.epochs and self.progress() < 1):
+                    self.train_steps(self.steps_per_epoch - self.step)
                     self._end_epoch()
-                self._save(finished=False)
                 self._plot()
                 self._save(finished=True)
             except Interrupted:
-                self.losses.check()
                 self._save(finished=False)
+                self.reporter.close()
+                print(
+                    f"saved at step {self._global_step()}; "
+                    f"go on with: python -m vqae.train --out {shlex.quote(str(self.folder.path))} --resume",
+                    file=sys.stderr,
+                )
                 raise
             finally:
                 self.reporter.close()
 
-    def _train_epoch(self) -> None:
-        """The steps that are left of the current epoch."""
+    def train_steps(self, count: int) -> None:
+        """The next `count` steps of the current epoch, fewer where the run's time ends before them."""
         self.model.train()
         order = EpochOrder(
             self.train.shape[0], self.batch_size, flip=self.config.flip, seed=self.config.seed, epoch=self.epoch
         )
-        start, before_s = time.monotonic(), self.train_s
-        while self.step < self.steps_per_epoch and (self.progress() < 1 or not self._global_step()):
+        start, before_s, last = time.monotonic(), self.train_s, self.step + count
+        while self.step < last and (self.progress() < 1 or not self._global_step()):
             self._train_step(order.batch(self.train, self.step, self.device))
             self.train_s = before_s + time.monotonic() - start
             if self.device.type == "cpu":  # elsewhere it would mean to wait for the device
@@ -161,11 +174,14 @@ class Trainer:
         test = self._evaluate(self.test)
         val = self._evaluate(self.val) if self.val.shape[0] else None
         self.evaluation_s = time.monotonic() - start
+        val_mse = test.mse if val is None else val.mse
+        if not math.isfinite(test.mse) or not math.isfinite(val_mse):
+            raise DivergedError(f"the model's pictures were not finite after step {self._global_step()}")
         self._record(test, val)
+        self.test_counts = test.counts.cpu()
         self.epoch, self.step, self.train_s = self.epoch + 1, 0, 0.0
         self.losses = LossWatch(self.device)
         self.model.quantizer.reset_usage()
-        val_mse = test.mse if val is None else val.mse
         if val is None or val_mse < self.best_val_mse:
             self.best_val_mse = val_mse
             save_checkpoint(self.folder.best, self._model_state())
@@ -199,7 +215,7 @@ class Trainer:
             "elapsed_s": self._elapsed_s(),
         }
         self.history.append(line)
-        _write_events(self.folder, line)
+        write_events(self.folder.events, line)
         self.reporter.line(
             f"epoch {line['epoch']:g}/{self.config.epochs} ({self.dataset})  train MSE {line['train_mse']:.4f}  "
             f"test MSE {test.mse:.4f}  PSNR {test.psnr_db:.2f} dB  codes used {test.codes_used}/{quantizer.num_codes}  "
@@ -207,16 +223,15 @@ class Trainer:
         )
 
     def _plot(self) -> None:
-        """The run's three pictures."""
+        """The run's three pictures; a signal is heeded between them."""
         self.model.eval()
-        test_mse = f"test MSE {self.history[-1]['test_mse']:.4f}" if self.history else "untrained"
-        what = f"{self.dataset}, K = {self.config.num_codes}, {test_mse}"
+        what = f"{self.dataset}, K = {self.config.num_codes}, test MSE {self.history[-1]['test_mse']:.4f}"
         shown = self.test[:: max(1, self.test.shape[0] // _SHOWN_PICTURES)][:_SHOWN_PICTURES].to(self.device)
         plot_reconstructions(self.model, shown, self.folder.reconstructions, f"originals over reconstructions ({what})")
-        counts = torch.zeros(self.config.num_codes, dtype=torch.int64, device=self.device)
-        for batch in in_order(self.test, self.config.batch_size, self.device):
-            counts += torch.bincount(self.model.encode(batch), minlength=self.config.num_codes)
+        self.signals.poll()
+        counts = self.test_counts.to(self.device)
         plot_codebook(self.model, counts, self.folder.codebook, f"codebook, by use ({what})")
+        self.signals.poll()
         plot_curves(self.history, self.folder.curves, what)
 
     # -- checkpoints
@@ -242,10 +257,13 @@ class Trainer:
             "schedule": self.schedule.state_dict(),
             "rng": rng,
             "losses": self.losses.state_dict(),
+            "test_counts": self.test_counts,
+            "num_pictures": self.train.shape[0],
             "epoch": self.epoch,
             "step": self.step,
             "train_s": self.train_s,
             "elapsed_s": self._elapsed_s(),
+            "evaluation_s": self.evaluation_s,
             "history": self.history,
             "best_val_mse": self.best_val_mse,
             "finished": finished,
@@ -255,26 +273,18 @@ class Trainer:
 
     def _restore(self, state: dict[str, Any]) -> None:
         """The opposite of `_save`."""
+        before, now = state["num_pictures"], self.train.shape[0]
+        if before != now:
+            raise UsageError(f"--resume: the run trained on {before} pictures, but now there are {now}")
         load_weights(self.model, state)
         self.optimizer.load_state_dict(state["optimizer"])
         self.losses.load_state_dict(state["losses"])
+        self.test_counts = state["test_counts"]
         self.epoch, self.step, self.train_s = state["epoch"], state["step"], state["train_s"]
-        self.elapsed_before_s = state["elapsed_s"]
+        self.elapsed_before_s, self.evaluation_s = state["elapsed_s"], state["evaluation_s"]
         self.history, self.best_val_mse = state["history"], state["best_val_mse"]
         self.schedule.load_state_dict(state["schedule"])
         self.folder.write_metrics(self.history)  # a line that was being written when the run died is dropped
         torch.set_rng_state(state["rng"]["cpu"])
         if self.device.type == "cuda" and "cuda" in state["rng"]:
             torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
-
-
-def _write_events(folder: RunFolder, line: dict[str, Any]) -> None:
-    """The epoch's figures as TensorBoard events, where it is installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return
-    with SummaryWriter(str(folder.events)) as writer:
-        for name, value in line.items():
-            if isinstance(value, int | float) and name not in ("epoch", "step"):
-                writer.add_scalar(name, value, line["step"])

@@ -23,8 +23,10 @@ class TrimmedConv2d(nn.Conv2d):
         """[B, C, H, W] -> [B, C', H', W']."""
         if self.dilation != (1, 1):
             return super().forward(input)
-        top, bottom, pad_rows = _live_taps(input.shape[2], self.kernel_size[0], self.stride[0], int(self.padding[0]))
-        left, right, pad_columns = _live_taps(input.shape[3], self.kernel_size[1], self.stride[1], int(self.padding[1]))
+        top, bottom, pad_rows = _live_taps(input.shape[-2], self.kernel_size[0], self.stride[0], int(self.padding[0]))
+        left, right, pad_columns = _live_taps(
+            input.shape[-1], self.kernel_size[1], self.stride[1], int(self.padding[1])
+        )
         if (bottom - top, right - left) == self.kernel_size:
             return super().forward(input)
         weight = self.weight[:, :, top:bottom, left:right]
@@ -33,9 +35,11 @@ class TrimmedConv2d(nn.Conv2d):
 
 def _live_taps(size: int, kernel: int, stride: int, padding: int) -> tuple[int, int, int]:
     """First and last + 1 of the taps that meet a pixel, along one side, and the padding that a kernel of only those
-    needs; all taps where no symmetric padding gives the same outputs."""
+    needs; all taps where none meets one, or where no symmetric padding gives the same outputs."""
     outputs = (size + 2 * padding - kernel) // stride + 1
     live = [t for t in range(kernel) if any(0 <= i * stride - padding + t < size for i in range(outputs))]
+    if not live:
+        return 0, kernel, padding
     first, last = live[0], live[-1] + 1
     trimmed = padding - first
     if trimmed < 0 or (size + 2 * trimmed - (last - first)) // stride + 1 != outputs:

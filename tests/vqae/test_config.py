@@ -1,0 +1,239 @@
+"""Settings: from flags, from files, and what is said of those that will not do."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.vqae.commands import Outcome
+from vqae.config import Config, find_device, flag
+from vqae.errors import UsageError
+from vqae.train import parse
+
+FIELDS = [field.name for field in dataclasses.fields(Config)]
+
+# A value of every setting that is not its default.
+OTHER: dict[str, Any] = {
+    "out": "elsewhere",
+    "dataset": "imagefolder",
+    "data_dir": "pictures",
+    "image_size": 48,
+    "limit": 100,
+    "val_fraction": 0.25,
+    "flip": True,
+    "num_codes": 64,
+    "code_dim": 32,
+    "hidden_dims": [8, 16],
+    "embedding_norm": "none",
+    "codebook_init": "data",
+    "restart_after": 0,
+    "epochs": 3,
+    "max_minutes": 1.5,
+    "batch_size": 32,
+    "lr": 0.01,
+    "momentum": 0.5,
+    "weight_decay": 0.0,
+    "warmup": 0.25,
+    "codebook_step": "plain",
+    "codebook_lr": 3.0,
+    "seed": 7,
+    "device": "cpu",
+    "amp": True,
+    "compile": True,
+    "checkpoint_minutes": 0.5,
+}
+
+
+def write(file: Path, values: object) -> Path:
+    file.write_text(json.dumps(values))
+    return file
+
+
+@pytest.mark.parametrize("values", [{}, OTHER], ids=["defaults", "others"])
+def test_round_trip_through_json(tmp_path: Path, values: dict[str, Any]) -> None:
+    config = Config.from_dict(values, "the test")
+    assert Config.read(write(tmp_path / "config.json", config.to_dict())) == config
+    assert hash(config) == hash(Config.from_dict(json.loads(json.dumps(config.to_dict())), "the test"))
+
+
+def test_the_other_values_cover_every_setting() -> None:
+    assert list(OTHER) == FIELDS
+    default, other = Config().to_dict(), Config.from_dict(OTHER, "the test").to_dict()
+    assert all(default[name] != other[name] for name in FIELDS)
+
+
+def test_every_setting_is_a_flag() -> None:
+    arguments = []
+    for name, value in OTHER.items():
+        if value is not True:
+            arguments += [flag(name), *map(str, value if isinstance(value, list) else [value])]
+        else:
+            arguments.append(flag(name))
+    assert parse(arguments).run == Config.from_dict(OTHER, "the test")
+
+
+@pytest.mark.parametrize("module", ["vqae.train", "vqae.evaluate", "vqae.reconstruct"])
+def test_help_shows_every_flag_and_exits_with_0(command: Callable[..., Outcome], module: str) -> None:
+    outcome = command(module, "--help")
+    assert outcome.exit_code == 0
+    assert f"python -m {module}" in outcome.out
+    shown = set(re.findall(r"--[a-z-]+", outcome.out))
+    expected = {
+        "vqae.train": {*map(flag, FIELDS), "--config", "--resume", "--overwrite"},
+        "vqae.evaluate": {"--checkpoint", "--dataset", "--data-dir", "--split", "--batch-size", "--device"},
+        "vqae.reconstruct": {"--checkpoint", "--out", "--device"},
+    }[module]
+    assert expected <= shown
+
+
+# -- --config
+
+
+def test_a_file_gives_defaults_and_flags_go_before_them(tmp_path: Path) -> None:
+    file = write(tmp_path / "mine.json", {"num_codes": 64, "lr": 1, "out": "there", "data_dir": None})
+    run = parse(["--config", str(file), "--lr", "0.5"]).run
+    assert run == Config(num_codes=64, lr=0.5, out=Path("there"))
+
+
+def test_a_flag_beats_the_file_even_with_the_default_as_its_value(tmp_path: Path) -> None:
+    file = write(tmp_path / "mine.json", {"num_codes": 64, "flip": True})
+    run = parse(["--config", str(file), "--num-codes", "512", "--no-flip"]).run
+    assert run == Config()
+
+
+def test_resume_takes_the_settings_of_the_run_wherever_it_lies_now(tmp_path: Path) -> None:
+    write(tmp_path / "config.json", {**Config(num_codes=64).to_dict(), "out": "where/it/was"})
+    for arguments in (["--out", str(tmp_path)], [f"--out={tmp_path}"]):
+        assert parse([*arguments, "--resume"]).run == Config(num_codes=64, out=tmp_path)
+        assert parse([*arguments, "--resume", "--num-codes", "8"]).run.num_codes == 8
+        assert parse(arguments).run == Config(out=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"num_codes": 64, "colour": 1, "bright": 2}', "holds settings that are not known: bright, colour"),
+        ('{"num_codes": "many"}', '--num-codes must be int, got "many"'),
+        ('{"num_codes": 3.5}', "--num-codes must be int, got 3.5"),
+        ('{"num_codes": true}', "--num-codes must be int, got true"),
+        ('{"num_codes": null}', "--num-codes must be int, got null"),
+        ('{"lr": "0.1"}', '--lr must be float, got "0.1"'),
+        ('{"lr": true}', "--lr must be float, got true"),
+        ('{"flip": 1}', "--flip must be bool, got 1"),
+        ('{"hidden_dims": 16}', r"--hidden-dims must be tuple\[int, ...\], got 16"),
+        ('{"hidden_dims": "16"}', r'--hidden-dims must be tuple\[int, ...\], got "16"'),
+        ('{"hidden_dims": [16, "wide"]}', '--hidden-dims must be int, got "wide"'),
+        ('{"limit": "all"}', '--limit must be int, got "all"'),
+        ('{"out": null}', "--out must be Path, got null"),
+        ('{"out": 3}', "--out must be Path, got 3"),
+        ('{"dataset": "mnist"}', "--dataset must be one of auto, cifar10, imagefolder, synthetic, got 'mnist'"),
+        ('{"dataset": ["auto"]}', "--dataset must be one of"),
+        ('{"lr": NaN}', "--lr must be above 0, got nan"),
+        ('{"epochs": 0}', "--epochs must be above 0, got 0"),
+        ("[1, 2]", "must hold an object of settings, got list"),
+        ('{"lr": 0.1', "is not JSON"),
+        ("", "is not JSON"),
+    ],
+)
+def test_a_bad_file_is_named_with_the_setting_and_the_value(tmp_path: Path, content: str, message: str) -> None:
+    file = tmp_path / "bad.json"
+    file.write_text(content)
+    with pytest.raises(UsageError, match=message) as error:
+        parse(["--config", str(file)])
+    assert str(file) in str(error.value)
+
+
+def test_a_missing_file_and_a_file_of_bytes_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"none\.json cannot be read: No such file"):
+        parse(["--config", str(tmp_path / "none.json")])
+    (tmp_path / "bytes.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UsageError, match=r"bytes\.json is not JSON"):
+        parse(["--config", str(tmp_path / "bytes.json")])
+
+
+# -- values out of range
+
+OUT_OF_RANGE = [
+    ("--num-codes", "0"),
+    ("--code-dim", "-1"),
+    ("--epochs", "0"),
+    ("--batch-size", "1"),
+    ("--lr", "0"),
+    ("--lr", "nan"),
+    ("--lr", "inf"),
+    ("--codebook-lr", "-0.1"),
+    ("--codebook-lr", "2"),
+    ("--image-size", "0"),
+    ("--limit", "0"),
+    ("--max-minutes", "0"),
+    ("--max-minutes", "nan"),
+    ("--momentum", "1"),
+    ("--momentum", "-0.5"),
+    ("--weight-decay", "-1"),
+    ("--restart-after", "-1"),
+    ("--warmup", "1"),
+    ("--val-fraction", "1"),
+    ("--val-fraction", "-0.1"),
+    ("--checkpoint-minutes", "-1"),
+    ("--hidden-dims", "0"),
+    ("--seed", "-1"),
+    ("--seed", str(2**62)),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), OUT_OF_RANGE)
+def test_a_value_out_of_range_is_named(name: str, value: str) -> None:
+    with pytest.raises(UsageError, match=rf"{name} .*must be .*got {re.escape(value)}"):
+        parse([name, value])
+
+
+def test_the_ends_of_the_ranges_are_inside() -> None:
+    parse(["--num-codes", "1", "--code-dim", "1", "--batch-size", "2", "--limit", "1", "--seed", str(2**62 - 1)])
+    parse(["--momentum", "0", "--warmup", "0", "--val-fraction", "0", "--restart-after", "0", "--hidden-dims"])
+    parse(["--codebook-step", "plain", "--codebook-lr", "2"])
+
+
+@pytest.mark.parametrize(("name", "value"), [("--num-codes", "many"), ("--lr", "fast"), ("--dataset", "mnist")])
+def test_a_flag_of_the_wrong_type_exits_with_2(command: Callable[..., Outcome], name: str, value: str) -> None:
+    outcome = command("vqae.train", name, value)
+    assert outcome.exit_code == 2
+    assert name in outcome.err
+    assert value in outcome.err
+    assert "Traceback" not in outcome.err
+
+
+def test_resume_and_overwrite_contradict_each_other() -> None:
+    with pytest.raises(UsageError, match="--resume and --overwrite contradict"):
+        parse(["--resume", "--overwrite"])
+
+
+# -- devices
+
+
+def test_devices_that_are_there() -> None:
+    assert find_device("cpu") == torch.device("cpu")
+    assert find_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.parametrize("name", ["gpu", "", "cuda:", "cuda:-1", "cuda:x", "cpu:1", "mps", "meta"])
+def test_a_name_that_is_no_device(name: str) -> None:
+    with pytest.raises(UsageError, match=f"--device must be auto, cpu, cuda or cuda:N, got '{name}'"):
+        find_device(name)
+
+
+def test_a_device_that_is_not_there() -> None:
+    with pytest.raises(
+        UsageError, match=rf"--device cuda:99 is not there: .* {torch.cuda.device_count()} CUDA devices"
+    ):
+        find_device("cuda:99")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_where_there_is_none() -> None:
+    with pytest.raises(UsageError, match="--device cuda is not there: this machine has 0 CUDA devices"):
+        find_device("cuda")

@@ -1,0 +1,79 @@
+"""The command that measures a checkpoint."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.vqae.commands import Outcome
+from vqae import evaluate
+
+Command = Callable[..., Outcome]
+
+
+def measured(outcome: Outcome) -> dict[str, object]:
+    assert outcome.exit_code == 0, outcome.err
+    assert outcome.out.count("\n") == 1
+    figures: dict[str, object] = json.loads(outcome.out)
+    return figures
+
+
+def test_one_line_of_json_with_the_figures_of_the_run(command: Command, finished_run: Path, pictures: Path) -> None:
+    last_line = json.loads((finished_run / "metrics.jsonl").read_text().splitlines()[-1])
+    folder = ("--dataset", "imagefolder", "--data-dir", pictures, "--split", "test")
+    figures = measured(command("vqae.evaluate", "--checkpoint", finished_run / "last.pt", *folder, "--device", "cpu"))
+    assert figures == {
+        "mse": pytest.approx(last_line["test_mse"]),
+        "psnr_db": pytest.approx(last_line["psnr_db"]),
+        "perplexity": pytest.approx(last_line["perplexity"]),
+        "codes_used": last_line["codes_used"],
+        "images": 32,
+        "dataset": "imagefolder",
+        "split": "test",
+    }
+
+
+def test_the_checkpoint_knows_its_own_pictures(command: Command, finished_run: Path) -> None:
+    best = ("vqae.evaluate", "--checkpoint", finished_run / "best.pt", "--device", "cpu")
+    assert measured(command(*best))["images"] == 32
+    assert measured(command(*best, "--split", "train", "--batch-size", 7))["images"] == 64
+
+
+def test_other_pictures(command: Command, finished_run: Path, pictures: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine" / "test").mkdir(parents=True)
+    shutil.copytree(pictures / "train" / "colours", tmp_path / "mine" / "test" / "colours")
+    arguments = ("--checkpoint", finished_run / "best.pt", "--data-dir", tmp_path / "mine", "--device", "cpu")
+    assert measured(command("vqae.evaluate", *arguments))["images"] == 64
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--checkpoint", "none.pt"), "checkpoint none.pt does not exist"),
+        (("--dataset", "imagefolder", "--data-dir", "none"), "none does not exist"),
+        (("--batch-size", "0"), "--batch-size must be at least 1, got 0"),
+        (("--device", "cuda:99"), "--device cuda:99 is not there"),
+    ],
+)
+def test_bad_input_exits_with_2(command: Command, finished_run: Path, arguments: tuple[str, ...], message: str) -> None:
+    outcome = command("vqae.evaluate", "--checkpoint", finished_run / "best.pt", *arguments)
+    assert outcome.exit_code == 2
+    assert outcome.out == ""
+    assert outcome.err.startswith("error: ")
+    assert message in outcome.err
+
+
+def test_pictures_of_another_size_are_named(
+    command: Command, finished_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load_split = evaluate.load_split
+
+    def load_small(*arguments: object, **options: object) -> object:
+        return load_split(*arguments, **{**options, "image_size": 16})
+
+    monkeypatch.setattr(evaluate, "load_split", load_small)
+    outcome = command("vqae.evaluate", "--checkpoint", finished_run / "best.pt", "--device", "cpu")
+    assert outcome.exit_code == 2
+    assert "pictures must be (32, 32) as in the checkpoint, got (16, 16)" in outcome.err

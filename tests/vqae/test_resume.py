@@ -1,0 +1,258 @@
+"""Runs that are stopped and go on: the end is the same, bit for bit."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.vqae import kill_soak
+from tests.vqae.commands import Outcome, assert_same_run, files_in, load
+from vqae import trainer
+from vqae.trainer import Trainer
+
+Command = Callable[..., Outcome]
+Start = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def start(environment: dict[str, str]) -> Start:
+    """Begin a command in a process of its own, by which tests must not leave it running."""
+
+    def start(*arguments: object) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, *map(str, arguments)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    return start
+
+
+def wait_for(file: Path, process: subprocess.Popen[str]) -> None:
+    """Until the file is there."""
+    until = time.monotonic() + 60
+    while not file.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < until
+        time.sleep(0.002)
+
+
+# -- signals
+
+
+def test_sigterm_in_the_middle(
+    start: Start, command: Command, tiny: tuple[str, ...], finished_run: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    with start("-m", "vqae.train", *tiny, "--checkpoint-minutes", 0, "--out", out) as process:
+        wait_for(out / "last.pt", process)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 143
+    state = load(out / "last.pt")
+    assert not state["finished"]
+    assert 1 <= state["epoch"] * 3 + state["step"] < 6
+    steps = state["epoch"] * 3 + state["step"]
+    assert err == (
+        f"saved at step {steps}; go on with: python -m vqae.train --out {out} --resume\nstopped by SIGTERM\n"
+    )
+    outcome = command("vqae.train", "--out", out, "--resume")  # just as the message says
+    assert outcome.exit_code == 0, outcome.err
+    assert_same_run(out, finished_run)
+    assert not [name for name in files_in(out) if name.endswith(".part")]
+
+
+def test_a_run_stopped_wherever_it_can_be(
+    command: Command, tiny: tuple[str, ...], finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a step, in an evaluation, in the first step of an epoch, between the plots: one after the other."""
+    out = tmp_path / "run"
+
+    def stop_at(owner: object, name: str, call: int) -> Outcome:
+        original, calls = getattr(owner, name), []
+
+        def stopping(*arguments: object, **options: object) -> object:
+            calls.append(name)
+            if len(calls) == call:
+                signal.raise_signal(signal.SIGINT)
+            return original(*arguments, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, stopping)
+            outcome = command("vqae.train", *tiny, "--out", out, "--resume")
+        assert outcome.exit_code == 130
+        assert f"go on with: python -m vqae.train --out {out} --resume\nstopped by SIGINT\n" in outcome.err
+        assert "Traceback" not in outcome.err
+        return outcome
+
+    def position() -> tuple[int, int]:
+        state = load(out / "last.pt")
+        assert not state["finished"]
+        return state["epoch"], state["step"]
+
+    first = stop_at(Trainer, "_train_step", 2)
+    assert f"no checkpoint in {out}: the run starts anew" in first.err
+    assert position() == (0, 2)
+    stop_at(trainer, "evaluate", 2)
+    assert position() == (0, 3)
+    stop_at(Trainer, "_train_step", 1)
+    assert position() == (1, 1)
+    stop_at(trainer, "plot_reconstructions", 1)
+    assert position() == (2, 0)
+    assert not (out / "codebook.png").exists()
+    outcome = command("vqae.train", *tiny, "--out", out, "--resume")
+    assert outcome.exit_code == 0, outcome.err
+    assert_same_run(out, finished_run)
+    assert (out / "metrics.jsonl").read_text().count("\n") == 2
+    assert (out / "curves.png").exists()
+
+
+@pytest.mark.parametrize("owner", ["load_pictures", "build_model", "split_train"])
+def test_a_signal_before_the_run_has_begun(
+    command: Command, tiny: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: str
+) -> None:
+    def stop(*_arguments: object, **_options: object) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(f"vqae.train.{owner}", stop)
+    outcome = command("vqae.train", *tiny, "--out", tmp_path / "run")
+    assert (outcome.exit_code, outcome.err) == (143, "stopped by SIGTERM\n")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("module", "delay_s"), [("vqae.train", 0.8), ("vqae.train", 0.3), ("vqae.evaluate", 0.3), ("vqae.reconstruct", 0.3)]
+)
+def test_a_signal_while_torch_loads_leaves_no_traceback(start: Start, module: str, delay_s: float) -> None:
+    code = f"import runpy; print('begun'); runpy.run_module('{module}', None, '__main__')"
+    with start("-c", code, "--help") as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(delay_s)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (130, "", "")
+
+
+def test_a_run_whose_time_is_up_does_not_train_again(
+    command: Command, tiny: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_arguments: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "plot_reconstructions", stop)
+        outcome = command("vqae.train", *tiny, "--image-size", 8, "--max-minutes", 0.001, "--out", out)
+    assert outcome.exit_code == 130
+    history = load(out / "last.pt")["history"]
+    outcome = command("vqae.train", "--out", out, "--resume")
+    assert outcome.exit_code == 0, outcome.err
+    assert load(out / "last.pt")["history"] == history
+
+
+# -- SIGKILL
+
+
+def test_runs_killed_at_random_moments_resume(
+    tiny: tuple[str, ...], finished_run: Path, tmp_path: Path, environment: dict[str, str]
+) -> None:
+    out = tmp_path / "run"
+    arguments = ("--kills", "4", "--longest-s", "1.2", "--", *tiny, "--checkpoint-minutes", "0", "--out", str(out))
+    finished = subprocess.run(
+        [sys.executable, kill_soak.__file__, *arguments],
+        env={**environment, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert int(finished.stdout.split()[-2]) >= 2  # kills that hit
+    assert_same_run(out, finished_run)
+    assert not [name for name in files_in(out) if name.endswith(".part")]
+
+
+# -- what --resume says
+
+
+def test_a_finished_run_says_so_and_is_left_alone(command: Command, finished_run: Path) -> None:
+    before = {file: file.stat().st_mtime_ns for file in finished_run.rglob("*")}
+    outcome = command("vqae.train", "--out", finished_run, "--resume")
+    assert (outcome.exit_code, outcome.out) == (0, f"{finished_run} holds a finished run: nothing to do\n")
+    assert {file: file.stat().st_mtime_ns for file in finished_run.rglob("*")} == before
+
+
+def test_settings_that_contradict_are_all_named(command: Command, finished_run: Path) -> None:
+    outcome = command("vqae.train", "--out", finished_run, "--resume", "--lr", 0.5, "--num-codes", 8, "--no-flip")
+    assert outcome.exit_code == 2
+    for difference in ("--num-codes was 16, got 8", "--lr was 0.3, got 0.5", "--flip was True, got False"):
+        assert difference in outcome.err
+    assert "--epochs" not in outcome.err
+
+
+def test_another_dataset_contradicts(command: Command, finished_run: Path) -> None:
+    outcome = command("vqae.train", "--out", finished_run, "--resume", "--dataset", "synthetic")
+    assert outcome.exit_code == 2
+    assert "--dataset was imagefolder, got synthetic" in outcome.err
+
+
+@pytest.fixture
+def stopped_run(command: Command, tiny: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run on pictures of 8 x 8 that was stopped after its first step."""
+
+    original = Trainer._train_step
+
+    def step(*arguments: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+        original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_train_step", step)
+        outcome = command("vqae.train", *tiny, "--image-size", 8, "--out", tmp_path / "run")
+    assert outcome.exit_code == 130
+    return tmp_path / "run"
+
+
+def test_other_pictures_contradict(command: Command, stopped_run: Path, pictures: Path, tmp_path: Path) -> None:
+    shutil.copytree(pictures, tmp_path / "fewer")
+    for index in range(10):
+        (tmp_path / "fewer" / "train" / "colours" / f"{index:02}.png").unlink()
+    before = (stopped_run / "last.pt").read_bytes()
+    outcome = command("vqae.train", "--out", stopped_run, "--resume", "--data-dir", tmp_path / "fewer")
+    assert outcome.exit_code == 2
+    assert "--resume: the run trained on 51 pictures, but now there are 43" in outcome.err
+    assert (stopped_run / "last.pt").read_bytes() == before
+
+
+def test_a_checkpoint_that_is_cut_short_is_named_and_kept(command: Command, stopped_run: Path) -> None:
+    last = stopped_run / "last.pt"
+    half = last.read_bytes()[: last.stat().st_size // 2]
+    last.write_bytes(half)
+    outcome = command("vqae.train", "--out", stopped_run, "--resume")
+    assert outcome.exit_code == 2
+    assert f"{last} is not a checkpoint, or it is cut short or damaged" in outcome.err
+    assert last.read_bytes() == half
+
+
+def test_a_model_alone_is_nothing_to_go_on_from(command: Command, finished_run: Path, tmp_path: Path) -> None:
+    for name, source in (("config.json", "config.json"), ("last.pt", "best.pt")):
+        shutil.copy(finished_run / source, tmp_path / name)
+    outcome = command("vqae.train", "--out", tmp_path, "--resume")
+    assert outcome.exit_code == 2
+    assert "last.pt holds a model alone" in outcome.err
+
+
+def test_a_run_may_move_to_another_folder(command: Command, stopped_run: Path, tmp_path: Path) -> None:
+    moved = stopped_run.rename(tmp_path / "moved it")
+    outcome = command("vqae.train", "--out", moved, "--resume")
+    assert outcome.exit_code == 0, outcome.err
+    assert load(moved / "last.pt")["finished"]
+    assert not stopped_run.exists()

@@ -1,0 +1,358 @@
+"""A whole run: what it leaves, what it learns, and what is refused before anything is written."""
+
+import errno
+import json
+import logging
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torchvision.datasets import CIFAR10
+
+from tests.vqae.commands import TINY, Outcome, files_in, load
+from vqae import VQAE, trainer
+from vqae.config import Config
+from vqae.data import load as data_load
+from vqae.evaluation import Evaluation
+from vqae.events import write_events
+
+Command = Callable[..., Outcome]
+
+FILES = {"config.json", "metrics.jsonl", "last.pt", "best.pt", "reconstructions.png", "codebook.png", "curves.png"}
+METRICS = {
+    *("epoch", "step", "dataset", "reconstruction_loss", "codebook_loss", "train_mse", "val_mse", "test_mse"),
+    *("psnr_db", "perplexity", "codes_used", "train_perplexity", "train_codes_used", "restarts"),
+    *("images_per_s", "lr", "elapsed_s"),
+}
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+# -- what a run leaves
+
+
+def test_every_file_is_there_and_nothing_else(finished_run: Path) -> None:
+    events = {"events", *(f"events/events.out.tfevents.{step:010}" for step in (3, 6))}
+    assert files_in(finished_run) == FILES | events
+
+
+def test_config_json_repeats_the_run(finished_run: Path, pictures: Path) -> None:
+    config = Config.read(finished_run / "config.json")
+    assert config.dataset == "imagefolder"
+    assert config.data_dir == pictures
+    assert config.out == finished_run
+    assert (config.num_codes, config.epochs, config.batch_size, config.flip) == (16, 2, 16, True)
+
+
+def test_metrics_hold_a_line_an_epoch(finished_run: Path) -> None:
+    lines = metrics(finished_run)
+    assert [line["epoch"] for line in lines] == [1, 2]
+    assert [line["step"] for line in lines] == [3, 6]
+    for line in lines:
+        assert set(line) == METRICS
+        assert line["psnr_db"] == pytest.approx(-10 * math.log10(line["test_mse"]))
+        assert 0 < line["test_mse"] < 0.5
+        assert 1 <= line["perplexity"] <= line["codes_used"] <= 16
+        assert line["images_per_s"] > 0
+    assert lines[-1]["lr"] == pytest.approx(0, abs=1e-9)
+
+
+def test_the_train_mse_is_in_pixels(finished_run: Path) -> None:
+    pixel_std = load(finished_run / "last.pt")["model"]["pixel_std"].item()
+    for line in metrics(finished_run):
+        assert line["train_mse"] == pytest.approx(line["reconstruction_loss"] * pixel_std**2)
+
+
+def test_the_model_sees_pictures_of_mean_0_and_variance_1(finished_run: Path, pictures: Path) -> None:
+    split = data_load.load_pictures("imagefolder", pictures)
+    model = load(finished_run / "last.pt")["model"]
+    normalised = (split.train.double() / 255 - model["pixel_mean"]) / model["pixel_std"]
+    assert normalised.mean().item() == pytest.approx(0, abs=0.1)  # the run held a fifth of them out
+    assert normalised.square().mean().item() == pytest.approx(1, abs=0.1)
+
+
+def test_checkpoints_are_tensors_and_plain_values_under_the_models_own_names(finished_run: Path) -> None:
+    last, best = load(finished_run / "last.pt"), load(finished_run / "best.pt")
+    assert set(best) == {"format", "config", "dataset", "image_size", "model"}
+    assert set(best) < set(last)
+    assert last["finished"]
+    for state in (last, best):
+        assert {name.split(".")[0] for name in state["model"]} == {
+            *("encoder", "quantizer", "decoder", "pixel_mean", "pixel_std")
+        }
+
+
+def test_best_is_the_model_of_the_lowest_validation_mse(finished_run: Path) -> None:
+    last = load(finished_run / "last.pt")
+    val_mse = [line["val_mse"] for line in metrics(finished_run)]
+    assert last["best_val_mse"] == min(val_mse)
+    same = all(
+        torch.equal(value, last["model"][name]) for name, value in load(finished_run / "best.pt")["model"].items()
+    )
+    assert same == (val_mse[-1] == min(val_mse))
+
+
+def test_plots_say_what_they_show(finished_run: Path) -> None:
+    for name in ("reconstructions.png", "codebook.png", "curves.png"):
+        with Image.open(finished_run / name) as picture:
+            assert picture.format == "PNG"
+            assert "imagefolder, K = 16, test MSE 0." in picture.info["Title"]
+
+
+def test_events_hold_the_metrics(finished_run: Path) -> None:
+    accumulator = EventAccumulator(str(finished_run / "events"))
+    accumulator.Reload()
+    tags, lines = accumulator.Tags(), metrics(finished_run)
+    assert set(tags["scalars"]) == METRICS - {"epoch", "step", "dataset"}
+    for name in tags["scalars"]:
+        values = [(event.step, event.value) for event in accumulator.Scalars(name)]
+        assert values == [(line["step"], pytest.approx(line[name])) for line in lines]
+    for event in accumulator.Tensors("dataset/text_summary"):
+        assert event.tensor_proto.string_val[0] == b"imagefolder"
+
+
+# -- synthetic pictures
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:1/cifar-10-python.tar.gz")  # nobody answers
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+
+@pytest.mark.usefixtures("no_network")
+def test_auto_falls_back_aloud_and_every_output_says_synthetic(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(data_load, "NUM_SYNTHETIC", {"train": 40, "test": 20})
+    out = tmp_path / "run"
+    data_dir = tmp_path / "data"
+    with caplog.at_level(logging.WARNING):
+        outcome = command("vqae.train", *TINY, "--epochs", 1, "--data-dir", data_dir, "--out", out)
+    assert outcome.exit_code == 0, outcome.err
+    assert "THE PICTURES ARE SYNTHETIC" in caplog.text
+    first, epoch, *_ = outcome.out.splitlines()
+    assert first.startswith("synthetic: 32 pictures to train on, 8 to validate, 20 to test, 32 x 32")
+    assert epoch.startswith("epoch 1/1 (synthetic)")
+    assert Config.read(out / "config.json").dataset == "synthetic"
+    assert all(line["dataset"] == "synthetic" for line in metrics(out))
+    for name in ("last.pt", "best.pt"):
+        assert load(out / name)["dataset"] == "synthetic"
+    for name in ("reconstructions.png", "codebook.png", "curves.png"):
+        with Image.open(out / name) as picture:
+            assert "synthetic" in picture.info["Title"]
+    measured = command("vqae.evaluate", "--checkpoint", out / "best.pt", "--device", "cpu")
+    assert json.loads(measured.out)["dataset"] == "synthetic"
+    assert json.loads(measured.out)["mse"] == pytest.approx(metrics(out)[0]["test_mse"])
+
+
+# -- options
+
+
+def test_a_run_with_every_option_turned_the_other_way(command: Command, tiny: tuple[str, ...], tmp_path: Path) -> None:
+    outcome = command(
+        *("vqae.train", *tiny, "--epochs", 1, "--out", tmp_path / "run", "--no-flip", "--amp", "--code-dim", 8),
+        *("--image-size", 8, "--embedding-norm", "none", "--codebook-init", "data", "--codebook-step", "plain"),
+        *("--val-fraction", 0, "--limit", 20, "--batch-size", 1000, "--hidden-dims", 8, 8, "--warmup", 0),
+    )
+    assert outcome.exit_code == 0, outcome.err
+    (line,) = metrics(tmp_path / "run")
+    assert line["val_mse"] is None
+    assert line["step"] == 1  # a batch is never larger than the pictures
+    assert "20 pictures to train on, 0 to validate, 32 to test, 8 x 8" in outcome.out
+    last, best = load(tmp_path / "run" / "last.pt"), load(tmp_path / "run" / "best.pt")
+    assert all(torch.equal(value, last["model"][name]) for name, value in best["model"].items())
+
+
+def test_overwrite_removes_the_run_and_nothing_else(command: Command, tiny: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / "events").mkdir()
+    for name in (*FILES, "events/events.out.tfevents.1", "notes.txt", "events/notes.txt"):
+        (tmp_path / name).write_text("old")
+    outcome = command("vqae.train", *tiny, "--epochs", 1, "--image-size", 8, "--out", tmp_path, "--overwrite")
+    assert outcome.exit_code == 0, outcome.err
+    assert not (tmp_path / "events/events.out.tfevents.1").exists()
+    for name in FILES:
+        assert (tmp_path / name).read_bytes() != b"old"
+    for name in ("notes.txt", "events/notes.txt"):
+        assert (tmp_path / name).read_text() == "old"
+
+
+def test_max_minutes_is_the_time_from_start_to_exit(
+    tiny: tuple[str, ...], tmp_path: Path, environment: dict[str, str]
+) -> None:
+    limit_s = 16.0
+    arguments = (*tiny, "--epochs", "100000", "--max-minutes", str(limit_s / 60), "--out", str(tmp_path / "run"))
+    start = time.monotonic()
+    finished = subprocess.run(
+        [sys.executable, "-m", "vqae.train", *arguments], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert time.monotonic() - start < limit_s
+    assert finished.returncode == 0, finished.stderr
+    line = metrics(tmp_path / "run")[-1]
+    assert line["lr"] < 0.01 * Config().lr  # the schedule ends where the time does
+    assert files_in(tmp_path / "run") >= FILES
+
+
+def test_however_short_the_time_every_file_is_there(command: Command, tiny: tuple[str, ...], tmp_path: Path) -> None:
+    outcome = command("vqae.train", *tiny, "--image-size", 8, "--max-minutes", 0.001, "--out", tmp_path / "run")
+    assert outcome.exit_code == 0, outcome.err
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [1]
+    assert files_in(tmp_path / "run") >= FILES
+
+
+# -- refused before anything is written
+
+
+def _missing(tmp_path: Path) -> list[object]:
+    return ["--data-dir", tmp_path / "missing"]
+
+
+def _empty(tmp_path: Path) -> list[object]:
+    (tmp_path / "empty").mkdir()
+    return ["--data-dir", tmp_path / "empty"]
+
+
+def _no_picture(tmp_path: Path) -> list[object]:
+    for split in ("train", "test"):
+        (tmp_path / "bad" / split / "a").mkdir(parents=True)
+        (tmp_path / "bad" / split / "a" / "notes.png").write_text("no picture")
+    return ["--data-dir", tmp_path / "bad"]
+
+
+def _several_sizes(tmp_path: Path) -> list[object]:
+    for split in ("train", "test"):
+        (tmp_path / "sizes" / split / "a").mkdir(parents=True)
+        for side in (8, 9):
+            Image.new("RGB", (side, side)).save(tmp_path / "sizes" / split / "a" / f"{side}.png")
+    return ["--data-dir", tmp_path / "sizes"]
+
+
+def _bad_config(tmp_path: Path) -> list[object]:
+    (tmp_path / "bad.json").write_text('{"colour": 1}')
+    return ["--config", tmp_path / "bad.json"]
+
+
+REFUSED: dict[str, tuple[Callable[[Path], list[object]], str]] = {
+    "missing folder": (_missing, "missing does not exist"),
+    "empty folder": (_empty, "must hold the folder train/"),
+    "no folder": (lambda _: ["--dataset", "imagefolder"], "needs --data-dir"),
+    "no picture": (_no_picture, "notes.png is no picture"),
+    "several sizes": (_several_sizes, "--image-size"),
+    "no network": (lambda path: ["--dataset", "cifar10", "--data-dir", path / "data"], "cannot be downloaded"),
+    "no device": (lambda _: ["--device", "cuda:99"], "--device cuda:99 is not there"),
+    "out of range": (lambda _: ["--lr", "-1"], "--lr must be above 0, got -1.0"),
+    "bad config": (_bad_config, "bad.json holds settings that are not known: colour"),
+    "too few pictures": (lambda _: ["--limit", "1", "--val-fraction", "0"], "at least 2 pictures"),
+}
+
+
+@pytest.mark.usefixtures("no_network")
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input_exits_with_2_and_writes_nothing(
+    command: Command, tiny: tuple[str, ...], tmp_path: Path, case: str
+) -> None:
+    make, message = REFUSED[case]
+    settings = TINY if case == "no folder" else tiny
+    outcome = command("vqae.train", *settings, "--out", tmp_path / "run", *make(tmp_path))
+    assert outcome.exit_code == 2
+    assert outcome.err.startswith("error: ")
+    assert message in outcome.err
+    assert outcome.err.count("\n") == 1
+    assert outcome.out == ""
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["config.json", "last.pt"])
+def test_a_folder_that_holds_a_run_is_refused(
+    command: Command, tiny: tuple[str, ...], tmp_path: Path, name: str
+) -> None:
+    (tmp_path / name).write_text("{}")
+    outcome = command("vqae.train", *tiny, "--out", tmp_path)
+    assert outcome.exit_code == 2
+    assert "already holds a run: give --resume, --overwrite or another folder" in outcome.err
+    assert files_in(tmp_path) == {name}
+
+
+@pytest.mark.parametrize("option", [(), ("--overwrite",), ("--resume",)])
+def test_a_file_in_the_place_of_the_folder_is_refused(
+    command: Command, tiny: tuple[str, ...], tmp_path: Path, option: tuple[str, ...]
+) -> None:
+    (tmp_path / "run").write_text("mine")
+    outcome = command("vqae.train", *tiny, "--out", tmp_path / "run", *option)
+    assert outcome.exit_code == 2
+    assert "--out must be a folder, got the file" in outcome.err
+    assert (tmp_path / "run").read_text() == "mine"
+
+
+# -- runs that go wrong
+
+
+def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(
+    command: Command, tiny: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsync, room = os.fsync, ["config.json", "last.pt after step 1", "last.pt after step 2"]
+
+    def fill_up(descriptor: int) -> None:
+        if room:
+            room.pop()
+        else:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fill_up)
+    settings = (*tiny, "--image-size", 8, "--out", tmp_path / "run", "--checkpoint-minutes", 0)
+    outcome = command("vqae.train", *settings)
+    assert outcome.exit_code == 2
+    assert "no space left on the disk for" in outcome.err
+    assert "last.pt" in outcome.err
+    assert load(tmp_path / "run" / "last.pt")["step"] == 2
+    assert files_in(tmp_path / "run") == {"config.json", "last.pt"}
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(command: Command, tiny: tuple[str, ...], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    settings = ("--image-size", 8, "--warmup", 0, "--embedding-norm", "none", "--out", out)
+    outcome = command("vqae.train", *tiny, *settings, "--checkpoint-minutes", 0, "--lr", "1e30")
+    assert outcome.exit_code == 1
+    assert "error: a loss was not finite at step 2; the last good checkpoint is kept" in outcome.err
+    assert "Traceback" not in outcome.err
+    state = load(out / "last.pt")
+    assert state["step"] == 1
+    assert state["losses"]["sums"].isfinite().all()
+
+
+def test_a_model_whose_pictures_are_not_finite_is_not_saved(
+    command: Command, tiny: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def evaluate(model: VQAE, *_arguments: object) -> Evaluation:
+        return Evaluation(math.nan, math.nan, 1.0, 1, 1, torch.zeros(16, dtype=torch.int64))
+
+    monkeypatch.setattr(trainer, "evaluate", evaluate)
+    outcome = command("vqae.train", *tiny, "--image-size", 8, "--out", tmp_path / "run")
+    assert outcome.exit_code == 1
+    assert "error: the model's pictures were not finite after step 3" in outcome.err
+    assert files_in(tmp_path / "run") == {"config.json"}
+
+
+def test_events_that_cannot_be_written_are_named(tiny: tuple[str, ...], tmp_path: Path, command: Command) -> None:
+    (tmp_path / "events").write_text("a file where the folder should be")
+    outcome = command("vqae.train", *tiny, "--image-size", 8, "--epochs", 1, "--out", tmp_path)
+    assert outcome.exit_code == 2
+    assert f"{tmp_path / 'events' / 'events.out.tfevents.0000000003'} cannot be written" in outcome.err
+
+
+def test_without_tensorboard_there_are_no_events(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard.summary", None)
+    write_events(tmp_path, {"step": 1, "test_mse": 0.5})
+    assert files_in(tmp_path) == set()
