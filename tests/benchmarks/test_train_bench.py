@@ -1,0 +1,17 @@
+"""The trainer's benchmark, in small."""
+
+import json
+from pathlib import Path
+
+import pytest
+import train_bench
+
+
+def test_it_prints_the_ratio_of_both_loops(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "line.jsonl"
+    train_bench.main(train_bench.Options(batch_size=4, steps=1, turns=2, device="cpu", out=out))
+    line = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert json.loads(out.read_text()) == line
+    assert len(line["ratios"]) == 2
+    assert line["ratio"] == pytest.approx(sum(line["ratios"]) / 2, abs=2e-3)
+    assert min(line["trainer_images_per_s"], line["bare_images_per_s"]) > 0
