@@ -60,7 +60,7 @@ class BareLoop:
         """One step of SGD."""
         loss = F.mse_loss(self.model.decoder(self.model.encoder(self.pictures)), self.pictures)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        torch.autograd.backward(loss)
         self.optimizer.step()
 
 
