@@ -149,7 +149,10 @@ class VQAE(nn.Module):
 
     @torch.no_grad()
     def decode(self, indices: Tensor) -> Tensor:
-        """The picture of each code: indices [B] int64 in [0, K) -> [B, 3, H, W] in [0, 1]."""
+        """The picture of each code: indices [B] int64 in [0, K) -> [B, 3, H, W] in [0, 1]; ValueError for others."""
+        if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < self.quantizer.num_codes:
+            span = f"{int(indices.min())} to {int(indices.max())}"
+            raise ValueError(f"indices must be in [0, {self.quantizer.num_codes}), got {span}")
         pictures: Tensor = self.decoder(self.quantizer.codebook[indices]) * self.pixel_std + self.pixel_mean
         return pictures.clamp(0, 1)
 

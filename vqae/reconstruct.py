@@ -42,6 +42,8 @@ def main(arguments: list[str], signals: SignalHandler) -> None:
     command = tyro.cli(Command, args=arguments, prog="python -m vqae.reconstruct")
     if not command.pictures:
         raise UsageError("at least one picture must be given, got none")
+    if command.out.suffix.lower() != ".png":
+        raise UsageError(f"--out must be a .png file, got {command.out}")
     device = find_device(command.device)
     state = load_checkpoint(command.checkpoint)
     model = model_of(state).to(device).eval()

@@ -101,7 +101,8 @@ def main(arguments: list[str], signals: SignalHandler) -> None:
 def _checkpoint_to_resume(config: Config, folder: RunFolder) -> dict[str, Any] | None:
     """The checkpoint in the folder; None, aloud, where there is none."""
     if not folder.last.exists():
-        print(f"no checkpoint in {folder.path}: the run starts anew", file=sys.stderr)
+        source = f"the settings of {folder.config}" if folder.config.exists() else "the settings given here"
+        print(f"no checkpoint in {folder.path}: the run starts anew, with {source}", file=sys.stderr)
         return None
     state = load_checkpoint(folder.last)
     if "optimizer" not in state:

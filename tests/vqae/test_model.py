@@ -216,3 +216,10 @@ def test_a_saved_model_loads_as_it_was(tmp_path: Path, norm: str) -> None:
     assert torch.equal(loaded.encode(pictures), model.encode(pictures))
     indices = torch.arange(NUM_CODES)
     assert torch.equal(loaded.decode(indices), model.decode(indices))
+
+
+@pytest.mark.parametrize("index", [-1, 8])
+def test_decode_refuses_an_index_that_is_no_code(index: int) -> None:
+    model = VQAE((32, 32), 512, (4,), VectorQuantizer(8, 512)).eval()
+    with pytest.raises(ValueError, match=r"indices must be in \[0, 8\), got 0 to 8|got -1 to 0"):
+        model.decode(torch.tensor([0, index]))

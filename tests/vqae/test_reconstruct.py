@@ -67,3 +67,11 @@ def test_bad_input_exits_with_2_and_writes_nothing(command: Command, finished_ru
         assert message in outcome.err
         assert "Traceback" not in outcome.err
         assert not out.exists()
+
+
+def test_out_must_be_a_png(command: Command, finished_run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "made" / "out.jpg"
+    outcome = command("vqae.reconstruct", "--checkpoint", finished_run / "best.pt", "any.png", "--out", out)
+    assert outcome.exit_code == 2
+    assert f"--out must be a .png file, got {out}" in outcome.err
+    assert not out.parent.exists()
