@@ -1,79 +1,36 @@
 """The exact search in plain PyTorch, for any device.
 
-The nearest code of x maximises S_k = (x - m)·(c_k - m) - ½‖c_k - m‖², where m is the codebook's mean. Three steps, each
-taking only the rows that the one before could not prove:
+Three steps, each taking only the rows that the one before could not prove:
 
-1. scan in float32: a matrix product gives, for every code, an *upper bound* U_k >= S_k: the score plus the bound E_k of
-   its rounding error, which is linear in the row's norm and so costs one more column of the product. With b the code of
-   the largest U, the row's answer is b, proved, when every other U_k lies under U_b - 2·E_b <= S_b;
+1. scan in float32: a matrix product gives, for every code, an *upper bound* U_k of its score S_k (torch_operand.py).
+   With b the code of the largest U, the row's answer is b, proved, when every other U_k lies under U_b - 2·E_b <= S_b;
 2. resolve: where a few codes reach that threshold, the float64 sums of (x_j - c_kj)² over them decide; the least wins,
    the lowest index on a tie;
 3. drain: where many do, steps 1 and 2 again with float64 scores.
 
-Memory: a fixed buffer, and O(N + K·D); the [N, K] scores live a tile at a time. The bound is derived in
-docs/exactness.md.
+Where all scores fit into a tile, steps 1 and 2 are one: every row is resolved, most of them with one candidate.
+
+Memory: a fixed buffer, and O(N + K·D); the [N, K] scores live a tile at a time.
 
 Source: van den Oord et al. 2017, arXiv:1711.00937, eq. 1, for the search; Higham, "Accuracy and Stability of Numerical
 Algorithms", 2nd ed., section 3.1, for the error of a sum in any order.
 """
 
-from typing import NamedTuple
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
+from vq_kernels.search.largest_two import TILE_ELEMENTS, LargestTwo
 from vq_kernels.search.precision import float32_products_are_exact_enough
+from vq_kernels.search.torch_operand import NEVER, ROW_LIMIT, CodebookOperand, augment, prepare
 
-_TILE_ELEMENTS = 1 << 20  # scores held at a time: 4 MiB of float32 stay in a core's caches
-_BLOCK_K = 1 << 13  # codes a tile covers at most; more are taken in blocks
-_DIRECT_ELEMENTS = 1 << 20  # numbers that the direct step holds at a time
+__all__ = ["prepare", "search"]
+
+_DIRECT_ELEMENTS = 1 << 16  # numbers that the direct step holds at a time
+_GATHER_ELEMENTS = 1 << 18  # numbers gathered at a time
 _MANY_CANDIDATES = 16  # a row, from which float64 scores (or, after them, a look for identical codes) pay
 _TINY_SQ_DISTANCE = 2.0**-80  # below it a float32 sum of squares may have lost terms to underflow
-
-_UNIT = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
-_TINY = {torch.float32: 2.0**-100, torch.float64: 2.0**-900}  # covers every underflow, even flushed to zero
-_ROW_LIMIT = {torch.float32: 2.0**30, torch.float64: 2.0**400}  # longer rows (in units of the codebook) are not scanned
-_NEVER = {torch.float32: -(2.0**100), torch.float64: -(2.0**900)}  # the score of a code that must not win
-
-
-class CodebookOperand(NamedTuple):
-    """The codebook as a scan reads it: shifted by its mean, scaled to a radius of about 1, with its error bounds."""
-
-    scale: Tensor  # [1], a power of two
-    mean: Tensor  # [D], times the scale
-    matrix: Tensor  # [K padded, D + 2]: the scaled code, -h + its error, the error for a unit of a row's norm
-    error_per_norm: Tensor  # [K padded]
-    error_constant: Tensor  # [K padded]
-
-
-def prepare(codebook: Tensor, dtype: torch.dtype = torch.float32) -> CodebookOperand:
-    """What a scan in `dtype` (float32 or float64) needs of the codebook [K, D]."""
-    num_codes, code_dim = codebook.shape
-    wide = codebook.double()
-    usable = wide.isfinite().all(dim=1, keepdim=True)  # [K, 1]
-    wide = torch.where(usable, wide, 0.0)
-    mean = wide.sum(dim=0) / usable.sum().clamp(min=1)  # [D]
-    radius = torch.linalg.vector_norm(torch.where(usable, wide - mean, 0.0), dim=1).amax()
-    radius = torch.where(radius > 0, radius, 1.0)  # 0 where all codes are one
-    scale = torch.exp2(-torch.log2(radius.clamp(min=2.0**-100, max=2.0**100)).floor())
-    mean = (mean * scale).to(dtype)  # as the scan will subtract it
-    centred = torch.where(usable, wide * scale - mean.double(), 0.0)
-
-    padded = -(-num_codes // _slots(num_codes)) * _slots(num_codes)
-    error = 1.01 * (code_dim + 16) * _UNIT[dtype] + 1.01 * (code_dim + 16) * _UNIT[torch.float64]
-    half_sq_norms = 0.5 * centred.square().sum(dim=1)
-    error_per_norm = codebook.new_zeros(padded, dtype=torch.float64)
-    error_per_norm[:num_codes] = error * torch.linalg.vector_norm(centred, dim=1) + _TINY[dtype]
-    error_constant = codebook.new_zeros(padded, dtype=torch.float64)
-    error_constant[:num_codes] = error * half_sq_norms + _TINY[dtype]
-    matrix = codebook.new_zeros(padded, code_dim + 2, dtype=torch.float64)
-    matrix[:, code_dim] = _NEVER[dtype]
-    matrix[:num_codes, :code_dim] = centred
-    matrix[:num_codes, code_dim] = torch.where(usable[:, 0], error_constant[:num_codes] - half_sq_norms, _NEVER[dtype])
-    matrix[:, code_dim + 1] = error_per_norm
-    return CodebookOperand(
-        scale.to(dtype)[None], mean, matrix.to(dtype), error_per_norm.to(dtype), error_constant.to(dtype)
-    )
 
 
 def search(
@@ -85,150 +42,136 @@ def search(
         x: [N, D], a floating dtype.
         codebook: [K, D], on x's device.
         prepared: what `prepare(codebook)` returned, as a list; or empty, and it is made here.
-        precision: "exact", or "fast": what the first scan finds, unproved.
+        precision: "exact", or "fast": what the first scan finds, unproved but for ties.
 
     Returns:
         indices [N] int64, codes [N, D] in x's dtype, sq_distances [N] float32, statistics [3] int64: rows proved by the
         first scan (or not finite, which need no search), resolved among its candidates, drained by float64 scores.
     """
-    with torch.autocast(x.device.type, enabled=False):
+    autocast = torch.is_autocast_enabled(x.device.type)
+    with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
         operand = CodebookOperand(*prepared) if prepared else prepare(codebook)
         if precision == "exact" and not float32_products_are_exact_enough(x.device.type):
             operand = prepare(codebook, torch.float64)
-        indices, thresholds, proved = _scan(x, operand, certify=precision == "exact")
-        unproved = (~proved).nonzero()[:, 0]
-        finite = x[unproved].isfinite().all(dim=1)
-        indices[unproved[~finite]] = 0
-        unproved = unproved[finite]
-        drained = 0
-        if unproved.numel():
-            rows = x[unproved]
-            found, many = _resolve(rows, codebook, operand, thresholds[unproved], _MANY_CANDIDATES)
-            drained = int(many.sum())
-            if drained:
-                found[many] = _drain(rows[many], codebook)
-            indices[unproved] = found
+        scan = _scan_tile if x.shape[0] * operand.matrix.shape[0] <= TILE_ELEMENTS else _scan_tiles
+        indices, rest, counts = scan(x, codebook, operand, certify=precision == "exact")
+        many = counts > _MANY_CANDIDATES
+        drained = int(many.sum())
+        if drained:
+            indices[rest[many]] = _drain(x[rest[many]], codebook)
         codes, sq_distances = gather_codes(x, codebook, indices)
-        num_proved = x.shape[0] - unproved.numel()
-        statistics = torch.tensor([num_proved, unproved.numel() - drained, drained], device=x.device)
+        resolved = int((counts > 0).sum()) - drained
+        statistics = torch.tensor([x.shape[0] - resolved - drained, resolved, drained], device=x.device)
     return indices, codes, sq_distances, statistics
+
+
+def _scan_tile(
+    x: Tensor, codebook: Tensor, operand: CodebookOperand, *, certify: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_scan_tiles`, for so few rows that their scores are kept until the candidates are taken from them."""
+    norms = operand.matrix.new_empty(x.shape[0])
+    left = augment(x, operand, operand.matrix.new_empty(x.shape[0], operand.matrix.shape[1]), norms)
+    scores = left @ operand.matrix[: codebook.shape[0]].t()  # [N, K]
+    best, indices = scores.max(dim=1)
+    scores.scatter_(1, indices[:, None], -torch.inf)
+    thresholds = _lower_bound(best, operand.error(norms, indices), norms)
+    rest = _not_proved(best, scores.amax(dim=1), thresholds, certify).nonzero()[:, 0]
+    usable = operand.usable(codebook.shape[0])
+    rest_scores = scores[rest].scatter_(1, indices[rest, None], best[rest, None])
+    indices[rest], counts = _among_candidates(x[rest], codebook, rest_scores, thresholds[rest], usable)
+    return indices, rest, counts
+
+
+def _scan_tiles(
+    x: Tensor, codebook: Tensor, operand: CodebookOperand, *, certify: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Steps 1 and 2 for x [N, D]: indices [N]; the rows that were not proved [M], and for each of them how many codes
+    may be the nearest [M]. Rows with more than _MANY_CANDIDATES are left open; those that are not finite have 0."""
+    indices, thresholds, rest = _scan(x, operand, certify=certify)
+    usable = operand.usable(codebook.shape[0])
+    indices[rest], counts = _resolve(x[rest], codebook, operand, thresholds[rest], usable)
+    return indices, rest, counts
 
 
 def _drain(x: Tensor, codebook: Tensor) -> Tensor:
     """Indices [N] for the rows that float32 scores leave with many candidates, or that are out of float32's range."""
     operand = prepare(codebook, torch.float64)
-    indices, thresholds, proved = _scan(x, operand)
-    undecided = (~proved).nonzero()[:, 0]
-    if undecided.numel():
-        indices[undecided], _ = _resolve(x[undecided], codebook, operand, thresholds[undecided], codebook.shape[0])
+    indices, thresholds, rest = _scan(x, operand)
+    usable = operand.usable(codebook.shape[0])
+    indices[rest], counts = _resolve(x[rest], codebook, operand, thresholds[rest], usable)
+    rest = rest[counts > _MANY_CANDIDATES]
+    if rest.numel():
+        usable = usable & _first_of_identical(codebook)
+        indices[rest], _ = _resolve(x[rest], codebook, operand, thresholds[rest], usable, most=codebook.shape[0])
     return indices
 
 
 def _scan(x: Tensor, operand: CodebookOperand, *, certify: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-    """For each row of x [N, D]: the code with the largest upper bound, the lower bound of its score, whether it is
-    proved to be the nearest (without `certify`: whether the row could be scanned): indices [N], thresholds [N],
-    proved [N] bool."""
-    dtype, num_columns = operand.matrix.dtype, operand.matrix.shape[0]
-    block_k = min(num_columns, _BLOCK_K)
-    tile_rows = max(1, min(x.shape[0], _TILE_ELEMENTS // block_k))
-    indices = torch.empty(x.shape[0], dtype=torch.int64, device=x.device)
-    thresholds = torch.empty(x.shape[0], dtype=dtype, device=x.device)
-    proved = torch.empty(x.shape[0], dtype=torch.bool, device=x.device)
-    left = torch.empty(tile_rows, operand.matrix.shape[1], dtype=dtype, device=x.device)
-    scores = torch.empty(tile_rows * block_k, dtype=dtype, device=x.device)
-    for start in range(0, x.shape[0], tile_rows):
-        tile = slice(start, min(start + tile_rows, x.shape[0]))
-        norms = _augment(x[tile], operand, left)
-        index, best, second = _largest_two(left[: norms.shape[0]], operand.matrix, block_k, scores)
-        error = norms * operand.error_per_norm[index] + operand.error_constant[index]
-        in_range = norms <= _ROW_LIMIT[dtype]
-        # NaN compares as false: a row out of range is not proved, and no code is ruled out for it.
-        threshold = torch.where(in_range, best - 2 * error, torch.nan)
-        indices[tile], thresholds[tile] = index, threshold
-        proved[tile] = second < threshold if certify else in_range
-    return indices, thresholds, proved
-
-
-def _augment(x: Tensor, operand: CodebookOperand, left: Tensor) -> Tensor:
-    """Write [(x - mean)·scale, 1, norm] for x [N, D] to the first N rows of left; the norms [N]."""
-    code_dim = x.shape[1]
-    left = left[: x.shape[0]]
-    shifted, norms = left[:, :code_dim], left[:, code_dim + 1]
-    # Scaled first: a difference flushed to zero afterwards is small beside the codebook. Subtracted in the wider of
-    # both dtypes, so that it is rounded once.
-    torch.sub(x * operand.scale, operand.mean, out=shifted)
-    left[:, code_dim] = 1
-    torch.linalg.vector_norm(shifted, dim=1, out=norms)
-    norms.add_(2.0**-50)  # what squares that underflowed may hide
-    return norms
-
-
-def _slots(num_codes: int) -> int:
-    """Slots of a tile: columns k, k + slots, k + 2·slots, ... share one. About the root of the codes, and wide enough
-    for a vectorised maximum."""
-    return 32 if min(num_codes, _BLOCK_K) <= 2048 else 64
-
-
-def _largest_two(left: Tensor, matrix: Tensor, block_k: int, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The largest of left @ matrix.T in each row, its column, and the largest of the others.
-
-    No index is carried through the pass over the scores: it takes the maximum of each slot, and only the winning
-    slot's few columns are looked at again.
-    """
-    rows, num_columns = left.shape[0], matrix.shape[0]
-    slots = _slots(num_columns)
-    index = torch.zeros(rows, dtype=torch.int64, device=left.device)
-    best = left.new_full((rows,), -torch.inf)
-    second = best
-    for first_code in range(0, num_columns, block_k):
-        block = matrix[first_code : first_code + block_k]
-        tile = scores[: rows * block.shape[0]].view(rows, block.shape[0])
-        torch.mm(left, block.t(), out=tile)
-        tile = tile.view(rows, -1, slots)
-        slot_best = tile.amax(dim=1)  # [rows, slots]
-        block_best, slot = slot_best.max(dim=1, keepdim=True)
-        members = tile.gather(2, slot[:, :, None].expand(-1, tile.shape[1], 1))[:, :, 0]  # [rows, columns of the slot]
-        member = members.argmax(dim=1, keepdim=True)
-        slot_best.scatter_(1, slot, -torch.inf)
-        members.scatter_(1, member, -torch.inf)
-        block_second = torch.maximum(slot_best.amax(dim=1), members.amax(dim=1))
-        block_index = (member * slots + slot)[:, 0] + first_code
-        block_best = block_best[:, 0]
-        loser = torch.minimum(best, block_best)
-        second = torch.maximum(loser, torch.maximum(second, block_second))
-        index = torch.where(block_best > best, block_index, index)
-        best = torch.maximum(best, block_best)
-    return index, best, second
+    """For x [N, D]: the codes with the largest upper bounds [N], the lower bounds of their scores [N] (NaN for a row
+    out of range), and the rows [M] where it is not proved that the code is the nearest (without `certify`: where
+    another has the same upper bound)."""
+    dtype, num_rows, width = operand.matrix.dtype, x.shape[0], operand.matrix.shape[1]
+    indices = torch.empty(num_rows, dtype=torch.int64, device=x.device)
+    thresholds = torch.empty(num_rows, dtype=dtype, device=x.device)
+    not_proved = torch.empty(num_rows, dtype=torch.bool, device=x.device)
+    largest_two = LargestTwo(operand.matrix, num_rows)
+    left = torch.empty(min(largest_two.part_rows, num_rows), width, dtype=dtype, device=x.device)
+    norms = torch.empty(min(largest_two.chunk_rows, num_rows), dtype=dtype, device=x.device)
+    for start in range(0, num_rows, largest_two.chunk_rows):
+        chunk = slice(start, min(start + largest_two.chunk_rows, num_rows))
+        for first in range(chunk.start, chunk.stop, largest_two.part_rows):
+            part = x[first : min(first + largest_two.part_rows, chunk.stop)]
+            largest_two.reduce(augment(part, operand, left, norms[first - start :]), first - start)
+        index, best, second = largest_two.result(chunk.stop - start)
+        threshold = _lower_bound(best, operand.error(norms[: best.shape[0]], index), norms[: best.shape[0]])
+        indices[chunk], thresholds[chunk] = index, threshold
+        not_proved[chunk] = _not_proved(best, second, threshold, certify)
+    return indices, thresholds, not_proved.nonzero()[:, 0]
 
 
 def _resolve(
-    x: Tensor, codebook: Tensor, operand: CodebookOperand, threshold: Tensor, most: int
+    x: Tensor,
+    codebook: Tensor,
+    operand: CodebookOperand,
+    thresholds: Tensor,
+    allowed: Tensor,
+    most: int = _MANY_CANDIDATES,
 ) -> tuple[Tensor, Tensor]:
-    """Indices [N] by float64 sums of squared differences over the codes whose score may reach the threshold [N], and
-    which rows [N] bool were passed over for having more than `most` of them."""
-    num_codes = codebook.shape[0]
-    indices = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
-    many = torch.zeros(x.shape[0], dtype=torch.bool, device=x.device)
-    allowed = codebook.isfinite().all(dim=1)
-    rows = min(x.shape[0], max(1, _TILE_ELEMENTS // operand.matrix.shape[0]))
-    left = torch.empty(rows, operand.matrix.shape[1], dtype=operand.matrix.dtype, device=x.device)
-    searched_duplicates = False
+    """As `_among_candidates`, for x [N, D], by tiles of scores computed anew."""
+    indices = torch.empty(x.shape[0], dtype=torch.int64, device=x.device)
+    counts = torch.empty(x.shape[0], dtype=torch.int64, device=x.device)
+    rows = max(1, min(x.shape[0], TILE_ELEMENTS // operand.matrix.shape[0]))
+    left, norms = operand.matrix.new_empty(rows, operand.matrix.shape[1]), operand.matrix.new_empty(rows)
     for start in range(0, x.shape[0], rows):
         tile = slice(start, start + rows)
-        block = x[tile]
-        _augment(block, operand, left)
-        scores = left[: block.shape[0]] @ operand.matrix[:num_codes].t()
-        # ~(a < b), not a >= b: a NaN leaves the code a candidate.
-        candidates = ~(scores < threshold[tile, None]) & allowed
-        counts = candidates.sum(dim=1)
-        if most == num_codes and not searched_duplicates and counts.sum() > _MANY_CANDIDATES * block.shape[0]:
-            allowed, searched_duplicates = allowed & _first_of_identical(codebook), True
-            candidates &= allowed
-        elif most < num_codes:
-            many[tile] = counts > most
-            candidates &= ~many[tile, None]
-        indices[tile] = _least_distance(block, codebook, candidates)
-    return indices, many
+        scores = augment(x[tile], operand, left, norms) @ operand.matrix[: codebook.shape[0]].t()
+        indices[tile], counts[tile] = _among_candidates(x[tile], codebook, scores, thresholds[tile], allowed, most)
+    return indices, counts
+
+
+def _among_candidates(
+    x: Tensor, codebook: Tensor, scores: Tensor, thresholds: Tensor, allowed: Tensor, most: int = _MANY_CANDIDATES
+) -> tuple[Tensor, Tensor]:
+    """Indices [N] by float64 sums of squared differences over the candidates, of the codes allowed [K] bool those whose
+    score [N, K] may reach the threshold [N]; and how many these are [N]. Rows with more than `most` candidates, and
+    rows that are not finite, which have none, get index 0."""
+    # ~(a < b), not a >= b: a NaN leaves the code a candidate.
+    candidates = ~(scores < thresholds[:, None]) & allowed & x.isfinite().all(dim=1, keepdim=True)
+    counts = candidates.sum(dim=1)
+    candidates &= (counts <= most)[:, None]
+    return _least_distance(x, codebook, candidates), counts
+
+
+def _lower_bound(best: Tensor, error: Tensor, norms: Tensor) -> Tensor:
+    """The lower bound [N] of the score whose upper bound is best [N]; NaN for a row out of range, which compares as
+    false: such a row is not proved, and no code is ruled out for it."""
+    return torch.where(norms <= ROW_LIMIT[norms.dtype], best - 2 * error, torch.nan)
+
+
+def _not_proved(best: Tensor, second: Tensor, threshold: Tensor, certify: bool) -> Tensor:
+    """[N] bool: the runner-up may be as near; without `certify`, it has the same upper bound, or there is no bound."""
+    limit = threshold if certify else torch.where(threshold.isnan(), torch.nan, best)
+    return ~(second < limit)
 
 
 def _first_of_identical(codebook: Tensor) -> Tensor:
@@ -258,19 +201,21 @@ def gather_codes(x: Tensor, codebook: Tensor, indices: Tensor) -> tuple[Tensor, 
     """codes [N, D] in x's dtype, and sq_distances [N] float32 to the code's own values, NaN for rows not finite."""
     codes = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     sq_distances = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
-    rows = max(1, _DIRECT_ELEMENTS // x.shape[1])
+    one_dtype = x.dtype == codebook.dtype
+    wider = torch.promote_types(torch.promote_types(x.dtype, codebook.dtype), torch.float32)
+    rows = max(1, min(x.shape[0], _GATHER_ELEMENTS // x.shape[1]))
+    difference = torch.empty(rows, x.shape[1], dtype=wider, device=x.device)
     for start in range(0, x.shape[0], rows):
         tile = slice(start, start + rows)
-        chosen = codebook.index_select(0, indices[tile])
-        codes[tile] = chosen
-        difference = x[tile] - chosen if torch.float32 in (x.dtype, chosen.dtype) else x[tile].double() - chosen
-        sq_distances[tile] = difference.square_().sum(dim=1)
-    tiny = (sq_distances < _TINY_SQ_DISTANCE).nonzero()[:, 0]
-    if tiny.numel():
-        wide = x[tiny].double() - codebook[indices[tiny]].double()
-        sq_distances[tiny] = wide.square_().sum(dim=1).float()
-    overflown = (~sq_distances.isfinite()).nonzero()[:, 0]
-    if overflown.numel():  # a row with an Inf gives Inf so far, and the contract says NaN
-        finite = x[overflown].isfinite().all(dim=1)
-        sq_distances[overflown] = torch.where(finite, sq_distances[overflown], torch.nan)
+        if one_dtype:
+            chosen = torch.index_select(codebook, 0, indices[tile], out=codes[tile])
+        else:
+            codes[tile] = chosen = codebook.index_select(0, indices[tile])
+        part = torch.sub(x[tile].to(wider), chosen, out=difference[: chosen.shape[0]])
+        sq_distances[tile] = part.square_().sum(dim=1)
+    odd = ~((sq_distances >= _TINY_SQ_DISTANCE) & sq_distances.isfinite())
+    if odd.any():  # an Inf in a row gives Inf so far, and the contract says NaN
+        rare = odd.nonzero()[:, 0]
+        wide = (x[rare].double() - codebook[indices[rare]].double()).square_().sum(dim=1).float()
+        sq_distances[rare] = torch.where(x[rare].isfinite().all(dim=1), wide, torch.nan)
     return codes, sq_distances

@@ -1,0 +1,81 @@
+"""The largest score of each row, its code and the runner-up, with no index carried through the pass over the scores.
+
+Code k stands in group k // slots and in slot k % slots. Two vectorised reductions of the scores give the maximum of
+each group and of each slot. The largest score is the largest of either, its code the one in both; any other score lies
+in another group or in another slot, so the runner-up is the larger of their two runners-up. Where two codes share the
+largest score the runner-up equals it, and the code found may be neither.
+"""
+
+import torch
+from torch import Tensor
+
+TILE_ELEMENTS = 1 << 20  # scores held at a time: 4 MiB of float32 stay in a core's caches
+_TILE_INPUT_ELEMENTS = 1 << 18  # numbers of the rows that give them
+_PART_ELEMENTS = 1 << 19  # numbers of the rows, or of their maxima, that are worked on at a time
+_BLOCK_K = 1 << 12  # codes a tile covers at most; more are taken in blocks
+
+
+def num_slots(num_codes: int) -> int:
+    """The power of two next to the root of the number of codes; at least 32."""
+    return 1 << max(5, (num_codes - 1).bit_length() // 2)
+
+
+class LargestTwo:
+    """The two largest numbers of each row of rows @ matrix.T: first `reduce` the rows, then take the `result`.
+
+    Args:
+        matrix: [K, W], K a multiple of `num_slots(K)`.
+        num_rows: how many rows there are in all.
+
+    Attributes:
+        part_rows: how many rows to give `reduce` at a time.
+        chunk_rows: how many rows there may be between two results.
+    """
+
+    def __init__(self, matrix: Tensor, num_rows: int) -> None:
+        num_codes, width = matrix.shape
+        slots = num_slots(num_codes)
+        self.matrix = matrix
+        self.block_k = min(num_codes, max(_BLOCK_K, slots))
+        tile_rows = min(TILE_ELEMENTS // self.block_k, _TILE_INPUT_ELEMENTS // width)
+        self.tile_rows = max(1, min(num_rows, 1 << tile_rows.bit_length() - 1))  # a power of two: products like it
+        self.part_rows = self.tile_rows * max(1, _PART_ELEMENTS // (self.tile_rows * width))
+        num_maxima = slots + num_codes // slots
+        self.chunk_rows = self.part_rows * max(1, _PART_ELEMENTS // (self.part_rows * num_maxima))
+        self.scores = matrix.new_empty(self.block_k * self.tile_rows)
+        self.slot_maxima = matrix.new_empty(slots, min(self.chunk_rows, num_rows))
+        self.group_maxima = matrix.new_empty(num_codes // slots, min(self.chunk_rows, num_rows))
+
+    def reduce(self, rows: Tensor, first_row: int) -> None:
+        """Take rows [N, W] as rows first_row, first_row + 1, ... of the next result."""
+        for start in range(0, rows.shape[0], self.tile_rows):
+            tile = rows[start : start + self.tile_rows]
+            place = slice(first_row + start, first_row + start + tile.shape[0])
+            self._reduce_tile(tile, self.slot_maxima[:, place], self.group_maxima[:, place])
+
+    def _reduce_tile(self, rows: Tensor, slot_maxima: Tensor, group_maxima: Tensor) -> None:
+        num_rows, slots = rows.shape[0], slot_maxima.shape[0]
+        for first_code in range(0, self.matrix.shape[0], self.block_k):
+            block = self.matrix[first_code : first_code + self.block_k]
+            scores = self.scores[: block.shape[0] * num_rows].view(block.shape[0], num_rows)
+            torch.mm(block, rows.t(), out=scores)
+            scores = scores.view(-1, slots, num_rows)
+            first_group = first_code // slots
+            torch.amax(scores, dim=1, out=group_maxima[first_group : first_group + scores.shape[0]])
+            if first_code == 0:
+                torch.amax(scores, dim=0, out=slot_maxima)
+            else:
+                torch.maximum(slot_maxima, scores.amax(dim=0), out=slot_maxima)
+
+    def result(self, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
+        """For the N rows reduced: the code with the largest score, [N] int64, that score and the runner-up, [N]."""
+        slot, best, other_slot = _largest_and_next(self.slot_maxima[:, :num_rows])
+        group, _, other_group = _largest_and_next(self.group_maxima[:, :num_rows])
+        return group * self.slot_maxima.shape[0] + slot, best, torch.maximum(other_slot, other_group)
+
+
+def _largest_and_next(maxima: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """For each column of maxima [S, N], which it overwrites: where the largest is [N] int64, the largest, the next."""
+    largest, place = maxima.max(dim=0)
+    maxima.scatter_(0, place[None], -torch.inf)
+    return place, largest, maxima.amax(dim=0)
