@@ -1,20 +1,23 @@
-"""Write the README's tables from the committed results.
+"""Write the tables of README.md and docs/learning.md from the committed results.
 
-    python benchmarks/readme_tables.py           # rewrite README.md
-    python benchmarks/readme_tables.py --check   # exit 1 if it would change
+    python benchmarks/readme_tables.py           # rewrite both
+    python benchmarks/readme_tables.py --check   # exit 1 if one would change
 
 The results lie in benchmarks/results/cpu: train.json (a run's last line of metrics.jsonl, with the command and the
-machine), train_bench.jsonl, argmin.jsonl (argmin_bench.py) and exactness_soak.jsonl. A table stands in README.md
-between `<!-- begin NAME -->` and `<!-- end NAME -->`.
+machine), train_bench.jsonl, argmin.jsonl (argmin_bench.py), exactness_soak.jsonl, ablation.jsonl (recipe_ablation.py)
+and rate_distortion.jsonl (the results.jsonl of rate_distortion.py). A table stands between `<!-- begin NAME -->` and
+`<!-- end NAME -->`.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from learning_tables import ablation_table, rate_distortion_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "cpu"
@@ -30,6 +33,11 @@ CONTENDERS = {
 def read_lines(name: str) -> list[dict[str, Any]]:
     """The objects of a JSON lines file of the results."""
     return [json.loads(line) for line in (RESULTS / name).read_text().splitlines()]
+
+
+def read_lines_if_any(name: str) -> list[dict[str, Any]]:
+    """The same; none where the file is not there yet."""
+    return read_lines(name) if (RESULTS / name).exists() else []
 
 
 def model_table() -> str:
@@ -69,27 +77,41 @@ def search_table() -> str:
     return "\n".join([*lines, "", f"Median time over that of cdist + argmin; float32, Gaussian; {where}."])
 
 
-def with_tables(text: str) -> str:
-    """The README's text with its tables made anew."""
-    for name, table in (("model", model_table()), ("search", search_table())):
+TABLES: dict[str, dict[str, Callable[[], str]]] = {
+    "README.md": {"model": model_table, "search": search_table},
+    "docs/learning.md": {
+        "ablation": lambda: ablation_table(read_lines_if_any("ablation.jsonl")),
+        "rate-distortion": lambda: rate_distortion_table(read_lines_if_any("rate_distortion.jsonl")),
+    },
+}
+"""How each file's tables are made, by their names."""
+
+
+def with_tables(file_name: str, text: str) -> str:
+    """The text of a file of `TABLES` with its tables made anew."""
+    for name, make_table in TABLES[file_name].items():
         begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
-        pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
-        if not pattern.search(text):
-            raise SystemExit(f"README.md must hold {begin} and {end}")
-        text = pattern.sub(lambda _, b=begin, t=table, e=end: f"{b}\n{t}\n{e}", text)  # type: ignore[misc]
+        before, opened, rest = text.partition(begin)
+        _, closed, after = rest.partition(end)
+        if not opened or not closed:
+            raise SystemExit(f"{file_name} must hold {begin} and {end}")
+        text = f"{before}{begin}\n{make_table()}\n{end}{after}"
     return text
 
 
 def main(arguments: list[str]) -> int:
-    """Rewrite README.md, or, with --check, say whether that would change it."""
-    file = ROOT / "README.md"
-    before = file.read_text()
-    after = with_tables(before)
-    if arguments == ["--check"]:
-        print("README.md is up to date" if before == after else "README.md differs from the results")
-        return int(before != after)
-    file.write_text(after)
-    return 0
+    """Rewrite the files, or, with --check, say whether that would change them."""
+    changed = False
+    for name in TABLES:
+        file = ROOT / name
+        before = file.read_text()
+        after = with_tables(name, before)
+        changed = changed or before != after
+        if arguments == ["--check"]:
+            print(f"{name} is up to date" if before == after else f"{name} differs from the results")
+        else:
+            file.write_text(after)
+    return int(changed and arguments == ["--check"])
 
 
 if __name__ == "__main__":

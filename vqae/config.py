@@ -155,6 +155,24 @@ class Config:
         return cls.from_dict(values, str(file))
 
 
+# Settings that --recipe sets at once, by the recipe's name. What decides how the model learns is all there, so that a
+# recipe stays what it is when a default changes; the model's shape and the run's length are left as they are.
+RECIPES: dict[str, dict[str, Any]] = {
+    "plain": {  # the specification as written: codes N(0, 1), SGD of one learning rate, and nothing against collapse
+        "flip": False,
+        "embedding_norm": "none",
+        "codebook_init": "normal",
+        "restart_after": 0,
+        "lr": 0.1,
+        "momentum": 0.9,
+        "weight_decay": 5e-4,
+        "warmup": 0.0,
+        "codebook_step": "plain",
+        "codebook_lr": 0.1,
+    },
+}
+
+
 def flag(name: str) -> str:
     """A setting's name as the command line spells it."""
     return "--" + name.replace("_", "-")

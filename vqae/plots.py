@@ -51,24 +51,45 @@ def plot_codebook(model: VQAE, counts: Tensor, file: Path, title: str) -> None:
     _write_grid(torch.where(unused, decoded * 0.25, decoded), columns, file, title, upscale_to=32)
 
 
-def plot_curves(history: list[dict[str, Any]], file: Path, title: str) -> None:
-    """MSE, losses, and the codebook's life against the epoch."""
+# The panels of curves.png, a row a line: what the axis says, and the entries of metrics.jsonl that it shows.
+_PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("MSE a pixel value", ("train_mse", "val_mse", "test_mse")),
+    ("loss", ("reconstruction_loss", "codebook_loss")),
+    ("share of the loss", ("reconstruction_loss_share", "codebook_loss_share")),
+    ("codes used", ("train_codes_used", "codes_used")),
+    ("perplexity", ("train_perplexity", "perplexity")),
+    ("codes restarted in the epoch", ("restarts",)),
+)
+
+
+def plot_curves(history: list[dict[str, Any]], num_codes: int, file: Path, title: str) -> None:
+    """MSE, losses, and the codebook's life against the epoch.
+
+    Args:
+        history: the lines of metrics.jsonl; what a line does not have, or has as None, leaves a gap.
+        num_codes: K, at which the panels of codes used and perplexity end.
+        file: the PNG to write.
+        title: above the panels.
+    """
     epochs = [line["epoch"] for line in history]
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
-    panels: tuple[tuple[str, tuple[str, ...]], ...] = (
-        ("MSE a pixel value", ("train_mse", "val_mse", "test_mse")),
-        ("loss", ("reconstruction_loss", "codebook_loss")),
-        ("codes", ("codes_used", "perplexity", "restarts")),
-    )
-    for axis, (label, names) in zip(axes, panels, strict=True):
+    figure, rows = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
+    axes = dict(zip((label for label, _ in _PANELS), rows.flat, strict=True))
+    for label, names in _PANELS:
         for name in names:
-            values = [math.nan if line[name] is None else line[name] for line in history]
-            axis.plot(epochs, values, marker=".", label=name)
-        axis.set(xlabel="epoch", ylabel=label)
-        axis.grid(alpha=0.3)
+            values = [math.nan if line.get(name) is None else line[name] for line in history]
+            axes[label].plot(epochs, values, marker=".", label=name)
+        axes[label].set(xlabel="epoch", ylabel=label)
+        axes[label].grid(alpha=0.3)
         if history:
-            axis.legend()
-    axes[1].set_yscale("symlog", linthresh=1e-3)
+            axes[label].legend()
+    axes["loss"].set_yscale("symlog", linthresh=1e-3)
+    restarts = axes["codes restarted in the epoch"]
+    restarts.set_yscale("symlog", linthresh=1)  # thousands at first, then hardly any
+    restarts.set_ylim(0, max(1, restarts.get_ylim()[1]))
+    axes["share of the loss"].set_ylim(0, 1)
+    for label in ("codes used", "perplexity"):
+        axes[label].set_ylim(0, 1.05 * num_codes)
+        axes[label].axhline(num_codes, color="gray", linestyle="--", linewidth=1)
     figure.suptitle(title)
     _write_figure(figure, file, title)
 

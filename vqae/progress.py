@@ -54,6 +54,11 @@ class ProgressReporter:
         self._bar.write(text, file=sys.stdout)
         sys.stdout.flush()
 
+    def warn(self, text: str) -> None:
+        """A line of its own, to stderr."""
+        self._bar.write(text, file=sys.stderr)
+        sys.stderr.flush()
+
     def close(self) -> None:
         """Leave the terminal as it was."""
         self._bar.close()

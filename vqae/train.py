@@ -11,14 +11,14 @@ import dataclasses
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import tyro
 
 from vqae.batches import split_train
 from vqae.checkpoint import build_model, load_checkpoint
-from vqae.config import Config, Dataset, find_device, flag
+from vqae.config import RECIPES, Config, Dataset, find_device, flag
 from vqae.data import load_pictures
 from vqae.errors import UsageError
 from vqae.interrupt import SignalHandler
@@ -36,6 +36,9 @@ class Command:
     run: tyro.conf.OmitArgPrefixes[Config]
     config: Path | None = None
     """Take the settings of this JSON file (a run's config.json, say) as defaults; flags go before them."""
+    recipe: Literal["plain"] | None = None
+    """plain: the specification as written, which collapses: codes N(0, 1), learning rate 0.1 for all, no restarts, no
+    normalisation of the embeddings. Sets these settings at once, over those of --config; flags go before them."""
     resume: bool = False
     """Go on with the run in --out, with its settings; begin it where there is none."""
     overwrite: bool = False
@@ -43,16 +46,20 @@ class Command:
 
 
 def parse(arguments: list[str]) -> Command:
-    """The command line as settings; what it leaves out comes from --config, or, with --resume, from the run's own."""
+    """The command line as settings; what it leaves out comes from --recipe, then from --config, or, with --resume, from
+    the run's own."""
     command = _parse(arguments, Config())
     folder = RunFolder(command.run.out)
     source = command.config
     if source is None and command.resume and folder.config.exists():
         source = folder.config
-    if source is not None:
-        command = _parse(arguments, Config.read(source))
-        if command.config is None:  # the folder may have another name than when its config.json was written
-            command = dataclasses.replace(command, run=dataclasses.replace(command.run, out=folder.path))
+    defaults = Config() if source is None else Config.read(source)
+    if command.recipe is not None:
+        defaults = dataclasses.replace(defaults, **RECIPES[command.recipe])
+    if defaults != Config():
+        command = _parse(arguments, defaults)
+    if source is not None and command.config is None:  # the folder may have been renamed since it was written
+        command = dataclasses.replace(command, run=dataclasses.replace(command.run, out=folder.path))
     if command.resume and command.overwrite:
         raise UsageError("--resume and --overwrite contradict each other: give one")
     command.run.check()

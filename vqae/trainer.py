@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from vqae import clock
 from vqae.batches import EpochOrder, place
 from vqae.checkpoint import load_weights, save_checkpoint
+from vqae.collapse import collapse_warning
 from vqae.config import Config
 from vqae.errors import DivergedError, UsageError
 from vqae.evaluation import Evaluation, evaluate
@@ -178,6 +179,7 @@ class Trainer:
         if not math.isfinite(test.mse) or not math.isfinite(val_mse):
             raise DivergedError(f"the model's pictures were not finite after step {self._global_step()}")
         self._record(test, val)
+        self._warn_of_collapse(test, val)
         self.test_counts = test.counts.cpu()
         self.epoch, self.step, self.train_s = self.epoch + 1, 0, 0.0
         self.losses = LossWatch(self.device)
@@ -194,6 +196,7 @@ class Trainer:
     def _record(self, test: Evaluation, val: Evaluation | None) -> None:
         """Append the epoch's line to the history, and show it."""
         reconstruction_loss, codebook_loss = self.losses.means()
+        total_loss = reconstruction_loss + codebook_loss
         quantizer = self.model.quantizer
         line = {
             "epoch": round(self.epoch + self.step / self.steps_per_epoch, 4),
@@ -201,6 +204,8 @@ class Trainer:
             "dataset": self.dataset,
             "reconstruction_loss": reconstruction_loss,
             "codebook_loss": codebook_loss,
+            "reconstruction_loss_share": reconstruction_loss / total_loss if total_loss else math.nan,
+            "codebook_loss_share": codebook_loss / total_loss if total_loss else math.nan,
             "train_mse": reconstruction_loss * self.model.pixel_std.item() ** 2,
             "val_mse": None if val is None else val.mse,
             "test_mse": test.mse,
@@ -222,6 +227,13 @@ class Trainer:
             f"perplexity {test.perplexity:.0f}  {line['images_per_s']:.0f} pictures/s"
         )
 
+    def _warn_of_collapse(self, test: Evaluation, val: Evaluation | None) -> None:
+        """Say, once an epoch at most, where hardly any codes are in use."""
+        counts = test.counts if val is None else test.counts + val.counts
+        warning = collapse_warning(self.config, counts, self._global_step())
+        if warning is not None:
+            self.reporter.warn(warning)
+
     def _plot(self) -> None:
         """The run's three pictures; a signal is heeded between them."""
         self.model.eval()
@@ -230,9 +242,9 @@ class Trainer:
         plot_reconstructions(self.model, shown, self.folder.reconstructions, f"originals over reconstructions ({what})")
         self.signals.poll()
         counts = self.test_counts.to(self.device)
-        plot_codebook(self.model, counts, self.folder.codebook, f"codebook, by use ({what})")
+        plot_codebook(self.model, counts, self.folder.codebook, f"codebook, by use on the test pictures ({what})")
         self.signals.poll()
-        plot_curves(self.history, self.folder.curves, what)
+        plot_curves(self.history, self.config.num_codes, self.folder.curves, what)
 
     # -- checkpoints
 

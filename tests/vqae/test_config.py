@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.vqae.commands import Outcome
-from vqae.config import Config, find_device, flag
+from vqae.config import RECIPES, Config, find_device, flag
 from vqae.errors import UsageError
 from vqae.train import parse
 
@@ -84,7 +84,7 @@ def test_help_shows_every_flag_and_exits_with_0(command: Callable[..., Outcome],
     assert f"python -m {module}" in outcome.out
     shown = set(re.findall(r"--[a-z-]+", outcome.out))
     expected = {
-        "vqae.train": {*map(flag, FIELDS), "--config", "--resume", "--overwrite"},
+        "vqae.train": {*map(flag, FIELDS), "--config", "--recipe", "--resume", "--overwrite"},
         "vqae.evaluate": {"--checkpoint", "--dataset", "--data-dir", "--split", "--batch-size", "--device"},
         "vqae.reconstruct": {"--checkpoint", "--out", "--device"},
     }[module]
@@ -154,6 +154,45 @@ def test_a_missing_file_and_a_file_of_bytes_are_named(tmp_path: Path) -> None:
     (tmp_path / "bytes.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UsageError, match=r"bytes\.json is not JSON"):
         parse(["--config", str(tmp_path / "bytes.json")])
+
+
+# -- --recipe
+
+
+def test_the_plain_recipe_is_the_specification_as_written() -> None:
+    plain = parse(["--recipe", "plain", "--num-codes", "64"]).run
+    assert plain.lr == plain.codebook_lr == 0.1
+    assert (plain.codebook_init, plain.codebook_step, plain.restart_after) == ("normal", "plain", 0)
+    assert (plain.embedding_norm, plain.momentum, plain.warmup, plain.flip) == ("none", 0.9, 0, False)
+    assert plain == dataclasses.replace(Config(num_codes=64), **RECIPES["plain"])
+
+
+def test_flags_go_before_a_recipe_even_with_the_default_as_their_value() -> None:
+    default = str(Config.restart_after)
+    for arguments in (["--restart-after", default, "--recipe", "plain"], ["--recipe", "plain", "--lr", "0.05"]):
+        given = {"restart_after": int(default)} if "--restart-after" in arguments else {"lr": 0.05}
+        assert parse(arguments).run == dataclasses.replace(Config(), **{**RECIPES["plain"], **given})
+
+
+def test_a_recipe_goes_before_a_file(tmp_path: Path) -> None:
+    file = write(tmp_path / "mine.json", {"num_codes": 64, "lr": 1.0, "out": "there"})
+    run = parse(["--config", str(file), "--recipe", "plain"]).run
+    assert run == dataclasses.replace(Config(num_codes=64, out=Path("there")), **RECIPES["plain"])
+
+
+def test_config_json_holds_what_a_recipe_came_to(tmp_path: Path) -> None:
+    run = parse(["--recipe", "plain", "--out", str(tmp_path), "--lr", "0.2"]).run
+    write(tmp_path / "config.json", run.to_dict())
+    assert parse(["--out", str(tmp_path), "--resume"]).run == run
+    assert parse(["--out", str(tmp_path), "--resume", "--recipe", "plain", "--lr", "0.2"]).run == run
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_name_settings_and_change_some(name: str) -> None:
+    run = dataclasses.replace(Config(), **RECIPES[name])
+    run.check()
+    assert run != Config()
+    assert Config.from_dict(run.to_dict(), "the test") == run
 
 
 # -- values out of range

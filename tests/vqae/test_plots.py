@@ -9,10 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
+from vqae import plots
 from vqae.checkpoint import build_model
 from vqae.config import Config
 from vqae.model import VQAE
-from vqae.plots import plot_codebook, plot_curves, plot_reconstructions
+from vqae.plots import _PANELS, plot_codebook, plot_curves, plot_reconstructions
 
 TITLE_HEIGHT = 40
 
@@ -86,21 +87,43 @@ def test_the_codebook_shows_the_most_used_first_and_dims_the_unused(tmp_path: Pa
         np.testing.assert_allclose(shown, expected.permute(1, 2, 0).numpy(), atol=1.01 / 255)
 
 
+NAMES = [name for _, names in _PANELS for name in names]
+
+
 @pytest.mark.parametrize("num_epochs", [1, 3])
 @pytest.mark.parametrize("val_mse", [0.1, None])
 def test_curves(tmp_path: Path, num_epochs: int, val_mse: float | None) -> None:
-    names = ("train_mse", "test_mse", "reconstruction_loss", "codebook_loss", "codes_used", "perplexity", "restarts")
     history: list[dict[str, Any]] = [
-        {"epoch": epoch + 1.0, "val_mse": val_mse, **dict.fromkeys(names, 1.0)} for epoch in range(num_epochs)
+        {"epoch": epoch + 1.0, **dict.fromkeys(NAMES, 1.0), "val_mse": val_mse} for epoch in range(num_epochs)
     ]
-    plot_curves(history, tmp_path / "out.png", "synthetic, K = 18")
+    plot_curves(history, 18, tmp_path / "out.png", "synthetic, K = 18")
     pixels, title = opened(tmp_path / "out.png")
-    assert pixels.shape == (360, 1300, 3)
+    assert pixels.shape == (700, 1300, 3)
     assert title == "synthetic, K = 18"
 
 
 def test_curves_of_huge_losses(tmp_path: Path) -> None:
-    names = ("train_mse", "val_mse", "test_mse", "codes_used", "perplexity", "restarts")
-    history = [{"epoch": 1.0, "reconstruction_loss": 1e30, "codebook_loss": math.inf, **dict.fromkeys(names, 0.0)}]
-    plot_curves(history, tmp_path / "out.png", "synthetic")
+    history = [{"epoch": 1.0, **dict.fromkeys(NAMES, 0.0), "reconstruction_loss": 1e30, "codebook_loss": math.inf}]
+    plot_curves(history, 18, tmp_path / "out.png", "synthetic")
     assert (tmp_path / "out.png").exists()
+
+
+def test_curves_show_the_codebooks_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each entry is a line in a panel, with its values; what an older line lacks is a gap."""
+    figures = []
+    monkeypatch.setattr(plots, "_write_figure", lambda figure, *_: figures.append(figure))
+    history: list[dict[str, Any]] = [
+        {"epoch": 1.0, "restarts": 4000, "train_mse": 0.5},
+        {"epoch": 2.0, **{name: index / len(NAMES) for index, name in enumerate(NAMES)}},
+    ]
+    plot_curves(history, 18, tmp_path / "out.png", "synthetic")
+    (figure,) = figures
+    lines = {line.get_label(): line.get_ydata() for axis in figure.axes for line in axis.get_lines()}
+    for index, name in enumerate(NAMES):
+        first = {"restarts": 4000, "train_mse": 0.5}.get(name, math.nan)
+        np.testing.assert_equal(lines[name], [first, index / len(NAMES)])
+    ends = {axis.get_ylabel(): axis.get_ylim()[1] for axis in figure.axes}
+    assert ends["codes used"] == ends["perplexity"] == pytest.approx(1.05 * 18)
+    assert ends["share of the loss"] == 1
+    assert ends["codes restarted in the epoch"] >= 4000
+    plots.plt.close(figure)

@@ -1,6 +1,7 @@
 """Plain lines where there is no terminal, a bar where there is one."""
 
 import io
+import re
 import sys
 
 import pytest
@@ -45,3 +46,16 @@ def test_lines_go_to_stdout(capsys: pytest.CaptureFixture[str]) -> None:
     reporter = ProgressReporter(0.0)
     reporter.line("epoch 1")
     assert capsys.readouterr().out == "epoch 1\n"
+
+
+@pytest.mark.parametrize("stream", [io.StringIO, Terminal])
+def test_warnings_go_to_stderr_on_a_line_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stream: type[io.StringIO]
+) -> None:
+    shown = stream()
+    monkeypatch.setattr(sys, "stderr", shown)
+    reporter = ProgressReporter(0.5)
+    reporter.warn("warning: few codes")
+    reporter.close()
+    assert "warning: few codes" in re.split(r"[\r\n]", shown.getvalue())
+    assert capsys.readouterr().out == ""

@@ -30,6 +30,7 @@ Command = Callable[..., Outcome]
 FILES = {"config.json", "metrics.jsonl", "last.pt", "best.pt", "reconstructions.png", "codebook.png", "curves.png"}
 METRICS = {
     *("epoch", "step", "dataset", "reconstruction_loss", "codebook_loss", "train_mse", "val_mse", "test_mse"),
+    *("reconstruction_loss_share", "codebook_loss_share"),
     *("psnr_db", "perplexity", "codes_used", "train_perplexity", "train_codes_used", "restarts"),
     *("images_per_s", "lr", "elapsed_s"),
 }
@@ -72,6 +73,13 @@ def test_the_train_mse_is_in_pixels(finished_run: Path) -> None:
     pixel_std = load(finished_run / "last.pt")["model"]["pixel_std"].item()
     for line in metrics(finished_run):
         assert line["train_mse"] == pytest.approx(line["reconstruction_loss"] * pixel_std**2)
+
+
+def test_the_shares_of_the_losses_add_up_to_1(finished_run: Path) -> None:
+    for line in metrics(finished_run):
+        assert line["reconstruction_loss_share"] + line["codebook_loss_share"] == pytest.approx(1)
+        ratio = line["codebook_loss_share"] / line["reconstruction_loss_share"]
+        assert ratio == pytest.approx(line["codebook_loss"] / line["reconstruction_loss"])
 
 
 def test_the_model_sees_pictures_of_mean_0_and_variance_1(finished_run: Path, pictures: Path) -> None:
@@ -155,6 +163,28 @@ def test_auto_falls_back_aloud_and_every_output_says_synthetic(
     measured = command("vqae.evaluate", "--checkpoint", out / "best.pt", "--device", "cpu")
     assert json.loads(measured.out)["dataset"] == "synthetic"
     assert json.loads(measured.out)["mse"] == pytest.approx(metrics(out)[0]["test_mse"])
+
+
+# -- a codebook that collapses
+
+
+@pytest.mark.parametrize("codes_used", [7, 16])
+def test_a_collapsed_codebook_is_warned_of_once_an_epoch(
+    command: Command, tiny: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codes_used: int
+) -> None:
+    measure = trainer.evaluate
+
+    def evaluate(model: VQAE, pictures: torch.Tensor, *others: Any) -> Evaluation:
+        counts = torch.bincount(torch.arange(pictures.shape[0]) % codes_used, minlength=16)
+        return measure(model, pictures, *others)._replace(counts=counts)
+
+    monkeypatch.setattr(trainer, "evaluate", evaluate)
+    outcome = command("vqae.train", *tiny, "--image-size", 8, "--restart-after", 0, "--out", tmp_path)
+    assert outcome.exit_code == 0, outcome.err
+    said = [line for line in outcome.err.splitlines() if line.startswith("warning")]
+    text = "the 45 pictures held out chose 7 of 16 codes, fewer than half of those they could: look at --restart-after"
+    assert len(said) == (2 if codes_used == 7 else 0)  # two epochs
+    assert all(text in line for line in said)
 
 
 # -- options

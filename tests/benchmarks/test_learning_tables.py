@@ -1,0 +1,106 @@
+"""The tables of docs/learning.md: means and spreads, ratios, and what is refused."""
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from learning_tables import METHODS, ablation_table, over_seeds, rate_distortion_rows, rate_distortion_table, spread
+
+ENVIRONMENT = {"device": "a CPU", "versions": "torch 2", "date": "2026-01-01"}
+SETTINGS = {"lr": 0.3, "flip": False, "limit": None, "num_codes": 512, "epochs": 6, "dataset": "imagefolder"}
+
+
+def ablation_line(variant: str, seed: int, test_mse: float, **overrides: Any) -> dict[str, Any]:
+    figures = {"train_mse": 0.01, "val_mse": 0.02, "test_mse": test_mse, "codes_used": 9, "perplexity": 8.4}
+    names = {"variant": variant, "overrides": overrides, "seed": seed, "diverged": False, "minutes": 1.25}
+    return {**names, **figures, "settings": {**SETTINGS, **overrides}, **ENVIRONMENT}
+
+
+def point(method: str, num_codes: int, seed: int, mse: float) -> dict[str, Any]:
+    figures = {f"{split}_{name}": mse for split in ("train", "test") for name in ("mse", "perplexity", "codes_used")}
+    return {"method": method, "num_codes": num_codes, "seed": seed, **figures, **ENVIRONMENT}
+
+
+def test_spread() -> None:
+    assert spread([1.0, 2.0, 3.0]) == (2.0, 1.0, 3)
+    assert spread([1.0, 2.0, 3.0]).text(2) == "2.00 ± 1.00"
+    assert spread([0.03]) == (0.03, 0.0, 1)
+    assert spread([0.03]).text(4) == "0.0300"
+
+
+def test_variants_stand_in_the_order_of_their_first_lines() -> None:
+    lines = [
+        ablation_line("default", 0, 0.03),
+        ablation_line("mirrored", 0, 0.04, flip=True),
+        ablation_line("default", 1, 0.05),
+    ]
+    table = ablation_table(lines).splitlines()
+    assert table[:4] == [
+        "| variant | seeds | train MSE | validation MSE | test MSE | codes used | perplexity | minutes |",
+        "|---|---|---|---|---|---|---|---|",
+        "| default | 2 | 0.0100 ± 0.0000 | 0.0200 ± 0.0000 | 0.0400 ± 0.0141 | 9 ± 0 | 8 ± 0 | 1.2 ± 0.0 |",
+        "| mirrored | 1 | 0.0100 | 0.0200 | 0.0400 | 9 | 8 | 1.2 |",
+    ]
+    what = "K = 512, 6 epochs of all training pictures (imagefolder); a CPU; torch 2; 2026-01-01."
+    assert table[4:] == ["", f"Mean ± standard deviation over the seeds; {what}"]
+
+
+def test_a_run_that_diverged_has_no_figures() -> None:
+    lost = {"variant": "wild", "overrides": {"lr": 9.0}, "seed": 0, "diverged": True, **ENVIRONMENT}
+    lost["settings"] = {**SETTINGS, "lr": 9.0}
+    table = ablation_table([ablation_line("default", 0, 0.03), lost])
+    assert "| wild | 1, 1 diverged | - | - | - | - | - | - |" in table
+    both = ablation_table([lost, ablation_line("wild", 1, 0.05, lr=9.0)])
+    assert "| wild | 2, 1 diverged | 0.0100 | 0.0200 | 0.0500 | 9 | 8 | 1.2 |" in both
+
+
+def test_a_run_without_validation_pictures() -> None:
+    line = ablation_line("default", 0, 0.03)
+    del line["val_mse"]
+    assert "| default | 1 | 0.0100 | - | 0.0300 |" in ablation_table([line])
+
+
+def test_variants_of_different_defaults_are_not_one_table() -> None:
+    other = ablation_line("mirrored", 0, 0.04, flip=True)
+    other["settings"]["lr"] = 0.5
+    with pytest.raises(SystemExit, match="'mirrored' and 'default' differ in lr"):
+        ablation_table([ablation_line("default", 0, 0.03), other])
+
+
+def test_the_model_beside_kmeans() -> None:
+    lines = [point("kmeans", 16, seed, 0.25) for seed in (0, 1)] + [point("model", 16, 0, 0.5), point("model", 3, 0, 1)]
+    assert rate_distortion_rows(lines)[1:] == [
+        ["3", "model", "1.0000", "1.0000", "", "", "1", "1"],
+        ["16", "K-means", "0.2500 ± 0.0000", "0.2500 ± 0.0000", "", "", "0 ± 0", "0 ± 0"],
+        ["16", "model", "0.5000", "0.5000", "2.000", "2.000", "0", "0"],
+    ]
+    table = rate_distortion_table(lines).splitlines()
+    assert table[0] == "| K | by | train MSE | test MSE | train ratio | test ratio | perplexity | codes used |"
+    assert {line.count("|") for line in table[:5]} == {9}
+
+
+def test_ratios_are_of_the_means_over_seeds() -> None:
+    lines = [
+        point("kmeans", 2, 0, 1.0),
+        point("kmeans", 2, 1, 3.0),
+        point("model", 2, 0, 4.0),
+        point("model", 2, 1, 1.0),
+    ]
+    assert rate_distortion_rows(lines)[2][4:6] == ["1.250", "1.250"]
+
+
+def test_figures_of_a_method_at_one_k() -> None:
+    lines = [point("kmeans", 2, 0, 1.0), point("kmeans", 4, 0, 3.0), point("model", 2, 0, 4.0)]
+    assert list(METHODS) == ["kmeans", "model"]
+    assert over_seeds(lines, "kmeans", 4, "test_mse") == (3.0, 0.0, 1)
+    assert over_seeds(lines, "model", 4, "test_mse") is None
+
+
+def test_without_results_the_tables_say_so() -> None:
+    assert ablation_table([]) == rate_distortion_table([]) == "No results are committed yet."
+
+
+def test_they_need_the_standard_library_alone() -> None:
+    code = "import sys, learning_tables; assert not {'torch', 'matplotlib', 'rich', 'vqae'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, cwd="benchmarks")
