@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 TILE_ELEMENTS = 1 << 20  # scores held at a time: 4 MiB of float32 stay in a core's caches
-_TILE_INPUT_ELEMENTS = 1 << 18  # numbers of the rows that give them
-_PART_ELEMENTS = 1 << 19  # numbers of the rows, or of their maxima, that are worked on at a time
+_PART_ELEMENTS = 1 << 20  # numbers of the rows, or of their maxima, that are worked on at a time
 _BLOCK_K = 1 << 12  # codes a tile covers at most; more are taken in blocks
 
 
@@ -37,7 +36,7 @@ class LargestTwo:
         slots = num_slots(num_codes)
         self.matrix = matrix
         self.block_k = min(num_codes, max(_BLOCK_K, slots))
-        tile_rows = min(TILE_ELEMENTS // self.block_k, _TILE_INPUT_ELEMENTS // width)
+        tile_rows = min(TILE_ELEMENTS // self.block_k, _PART_ELEMENTS // width)
         self.tile_rows = max(1, min(num_rows, 1 << tile_rows.bit_length() - 1))  # a power of two: products like it
         self.part_rows = self.tile_rows * max(1, _PART_ELEMENTS // (self.tile_rows * width))
         num_maxima = slots + num_codes // slots

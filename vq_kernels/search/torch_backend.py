@@ -21,9 +21,10 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
+from vq_kernels.search.huge_pages import empty_like_rows
 from vq_kernels.search.largest_two import TILE_ELEMENTS, LargestTwo
 from vq_kernels.search.precision import float32_products_are_exact_enough
-from vq_kernels.search.torch_operand import NEVER, ROW_LIMIT, CodebookOperand, augment, prepare
+from vq_kernels.search.torch_operand import CodebookOperand, augment, prepare
 
 __all__ = ["prepare", "search"]
 
@@ -74,7 +75,7 @@ def _scan_tile(
     scores = left @ operand.matrix[: codebook.shape[0]].t()  # [N, K]
     best, indices = scores.max(dim=1)
     scores.scatter_(1, indices[:, None], -torch.inf)
-    thresholds = _lower_bound(best, operand.error(norms, indices), norms)
+    thresholds = operand.lower_bound(best, indices, norms)
     rest = _not_proved(best, scores.amax(dim=1), thresholds, certify).nonzero()[:, 0]
     usable = operand.usable(codebook.shape[0])
     rest_scores = scores[rest].scatter_(1, indices[rest, None], best[rest, None])
@@ -123,7 +124,7 @@ def _scan(x: Tensor, operand: CodebookOperand, *, certify: bool = True) -> tuple
             part = x[first : min(first + largest_two.part_rows, chunk.stop)]
             largest_two.reduce(augment(part, operand, left, norms[first - start :]), first - start)
         index, best, second = largest_two.result(chunk.stop - start)
-        threshold = _lower_bound(best, operand.error(norms[: best.shape[0]], index), norms[: best.shape[0]])
+        threshold = operand.lower_bound(best, index, norms[: best.shape[0]])
         indices[chunk], thresholds[chunk] = index, threshold
         not_proved[chunk] = _not_proved(best, second, threshold, certify)
     return indices, thresholds, not_proved.nonzero()[:, 0]
@@ -162,12 +163,6 @@ def _among_candidates(
     return _least_distance(x, codebook, candidates), counts
 
 
-def _lower_bound(best: Tensor, error: Tensor, norms: Tensor) -> Tensor:
-    """The lower bound [N] of the score whose upper bound is best [N]; NaN for a row out of range, which compares as
-    false: such a row is not proved, and no code is ruled out for it."""
-    return torch.where(norms <= ROW_LIMIT[norms.dtype], best - 2 * error, torch.nan)
-
-
 def _not_proved(best: Tensor, second: Tensor, threshold: Tensor, certify: bool) -> Tensor:
     """[N] bool: the runner-up may be as near; without `certify`, it has the same upper bound, or there is no bound."""
     limit = threshold if certify else torch.where(threshold.isnan(), torch.nan, best)
@@ -199,7 +194,7 @@ def _least_distance(x: Tensor, codebook: Tensor, candidates: Tensor) -> Tensor:
 
 def gather_codes(x: Tensor, codebook: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
     """codes [N, D] in x's dtype, and sq_distances [N] float32 to the code's own values, NaN for rows not finite."""
-    codes = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    codes = empty_like_rows(x)
     sq_distances = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
     one_dtype = x.dtype == codebook.dtype
     wider = torch.promote_types(torch.promote_types(x.dtype, codebook.dtype), torch.float32)

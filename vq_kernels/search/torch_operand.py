@@ -13,9 +13,9 @@ from torch import Tensor
 
 from vq_kernels.search.largest_two import num_slots
 
-UNIT = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
-ROW_LIMIT = {torch.float32: 2.0**30, torch.float64: 2.0**400}  # longer rows (in units of the codebook) are not scanned
-NEVER = {torch.float32: -(2.0**100), torch.float64: -(2.0**900)}  # the score of a code that must not win
+_UNIT = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
+_ROW_LIMIT = {torch.float32: 2.0**30, torch.float64: 2.0**400}  # longer rows (in units of the codebook) are not scanned
+_NEVER = {torch.float32: -(2.0**100), torch.float64: -(2.0**900)}  # the score of a code that must not win
 _TINY = {torch.float32: 2.0**-100, torch.float64: 2.0**-900}  # covers every underflow, even flushed to zero
 _SHORTEST_RADIUS = 2.0**-12  # a codebook that is shorter once it is shifted is scaled anew
 
@@ -24,63 +24,79 @@ class CodebookOperand(NamedTuple):
     """The codebook as a scan reads it: shifted by its mean, scaled to a radius of about 1, with its error bounds."""
 
     scale: Tensor  # [1], a power of two
-    mean: Tensor  # [D], times the scale
+    minus_mean: Tensor  # [D], times the scale
     matrix: Tensor  # [K padded, D + 2]: the scaled code, -h + its error, the error for a unit of a row's norm
     error_constant: Tensor  # [K]
 
     def usable(self, num_codes: int) -> Tensor:
         """[K] bool: which of the num_codes codes are finite."""
-        return self.matrix[:num_codes, -2] != NEVER[self.matrix.dtype]
+        return self.matrix[:num_codes, -2] != _NEVER[self.matrix.dtype]
 
-    def error(self, norms: Tensor, indices: Tensor) -> Tensor:
-        """The error bounds of the scores of rows with these norms [N] and codes indices [N]."""
-        return norms * self.matrix[:, -1][indices] + self.error_constant[indices]
+    def lower_bound(self, upper_bounds: Tensor, indices: Tensor, norms: Tensor) -> Tensor:
+        """The lower bounds of the scores with these upper bounds, of codes indices and rows of these norms, [N] each.
+
+        NaN for a row out of range. NaN compares as false: nothing is proved by it, and no code ruled out.
+        """
+        errors = torch.addcmul(self.error_constant[indices], norms, self.matrix[:, -1][indices])
+        return torch.sub(upper_bounds, errors, alpha=2).masked_fill_(norms > _ROW_LIMIT[norms.dtype], torch.nan)
 
 
 def prepare(codebook: Tensor, dtype: torch.dtype = torch.float32) -> CodebookOperand:
     """What a scan in `dtype` (float32 or float64) needs of the codebook [K, D]."""
     num_codes, code_dim = codebook.shape
     wide = codebook.to(torch.promote_types(codebook.dtype, dtype))
-    usable, mean = torch.ones(num_codes, dtype=torch.bool, device=codebook.device), wide.mean(dim=0)
-    if not mean.isfinite().all():  # NaN or Inf, or an overflow: the latter's mean is far from the middle, but as right
-        usable = wide.isfinite().all(dim=1)
-        mean = torch.where(usable[:, None], wide, 0.0).sum(dim=0) / usable.sum().clamp(min=1)
-        mean = mean.nan_to_num()
-        wide = torch.where(usable[:, None], wide, mean)
+    largest = _largest_entry(wide)
+    all_usable = math.isfinite(largest)
+    if not all_usable:
+        usable = wide.isfinite().all(dim=1, keepdim=True)  # [K, 1]
+        wide = torch.where(usable, wide, 0.0)
+        largest = _largest_entry(wide)
+        mean = wide.sum(dim=0) / usable.sum().clamp(min=1)
+        wide = torch.where(usable, wide, mean.nan_to_num_())
+    else:
+        mean = wide.mean(dim=0).nan_to_num_()  # [D]; any vector would be as right: a sum that overflows, too
 
     padded = -(-num_codes // num_slots(num_codes)) * num_slots(num_codes)
     matrix = wide.new_empty(padded, code_dim + 2, dtype=dtype)
     centred = matrix[:num_codes, :code_dim]
-    least, largest = torch.aminmax(wide)
-    scale = _power_of_two_for(torch.maximum(largest, -least))  # so that the difference does not overflow
-    norms = _shift_and_scale(wide, mean, scale, centred)
-    radius = norms.amax()
+    scale = _power_of_two_for(largest)  # so that the difference does not overflow
+    minus_mean, norms = _shift_and_scale(wide, mean, scale, centred)
+    radius = float(norms.amax())
     if radius < _SHORTEST_RADIUS:
-        scale = (scale * _power_of_two_for(radius).to(scale.dtype)).clamp(2.0**-100, 2.0**100)
-        norms = _shift_and_scale(wide, mean, scale, centred)
+        scale = min(max(scale * _power_of_two_for(radius), 2.0**-100), 2.0**100)
+        minus_mean, norms = _shift_and_scale(wide, mean, scale, centred)
 
-    error = 1.01 * (code_dim + 16) * (UNIT[dtype] + UNIT[torch.float64])
+    error = 1.01 * (code_dim + 16) * (_UNIT[dtype] + _UNIT[torch.float64])
     sq_norms = norms.square()
     error_constant = (error * sq_norms).add_(_TINY[dtype])  # half for the product, half for the norm
-    matrix[:num_codes, code_dim] = torch.where(usable, error_constant - sq_norms / 2, NEVER[dtype])
-    matrix[:num_codes, code_dim + 1] = error * norms + _TINY[dtype]
-    matrix[num_codes:] = 0
-    matrix[num_codes:, code_dim] = NEVER[dtype]
-    return CodebookOperand(scale.to(dtype), (mean * scale).to(dtype), matrix, error_constant)
+    torch.sub(error_constant, sq_norms, alpha=0.5, out=matrix[:num_codes, code_dim])
+    torch.mul(norms, error, out=matrix[:num_codes, code_dim + 1])
+    matrix[:num_codes, code_dim + 1] += _TINY[dtype]
+    if not all_usable:
+        matrix[:num_codes, code_dim].masked_fill_(~usable[:, 0], _NEVER[dtype])
+    if padded > num_codes:
+        matrix[num_codes:] = 0
+        matrix[num_codes:, code_dim] = _NEVER[dtype]
+    return CodebookOperand(matrix.new_full((1,), scale), minus_mean, matrix, error_constant)
 
 
-def _power_of_two_for(radius: Tensor) -> Tensor:
-    """[1]: the power of two, within 2^±100, that brings the radius [] into [1, 2); 1 for a radius of 0."""
-    exponent = math.frexp(min(max(float(radius), 2.0**-100), 2.0**100))[1] if radius > 0 else 1
-    return radius.new_full((1,), 2.0 ** (1 - exponent))
+def _largest_entry(values: Tensor) -> float:
+    """The largest magnitude; NaN or infinite where one is."""
+    least, largest = (float(extreme) for extreme in torch.aminmax(values))
+    return max(-least, largest)  # both are NaN, if one is
 
 
-def _shift_and_scale(wide: Tensor, mean: Tensor, scale: Tensor, centred: Tensor) -> Tensor:
-    """Write (wide - mean)·scale to centred [K, D], each number rounded once; the codes' norms [K]."""
-    shift = -(mean * scale).to(centred.dtype)  # as the rows will subtract it
-    torch.addcmul(shift.to(wide.dtype), wide, scale, out=centred)
-    norms: Tensor = torch.linalg.vector_norm(centred, dim=1)
-    return norms
+def _power_of_two_for(radius: float) -> float:
+    """The power of two, within 2^±100, that brings the radius into [1, 2); 1 for a radius of 0, and for NaN."""
+    return 2.0 ** (1 - math.frexp(min(max(radius, 2.0**-100), 2.0**100))[1]) if radius > 0 else 1.0
+
+
+def _shift_and_scale(wide: Tensor, mean: Tensor, scale: float, centred: Tensor) -> tuple[Tensor, Tensor]:
+    """Write (wide - mean)·scale to centred [K, D], each number rounded once; -mean·scale as the rows will add it [D],
+    and the codes' norms [K]."""
+    minus_mean = (mean * -scale).to(centred.dtype)
+    torch.addcmul(minus_mean.to(wide.dtype), wide, wide.new_full((1,), scale), out=centred)
+    return minus_mean, torch.linalg.vector_norm(centred, dim=1)
 
 
 def augment(x: Tensor, operand: CodebookOperand, left: Tensor, norms: Tensor) -> Tensor:
@@ -91,7 +107,7 @@ def augment(x: Tensor, operand: CodebookOperand, left: Tensor, norms: Tensor) ->
     # Scaled first: a difference flushed to zero afterwards is small beside the codebook. All in the wider of both
     # dtypes, so that it is rounded once.
     wider = torch.promote_types(x.dtype, left.dtype)
-    torch.addcmul(-operand.mean.to(wider), x.to(wider), operand.scale.to(wider), out=shifted)
+    torch.addcmul(operand.minus_mean.to(wider), x.to(wider), operand.scale.to(wider), out=shifted)
     torch.linalg.vector_norm(shifted, dim=1, out=norms)
     norms.add_(2.0**-50)  # what squares that underflowed may hide
     left[:, code_dim] = 1
