@@ -38,8 +38,8 @@ class LargestTwo:
         self.block_k = min(num_codes, max(_BLOCK_K, slots))
         tile_rows = min(TILE_ELEMENTS // self.block_k, _PART_ELEMENTS // width)
         self.tile_rows = max(1, min(num_rows, 1 << tile_rows.bit_length() - 1))  # a power of two: products like it
-        self.part_rows = self.tile_rows * max(1, _PART_ELEMENTS // (self.tile_rows * width))
         num_maxima = slots + num_codes // slots
+        self.part_rows = self.tile_rows * max(1, _PART_ELEMENTS // (self.tile_rows * max(width, num_maxima)))
         self.chunk_rows = self.part_rows * max(1, _PART_ELEMENTS // (self.part_rows * num_maxima))
         self.scores = matrix.new_empty(self.block_k * self.tile_rows)
         self.slot_maxima = matrix.new_empty(slots, min(self.chunk_rows, num_rows))

@@ -17,6 +17,7 @@ _UNIT = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
 _ROW_LIMIT = {torch.float32: 2.0**30, torch.float64: 2.0**400}  # longer rows (in units of the codebook) are not scanned
 _NEVER = {torch.float32: -(2.0**100), torch.float64: -(2.0**900)}  # the score of a code that must not win
 _TINY = {torch.float32: 2.0**-100, torch.float64: 2.0**-900}  # covers every underflow, even flushed to zero
+_HIDDEN_NORM = 2.0**-50  # what squares that underflow may take from a norm
 _SHORTEST_RADIUS = 2.0**-12  # a codebook that is shorter once it is shifted is scaled anew
 
 
@@ -70,7 +71,7 @@ def prepare(codebook: Tensor, dtype: torch.dtype = torch.float32) -> CodebookOpe
     sq_norms = norms.square()
     error_constant = (error * sq_norms).add_(_TINY[dtype])  # half for the product, half for the norm
     torch.sub(error_constant, sq_norms, alpha=0.5, out=matrix[:num_codes, code_dim])
-    torch.mul(norms, error, out=matrix[:num_codes, code_dim + 1])
+    torch.mul(norms + _HIDDEN_NORM, error, out=matrix[:num_codes, code_dim + 1])
     matrix[:num_codes, code_dim + 1] += _TINY[dtype]
     if not all_usable:
         matrix[:num_codes, code_dim].masked_fill_(~usable[:, 0], _NEVER[dtype])
@@ -109,7 +110,7 @@ def augment(x: Tensor, operand: CodebookOperand, left: Tensor, norms: Tensor) ->
     wider = torch.promote_types(x.dtype, left.dtype)
     torch.addcmul(operand.minus_mean.to(wider), x.to(wider), operand.scale.to(wider), out=shifted)
     torch.linalg.vector_norm(shifted, dim=1, out=norms)
-    norms.add_(2.0**-50)  # what squares that underflowed may hide
+    norms.add_(_HIDDEN_NORM)
     left[:, code_dim] = 1
     left[:, code_dim + 1] = norms
     return left

@@ -1,0 +1,38 @@
+"""The two largest of every row of a product, from maxima of groups and slots alone."""
+
+import pytest
+import torch
+
+from vq_kernels.search.largest_two import LargestTwo, num_slots
+
+
+@pytest.mark.parametrize("num_rows", [1, 63, 1000])
+@pytest.mark.parametrize("num_codes", [32, 96, 1024, 8192, 3 * 4096 + 128])
+def test_equals_topk(num_rows: int, num_codes: int) -> None:
+    generator = torch.Generator().manual_seed(num_rows * num_codes)
+    matrix = torch.randn(num_codes, 5, generator=generator, dtype=torch.float64)
+    rows = torch.randn(num_rows, 5, generator=generator, dtype=torch.float64)
+    largest_two = LargestTwo(matrix, num_rows)
+    largest_two.reduce(rows[:17], 0)
+    largest_two.reduce(rows[17:], min(17, num_rows))
+    index, best, second = largest_two.result(num_rows)
+    values, indices = (rows @ matrix.t()).topk(2, dim=1)
+    assert torch.equal(index, indices[:, 0])
+    assert torch.allclose(torch.stack([best, second], dim=1), values, rtol=1e-12)
+
+
+@pytest.mark.parametrize("twins", [(0, 1), (0, 32), (3, 70), (31, 95)], ids=["group", "slot", "neither", "edges"])
+def test_equal_largest_scores_leave_no_gap(twins: tuple[int, int]) -> None:
+    assert num_slots(96) == 32
+    matrix = torch.arange(96.0)[:, None] / 96
+    matrix[list(twins)] = 2.0
+    largest_two = LargestTwo(matrix, 1)
+    largest_two.reduce(torch.ones(1, 1), 0)
+    _, best, second = largest_two.result(1)
+    assert best == second == 2
+
+
+def test_buffers_stay_small_for_the_largest_codebooks() -> None:
+    largest_two = LargestTwo(torch.empty(1 << 20, 10, device="meta"), 1 << 24)
+    buffers = (largest_two.scores, largest_two.slot_maxima, largest_two.group_maxima)
+    assert sum(buffer.nbytes for buffer in buffers) <= 20 << 20
