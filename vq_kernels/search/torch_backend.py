@@ -21,7 +21,6 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from vq_kernels.search.huge_pages import empty_like_rows
 from vq_kernels.search.largest_two import TILE_ELEMENTS, LargestTwo
 from vq_kernels.search.precision import float32_products_are_exact_enough
 from vq_kernels.search.torch_operand import CodebookOperand, augment, prepare
@@ -194,7 +193,7 @@ def _least_distance(x: Tensor, codebook: Tensor, candidates: Tensor) -> Tensor:
 
 def gather_codes(x: Tensor, codebook: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
     """codes [N, D] in x's dtype, and sq_distances [N] float32 to the code's own values, NaN for rows not finite."""
-    codes = empty_like_rows(x)
+    codes = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     sq_distances = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
     one_dtype = x.dtype == codebook.dtype
     wider = torch.promote_types(torch.promote_types(x.dtype, codebook.dtype), torch.float32)
