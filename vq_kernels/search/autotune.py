@@ -6,6 +6,7 @@ same either way.
 """
 
 import contextlib
+import functools
 import json
 import os
 import tempfile
@@ -37,7 +38,7 @@ def candidates(d: int) -> list[ScanConfig]:
 
 def remembered(n: int, k: int, d: int, dtype: torch.dtype, device_name: str) -> ScanConfig | None:
     """The choice stored for a shape; None if there is none that still exists."""
-    name = _read().get(choice_key(n, k, d, dtype, device_name))
+    name = _read(cache_file()).get(choice_key(n, k, d, dtype, device_name))
     return next((config for config in candidates(d) if config.name == name), None)
 
 
@@ -56,8 +57,9 @@ def autotune(n: int, k: int, d: int, dtype: torch.dtype, device: torch.device | 
     elapsed_ms: dict[str, float] = {}
     for config in candidates(d):
         plan = plan_search(n, k, d, config, device_properties(device))
-        # A tile that asks for more shared memory than the GPU has is no candidate.
-        with contextlib.suppress(triton.runtime.errors.OutOfResources):
+        # The timer records its events on the current device. A tile that asks for more shared memory than the GPU has
+        # is no candidate.
+        with torch.cuda.device(device), contextlib.suppress(triton.runtime.errors.OutOfResources):
             elapsed_ms[config.name] = triton.testing.do_bench(
                 lambda plan=plan: search_with_plan(x, codebook, [], "exact", plan), return_mode="median"
             )
@@ -70,15 +72,19 @@ def remember(n: int, k: int, d: int, dtype: torch.dtype, device_name: str, confi
     """Store a choice; the file is replaced as a whole, so that a reader never sees half of it."""
     path = cache_file()
     path.parent.mkdir(parents=True, exist_ok=True)
-    choices = _read() | {choice_key(n, k, d, dtype, device_name): config.name}
+    _read.cache_clear()  # another process may have stored choices since
+    choices = _read(path) | {choice_key(n, k, d, dtype, device_name): config.name}
     with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".json", delete=False) as file:
         json.dump(choices, file, indent=1)
     os.replace(file.name, path)
+    _read.cache_clear()
 
 
-def _read() -> dict[str, str]:
+@functools.cache
+def _read(path: Path) -> dict[str, str]:
+    """The choices stored in a file. Every search asks, so it is read once a process and after every `remember`."""
     try:
-        stored = json.loads(cache_file().read_text())
+        stored = json.loads(path.read_text())
     except (FileNotFoundError, json.JSONDecodeError):
         return {}
     return stored if isinstance(stored, dict) else {}

@@ -63,7 +63,8 @@ def search(
         from vq_kernels.search import autotune  # imports this module
 
         config = autotune.remembered(x.shape[0], num_codes, code_dim, x.dtype, torch.cuda.get_device_name(x.device))
-    config = config or pick_config(x.shape[0], num_codes, code_dim, x.dtype, properties)
+    aligned = x.stride(1) == 1 and x.stride(0) % 16 == 0 and x.data_ptr() % 16 == 0
+    config = config or pick_config(x.shape[0], num_codes, code_dim, x.dtype, properties, aligned=aligned)
     return search_with_plan(
         x, codebook, prepared, precision, plan_search(x.shape[0], num_codes, code_dim, config, properties)
     )

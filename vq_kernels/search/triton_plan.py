@@ -107,13 +107,16 @@ CONFIGS = (
 _BY_NAME = {config.name: config for config in CONFIGS}
 
 
-def pick_config(n: int, k: int, d: int, dtype: torch.dtype, properties: DeviceProperties) -> ScanConfig:
+def pick_config(
+    n: int, k: int, d: int, dtype: torch.dtype, properties: DeviceProperties, *, aligned: bool = True
+) -> ScanConfig:
     """The configuration for a search of [n, d] rows among k codes.
 
     Args:
         n: rows. k: codes. d: their length.
         dtype: x's; every choice so far serves all three dtypes, since the products are float16 whatever x is.
         properties: of the device.
+        aligned: x's rows are contiguous and a multiple of 16 entries apart, so that they are read without a mask.
 
     Returns:
         One of CONFIGS.
@@ -122,13 +125,15 @@ def pick_config(n: int, k: int, d: int, dtype: torch.dtype, properties: DevicePr
     tiles = ceil_div(n, 128) * ceil_div(k, 128)
     if d > 64 and tiles < properties.multiprocessors:
         return _BY_NAME["few_rows"]
-    # On Ampere, unaligned rows of more than 64 columns do not leave x' room in registers.
-    if d > 128 or (major == 8 and d > 64 and d % 16 != 0):
+    aligned = aligned and d % 16 == 0
+    # On Ampere, unaligned rows of more than 32 columns do not leave x' room in registers.
+    if d > 128 or (major == 8 and d > 32 and not aligned):
         return _BY_NAME["long_ampere" if major == 8 else "long_hopper"]
-    if major >= 9 and d > 64:
+    # Unaligned rows take the registers of a second program anyway, so the tile may be wide.
+    if major >= 9 and (d > 64 or not aligned):
         return _BY_NAME["medium"]
-    # Only Hopper's x' and epilogue fit 128 registers, and only where the rows of x are aligned.
-    return _BY_NAME["short_shared" if major == 9 and d % 16 == 0 else "short"]
+    # Only Hopper's x' and epilogue fit 128 registers.
+    return _BY_NAME["short_shared" if major == 9 else "short"]
 
 
 def workspace_limit(n: int, k: int, d: int) -> int:

@@ -25,9 +25,11 @@ from torch import Tensor
 from vq_kernels.search.triton_common import LARGE_HALF_NORM, ceil_div, device_of
 
 # Half norms and codes are padded to a multiple of the widest tile, so that the scan needs no mask over codes.
-CODE_PADDING = 256
+CODE_PADDING = 128
 _BLOCK_K = 32
 _BLOCK_D = 64
+# Partial sums that are combined at once: one program combines them all, so it is their latency that counts.
+_BLOCK_P = 16
 # Allowed in so many words: left to itself the compiler aims for fewer, and spills a few for some dtypes.
 _STATISTICS_REGISTERS = 224
 
@@ -36,8 +38,8 @@ class TritonCodebook(NamedTuple):
     """The prepared tensors, in the order in which they travel as a list.
 
     Attributes:
-        codes16: [K padded to 256, pitch] float16, c'; rows past K and codes with NaN or Inf are 0.
-        half_norms: [K padded to 256] float32, h; 2**104 past K and for codes with NaN or Inf.
+        codes16: [K padded to 128, pitch] float16, c'; rows past K and codes with NaN or Inf are 0.
+        half_norms: [K padded to 128] float32, h; 2**104 past K and for codes with NaN or Inf.
         shift: [D] float32, mu.
         bounds: [4] float32, C, R, C' and H in scaled units, each rounded up; codes with NaN or Inf stay out.
         exponent: [1] int32, e.
@@ -113,24 +115,26 @@ def _column_statistics_kernel(
 
 
 @triton.jit
-def _combine_columns(partials_ptr, columns, D, num_partials, BLOCK_D: tl.constexpr):
+def _combine_columns(partials_ptr, columns, D, num_partials, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
     """Mean as float32, and the greatest |c| and |c - mean| of each column."""
-    total = tl.zeros([BLOCK_D], tl.float64)
-    count = tl.zeros([BLOCK_D], tl.float64)
-    least = tl.full([BLOCK_D], float("inf"), tl.float64)
-    greatest = tl.full([BLOCK_D], float("-inf"), tl.float64)
-    for partial in range(0, num_partials):
-        source = partials_ptr + partial * 4 * D + columns
-        mask = columns < D
+    offs_p = tl.arange(0, BLOCK_P)
+    total = tl.zeros([BLOCK_P, BLOCK_D], tl.float64)
+    count = tl.zeros([BLOCK_P, BLOCK_D], tl.float64)
+    least = tl.full([BLOCK_P, BLOCK_D], float("inf"), tl.float64)
+    greatest = tl.full([BLOCK_P, BLOCK_D], float("-inf"), tl.float64)
+    for start_p in range(0, num_partials, BLOCK_P):
+        source = partials_ptr + (start_p + offs_p)[:, None] * 4 * D + columns[None, :]
+        mask = (start_p + offs_p < num_partials)[:, None] & (columns < D)[None, :]
         total += tl.load(source, mask=mask, other=0.0)
         least = tl.minimum(least, tl.load(source + D, mask=mask, other=float("inf")))
         greatest = tl.maximum(greatest, tl.load(source + 2 * D, mask=mask, other=float("-inf")))
         count += tl.load(source + 3 * D, mask=mask, other=0.0)
-    known = count > 0
-    mean = tl.where(known, total / tl.maximum(count, 1.0), 0.0).to(tl.float32)
+    num_finite, lowest, highest = tl.sum(count, axis=0), tl.min(least, axis=0), tl.max(greatest, axis=0)
+    known = num_finite > 0
+    mean = tl.where(known, tl.sum(total, axis=0) / tl.maximum(num_finite, 1.0), 0.0).to(tl.float32)
     centre = mean.to(tl.float64)
-    unshifted = tl.where(known, tl.maximum(tl.abs(least), tl.abs(greatest)), 0.0)
-    shifted = tl.where(known, tl.maximum(greatest - centre, centre - least), 0.0)
+    unshifted = tl.where(known, tl.maximum(tl.abs(lowest), tl.abs(highest)), 0.0)
+    shifted = tl.where(known, tl.maximum(highest - centre, centre - lowest), 0.0)
     return mean, unshifted, shifted
 
 
@@ -142,6 +146,7 @@ def _shift_kernel(
     D,
     num_partials,
     SIXTEEN_BIT: tl.constexpr,
+    BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     offs_d = tl.arange(0, BLOCK_D)
@@ -150,27 +155,28 @@ def _shift_kernel(
     widest_unshifted = tl.zeros([BLOCK_D], tl.float64)
     widest_shifted = tl.zeros([BLOCK_D], tl.float64)
     for start_d in range(0, D, BLOCK_D):
-        _, unshifted, shifted = _combine_columns(partials_ptr, start_d + offs_d, D, num_partials, BLOCK_D)
+        columns = start_d + offs_d
+        mean, unshifted, shifted = _combine_columns(partials_ptr, columns, D, num_partials, BLOCK_P, BLOCK_D)
+        tl.store(shift_ptr + columns, mean, mask=columns < D)
         energy_unshifted += unshifted * unshifted
         energy_shifted += shifted * shifted
         widest_unshifted = tl.maximum(widest_unshifted, unshifted)
         widest_shifted = tl.maximum(widest_shifted, shifted)
     widest = tl.max(widest_shifted, axis=0)
-    keep_shift = widest >= 0.0
     if SIXTEEN_BIT:
         # Without a shift 16-bit values are exact: E loses its rounding terms, about 2**-12 * (2 ||x - mu|| C) * 0.6,
         # and keeps the accumulation, (D + 16) * 2**-23 * 1.5 * C**2, which the norm of mu makes larger.
         accumulation = (D + 16) * 1.8e-7
         unshifted_error = tl.sum(energy_unshifted, axis=0) * accumulation
         shifted_error = tl.sum(energy_shifted, axis=0) * (accumulation + 2.9e-4)
-        keep_shift = unshifted_error > shifted_error
-        widest = tl.where(keep_shift, widest, tl.max(widest_unshifted, axis=0))
+        if unshifted_error <= shifted_error:
+            widest = tl.max(widest_unshifted, axis=0)
+            tl.debug_barrier()  # the means are overwritten, perhaps by other threads of this program
+            for start_d in range(0, D, BLOCK_D):
+                columns = start_d + offs_d
+                tl.store(shift_ptr + columns, tl.zeros([BLOCK_D], tl.float32), mask=columns < D)
     binary_exponent = ((widest.to(tl.int64, bitcast=True) >> 52) - 1023).to(tl.int32)
     tl.store(exponent_ptr, tl.where(widest > 0, 13 - binary_exponent, 0))
-    for start_d in range(0, D, BLOCK_D):
-        columns = start_d + offs_d
-        mean, _, _ = _combine_columns(partials_ptr, columns, D, num_partials, BLOCK_D)
-        tl.store(shift_ptr + columns, tl.where(keep_shift, mean, 0.0), mask=columns < D)
 
 
 @triton.jit
@@ -217,6 +223,7 @@ def _round_codes_kernel(
         residual_square += residual * residual
         rounded_square += rounded.to(tl.float64) * rounded.to(tl.float64)
     square_norm = tl.sum(square, axis=1)
+    tl.debug_barrier()  # the marks that every thread has read above are overwritten
     # Trap: +inf here would become NaN once packed; LARGE_HALF_NORM stays finite under every scale of a row.
     tl.store(half_norms_ptr + offs_k, tl.where(finite, (0.5 * square_norm).to(tl.float32), LARGE_HALF_NORM))
     # float64's own rounding of c - mu is within 2**-53 of C in every entry: 1e-13 * C holds it up to D = 2**20.
@@ -260,7 +267,7 @@ def launch_prepare(codebook: Tensor) -> TritonCodebook:
         )  # fmt: skip
         _shift_kernel[(1,)](
             partials, prepared.shift, prepared.exponent, code_dim, programs,
-            SIXTEEN_BIT=codebook.dtype != torch.float32, BLOCK_D=_BLOCK_D, num_warps=2,
+            SIXTEEN_BIT=codebook.dtype != torch.float32, BLOCK_P=_BLOCK_P, BLOCK_D=_BLOCK_D, num_warps=8,
         )  # fmt: skip
         _round_codes_kernel[(padded // _BLOCK_K,)](
             codebook, *codebook.stride(), prepared.shift, prepared.exponent, prepared.codes16, prepared.half_norms,

@@ -15,7 +15,8 @@ differ by at most
       + 2**-60                                  whatever underflows
 
 so best - runner-up > 2 E proves the best. r_x and ||x'|| are float32 sums of D squares: each is raised by
-(D + 32) 2**-23 relative and 2**-60 absolute; C, R, C' and H come rounded up; E itself is raised by 2**-18 for its own
+(D + 32) 2**-23 relative and 2**-60 absolute, which holds the hardware's square root too (within 2**-23, of subnormals
+0); C, R, C' and H come rounded up; E itself is raised by 2**-18 for its own
 dozen roundings and for that of the difference best - runner-up. Source of the accumulator's term: Blanchard et al.,
 Mixed Precision Block Fused Multiply-Add, SIAM J. Sci. Comput. 42 (2020), with truncation in place of rounding.
 """
@@ -41,6 +42,16 @@ def shift_rows(values, shift):
     lost = (values - (shifted - back)) - (shift + back)
     in_range = tl.abs(shifted) < float("inf")
     return tl.where(in_range, shifted, 0.0), tl.where(in_range, lost, 0.0), in_range
+
+
+@triton.jit
+def _load_shifted(rows, in_rows, columns, stride_d, shift_ptr, D: tl.constexpr):
+    """Columns of the rows [BLOCK_N, BLOCK_D] float32 as they are, and what `shift_rows` makes of them."""
+    mask = in_rows[:, None] & (columns < D)[None, :]
+    values = tl.load(rows + columns.to(tl.int64)[None, :] * stride_d, mask=mask, other=0.0).to(tl.float32)
+    shift = tl.load(shift_ptr + columns, mask=columns < D, other=0.0)
+    shifted, lost, in_range = shift_rows(values, shift[None, :])
+    return values, shifted, lost, in_range
 
 
 @triton.jit
@@ -125,16 +136,13 @@ def _rows_kernel(
     """x', ratio and margin of each row, for codes too long to keep a tile of x' on the chip. Two passes over x."""
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
+    in_rows = offs_n < N
     rows = x_ptr + offs_n.to(tl.int64)[:, None] * stride_n
     finite = tl.full([BLOCK_N], 1, tl.int32)
     in_range = tl.full([BLOCK_N], 1, tl.int32)
     largest = tl.zeros([BLOCK_N], tl.float32)
     for start_d in range(0, D, BLOCK_D):
-        columns = start_d + offs_d
-        mask = (offs_n < N)[:, None] & (columns < D)[None, :]
-        values = tl.load(rows + columns.to(tl.int64)[None, :] * stride_d, mask=mask, other=0.0).to(tl.float32)
-        shift = tl.load(shift_ptr + columns, mask=columns < D, other=0.0)
-        shifted, _, shifted_in_range = shift_rows(values, shift[None, :])
+        values, shifted, _, shifted_in_range = _load_shifted(rows, in_rows, start_d + offs_d, stride_d, shift_ptr, D)
         finite = tl.minimum(finite, tl.min((tl.abs(values) < float("inf")).to(tl.int32), axis=1))
         in_range = tl.minimum(in_range, tl.min(shifted_in_range.to(tl.int32), axis=1))
         largest = tl.maximum(largest, tl.max(tl.abs(shifted), axis=1))
@@ -144,18 +152,15 @@ def _rows_kernel(
     rounded_square = tl.zeros([BLOCK_N], tl.float32)
     for start_d in range(0, PITCH, BLOCK_D):
         columns = start_d + offs_d
-        mask = (offs_n < N)[:, None] & (columns < D)[None, :]
-        values = tl.load(rows + columns.to(tl.int64)[None, :] * stride_d, mask=mask, other=0.0).to(tl.float32)
-        shift = tl.load(shift_ptr + columns, mask=columns < D, other=0.0)
-        shifted, lost, _ = shift_rows(values, shift[None, :])
+        _, shifted, lost, _ = _load_shifted(rows, in_rows, columns, stride_d, shift_ptr, D)
         rounded, residual_part, rounded_part = round_rows(shifted, lost, exponent)
         residual_square += residual_part
         rounded_square += rounded_part
         target = rows16_ptr + offs_n.to(tl.int64)[:, None] * PITCH + columns[None, :]
         tl.store(target, rounded, mask=(columns < PITCH)[None, :])
     margin = row_margin(residual_square, rounded_square, exponent, code_exponent, bounds_ptr, tile_mask, D)
-    tl.store(ratios_ptr + offs_n, half_norm_ratio(exponent, code_exponent), mask=offs_n < N)
-    tl.store(margins_ptr + offs_n, mark_margin(margin, finite, in_range), mask=offs_n < N)
+    tl.store(ratios_ptr + offs_n, half_norm_ratio(exponent, code_exponent), mask=in_rows)
+    tl.store(margins_ptr + offs_n, mark_margin(margin, finite, in_range), mask=in_rows)
 
 
 def launch_rows(x: Tensor, prepared: TritonCodebook, plan: SearchPlan) -> tuple[Tensor, Tensor, Tensor]:

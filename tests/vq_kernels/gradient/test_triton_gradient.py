@@ -1,23 +1,12 @@
-"""Runs the interpreted tests in a process of their own, where TRITON_INTERPRET=1 is set before Triton is imported."""
+"""The Triton codebook gradient, in the interpreter."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parent
+from tests.vq_kernels.interpreter import run_interpreted
 
 
 @pytest.mark.timeout(600)
-def test_interpreted():
-    finished = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", HERE / "interpreted_triton_gradient.py"],
-        cwd=HERE.parents[2],
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stdout + finished.stderr
+def test_interpreted() -> None:
+    run_interpreted(Path(__file__).parent / "interpreted_triton_gradient.py")

@@ -1,17 +1,48 @@
 """Fixtures for the tests of the search."""
 
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
 
-from tests.vq_kernels.search.exactness import require_backend
+from tests.vq_kernels.search.exactness import BACKENDS_HERE, INTERPRETED, poisoned_allocations, require_backend
+from tests.vq_kernels.search.steps import TOTALS, Totals, counted_steps
+
+# Where the kernels cannot run there is nothing to skip: test_triton_search.py runs it all in the interpreter.
+collect_ignore = [] if "triton" in BACKENDS_HERE else ["test_triton_bound.py"]
 
 
-@pytest.fixture(params=["torch", "triton"])
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each backend that can run here; the other is skipped with the reason."""
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[TOTALS] = Totals()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    for line in config.stash[TOTALS].lines():
+        terminalreporter.write_line(f"attacks on the search by {line}")
+
+
+@pytest.fixture
+def totals(request: pytest.FixtureRequest) -> Totals:
+    """What the terminal's summary tells of all tests together."""
+    return request.config.stash[TOTALS]
+
+
+@pytest.fixture
+def steps() -> Counter[str]:
+    """How many rows of this test's searches were proved, resolved and drained so far."""
+    return Counter()
+
+
+@pytest.fixture(params=BACKENDS_HERE)
+def backend(request: pytest.FixtureRequest, steps: Counter[str], totals: Totals) -> Iterator[str]:
+    """Each backend that this process can test."""
     name: str = request.param
     require_backend(name)
-    with np.errstate(all="ignore"):  # Triton's interpreter computes in numpy, which warns where a GPU gives Inf
+    with ExitStack() as contexts:
+        contexts.enter_context(counted_steps(name, steps, totals))
+        if INTERPRETED:
+            contexts.enter_context(poisoned_allocations())
+            contexts.enter_context(np.errstate(all="ignore"))  # it computes in numpy, which warns where a GPU gives Inf
         yield name

@@ -1,6 +1,8 @@
 """What the attacks on the search share: the backends that can run here, and the contract as one check."""
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -13,6 +15,12 @@ from vq_kernels.search.brute_force import brute_force_nearest
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether Triton's kernels run in its interpreter: on the CPU, and a thousand times slower."""
 
+BACKENDS_HERE = ("triton",) if INTERPRETED else ("torch", "triton") if torch.cuda.is_available() else ("torch",)
+"""What this process tests. test_triton_search.py starts one that interprets, for Triton alone."""
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, *((torch.float64,) if "torch" in BACKENDS_HERE else ()))
+"""What x and the codebook can be in this process; float64 is for PyTorch."""
+
 
 def device_of(backend: str) -> str:
     """Where a backend is tested: Triton on the GPU unless it is interpreted, PyTorch on the CPU."""
@@ -21,13 +29,28 @@ def device_of(backend: str) -> str:
 
 def require_backend(backend: str) -> None:
     """Skip the test, with the reason, where the backend cannot run."""
-    if device_of(backend) == "cuda" and not torch.cuda.is_available():
-        pytest.skip("Triton needs a GPU, or TRITON_INTERPRET=1")
     sample = torch.zeros(1, 1, device=device_of(backend))
     try:
         select_backend(sample, sample, backend)
     except RuntimeError as obstacle:
         pytest.skip(str(obstacle))
+
+
+@contextmanager
+def poisoned_allocations() -> Iterator[None]:
+    """`torch.empty` and `new_empty` hand out NaN and -1, so that what a kernel fails to write is seen."""
+
+    def poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def allocate(*arguments: object, **options: object) -> Tensor:
+            tensor = make(*arguments, **options)
+            return tensor.fill_(float("nan") if tensor.is_floating_point() else -1)
+
+        return allocate
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "empty", poisoned(torch.empty))
+        patch.setattr(Tensor, "new_empty", poisoned(Tensor.new_empty))
+        yield
 
 
 def check_exact(backend: str, x: Tensor, codebook: Tensor) -> NearestCode:

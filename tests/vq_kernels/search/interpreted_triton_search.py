@@ -1,7 +1,8 @@
 """The Triton backend under TRITON_INTERPRET=1. Run by test_triton_search.py in a process of its own.
 
-Every answer is held against a float64 brute force written here. `torch.empty` and `new_empty` hand out NaN and -1 while
-a search runs, so that what a kernel fails to write is seen.
+What is here is about the kernels: their configurations, splits, launches and lists. What values and shapes may do to a
+search is in test_attack.py and test_attack_shapes.py, which the same test runs in the interpreter too. Every answer is
+held against a float64 brute force written here, in memory that starts as NaN and -1.
 """
 
 import os
@@ -9,10 +10,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.vq_kernels.search.exactness import poisoned_allocations
 from vq_kernels.search import triton_backend
 from vq_kernels.search.triton_common import ceil_div
 from vq_kernels.search.triton_plan import CONFIGS, ScanConfig, SearchPlan
@@ -23,17 +23,9 @@ _BY_NAME = {config.name: config for config in CONFIGS}
 
 
 @pytest.fixture(autouse=True)
-def poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    def poisoned(make):
-        def allocate(*args, **kwargs):
-            tensor = make(*args, **kwargs)
-            return tensor.fill_(float("nan") if tensor.is_floating_point() else -1)
-
-        return allocate
-
-    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
-    monkeypatch.setattr(Tensor, "new_empty", poisoned(Tensor.new_empty))
-    return
+def poison() -> Iterator[None]:
+    with poisoned_allocations():
+        yield
 
 
 def distances(x: Tensor, codebook: Tensor) -> Tensor:
@@ -90,8 +82,8 @@ def test_this_process_interprets():
     assert triton_backend.is_available("cpu")[0]
 
 
-@pytest.mark.parametrize("dims", [(1, 1, 1), (63, 7, 3), (257, 513, 64), (100, 100, 100), (70, 200, 200)])
-def test_odd_sizes(dims: tuple[int, int, int]):
+@pytest.mark.parametrize("dims", [(257, 513, 64), (70, 200, 200)])
+def test_more_than_one_tile(dims: tuple[int, int, int]):
     check(*gaussian(*dims))
 
 
@@ -112,20 +104,6 @@ def test_every_configuration(name: str):
     proved, resolved, _ = check(x, codebook, plan_for(_BY_NAME[name], 300, splits=2, rows_per_launch=128))
     assert proved > 100
     assert resolved > 0
-
-
-@pytest.mark.parametrize("x_dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("code_dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_dtypes(x_dtype: torch.dtype, code_dtype: torch.dtype):
-    x, codebook = gaussian(64, 100, 20, offset=1.0)
-    check(x.to(x_dtype), codebook.to(code_dtype))
-
-
-def test_any_strides():
-    x, codebook = gaussian(40, 50, 24)
-    check(x.T.contiguous().T, codebook[:, ::2].repeat_interleave(2, 1).T.contiguous().T)
-    check(x[::3, 1::2], codebook[::2, ::2])
-    check(x[:1].expand(9, -1), codebook)
 
 
 def test_prepared_tensors_serve_many_searches():
@@ -162,32 +140,8 @@ def test_more_candidates_than_places_are_drained():
     assert drained == 3
 
 
-def test_the_lowest_of_identical_codes():
-    x, codebook = gaussian(100, 40, 6)
-    assert check(x, codebook.repeat(5, 1))[0] == 0
-
-
-@pytest.mark.parametrize("value", [0.0, 1.0, -3.3e38, 1e-42])
-def test_all_codes_equal(value: float):
-    check(gaussian(20, 1, 5)[0], torch.full((30, 5), value))
-
-
-def test_small_integers_tie_exactly():
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randint(-2, 3, (200, 4), generator=generator).float()
-    check(x, torch.randint(-2, 3, (50, 4), generator=generator).float())
-
-
-def test_codes_that_differ_in_the_last_bit():
-    x, codebook = gaussian(100, 32, 16)
-    neighbours = codebook.clone()
-    neighbours[:, 3] = torch.nextafter(codebook[:, 3], torch.tensor(torch.inf))
-    assert check(codebook.repeat(3, 1) + 1e-3 * x[:96], torch.cat([neighbours, codebook]))[1] > 0
-
-
-@pytest.mark.parametrize("offset", [100.0, 1e4, 1e6])
-def test_offsets(offset: float):
-    proved, _, _ = check(*gaussian(100, 200, 16, offset=offset))
+def test_an_offset():
+    proved, _, _ = check(*gaussian(100, 200, 16, offset=1e6))
     assert proved > 60  # the shift, not the resolve step, is what copes with an offset
 
 
@@ -204,47 +158,11 @@ def test_scores_that_order_two_codes_wrongly():
     assert resolved + drained > 0
 
 
-def test_one_huge_entry():
-    x, codebook = gaussian(60, 70, 16)
-    x[::3, 5] = 1e6
-    x[1::3, 2] = -3e38
-    check(x, codebook)
-    codebook[7, 3] = 1e30
-    check(x, codebook)
-
-
-@pytest.mark.parametrize("scale", [1e-45, 1e-40, 1e-30, 6e-8, 6e4, 1e19, 1e30, 1e38])
-def test_the_edges_of_the_ranges(scale: float):
+@pytest.mark.parametrize("scale", [1e-45, 1e-30, 6e-8, 6e4, 1e38])
+def test_rows_and_codes_of_different_sizes(scale: float):
     x, codebook = gaussian(40, 50, 8)
-    check(x * scale, codebook * scale)
     check(x, codebook * scale)
     check(x * scale, codebook)
-
-
-def test_subnormal_float16():
-    x, codebook = gaussian(40, 50, 8)
-    check((x * 1e-7).half(), (codebook * 1e-7).half())
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_values_that_are_not_finite(bad: float):
-    x, codebook = gaussian(50, 80, 12)
-    bad_x, bad_codebook = x.clone(), codebook.clone()
-    bad_x[::7, 3] = bad
-    bad_codebook[::5, 2] = bad
-    check(bad_x, codebook)
-    check(x, bad_codebook)
-    check(bad_x, bad_codebook)
-    indices = triton_backend.search(bad_x, torch.full((80, 12), bad), [], "exact")[0]
-    assert torch.equal(indices, torch.zeros_like(indices))
-
-
-def test_rows_that_are_not_finite_have_no_distance():
-    x, codebook = gaussian(8, 9, 4)
-    x[2, 1] = float("inf")
-    indices, _, sq_distances, _ = triton_backend.search(x, codebook, [], "exact")
-    assert indices[2] == 0
-    assert sq_distances.isnan().tolist() == [row == 2 for row in range(8)]
 
 
 def test_two_runs_agree_and_the_lists_do_not_matter():
@@ -253,9 +171,3 @@ def test_two_runs_agree_and_the_lists_do_not_matter():
     backwards = triton_backend.search(x.flip(0), codebook.repeat(3, 1), [], "exact")
     for name, one, other in zip(("indices", "codes", "sq_distances"), first, backwards, strict=False):
         assert torch.equal(one, other.flip(0)), name
-
-
-@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(st.integers(1, 140), st.integers(1, 200), st.integers(1, 70), st.integers(0, 99), st.sampled_from([0.0, 7.0]))
-def test_random_shapes(n: int, k: int, d: int, seed: int, offset: float):
-    check(*gaussian(n, k, d, seed, offset))

@@ -1,17 +1,20 @@
 """Attacks on the exactness of the search: values chosen so that a plausible implementation gets them wrong."""
 
 import itertools
+from collections import Counter
 
 import pytest
 import torch
 from search_data import DRAWN_DATA, make_search_data
 from torch import Tensor
 
-from tests.vq_kernels.search.exactness import INTERPRETED, check_exact, device_of
-from vq_kernels import search_statistics
+from tests.vq_kernels.search.exactness import DTYPES, INTERPRETED, check_exact
+from tests.vq_kernels.search.steps import STEPS
 from vq_kernels.search.brute_force import brute_force_nearest
 
-N, K, D = 24 if INTERPRETED else 100, 130, 16
+N, K, D = 12 if INTERPRETED else 100, 130, 16
+# What float32 vectors of a data set are there for: at least one has to go this way. The others have to be proved.
+MEANT_FOR = {"near-duplicates": {"resolved", "drained"}, "duplicates": {"resolved"}, "shell": {"drained"}}
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -33,35 +36,38 @@ def shell(spread: float) -> tuple[Tensor, Tensor]:
     return x, centre + radii * directions
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("spread", [1e-2, 1e-3, 1e-5, 1e-6])
-def test_codes_that_16_bit_scores_put_in_the_wrong_order(backend: str, spread: float, dtype: torch.dtype) -> None:
+def test_codes_that_16_bit_scores_put_in_the_wrong_order(backend: str, steps: Counter[str], spread: float) -> None:
     x, codebook = shell(spread)
-    rounded_x, rounded_codes = x.to(dtype).double(), codebook.to(dtype).double()
-    rounded_scores = rounded_x @ rounded_codes.t() - rounded_codes.square().sum(dim=1) / 2
-    misled = rounded_scores.argmax(dim=1) != brute_force_nearest(x, codebook)
-    assert misled.sum() > N // 10, "the attack must mislead a search by 16-bit scores"
+    nearest = brute_force_nearest(x, codebook)
+    for dtype in (torch.float16, torch.bfloat16):
+        rounded_x, rounded_codes = x.to(dtype).double(), codebook.to(dtype).double()
+        rounded_scores = rounded_x @ rounded_codes.t() - rounded_codes.square().sum(dim=1) / 2
+        misled = rounded_scores.argmax(dim=1) != nearest
+        assert misled.sum() > N // 10, f"the attack must mislead a search by {dtype} scores"
 
     check_exact(backend, x, codebook)
+    if backend == "triton":  # PyTorch's scores are float32
+        assert steps["proved"] < N, "the attack must leave a row open"
 
 
-def test_every_step_of_the_search_is_attacked(backend: str) -> None:
-    kinds = {"proved": 0, "resolved": 0, "drained": 0}
-    for x, codebook in (gaussian(), shell(1e-3), shell(1e-6), (gaussian()[0], gaussian()[1][:1].expand(K, D))):
+def test_every_step_of_the_search_is_attacked(backend: str, steps: Counter[str]) -> None:
+    attacks = (gaussian(), shell(1e-3), shell(1e-6), (gaussian()[0], gaussian()[1][:1].expand(K, D)))
+    for x, codebook in attacks:
         check_exact(backend, x, codebook)
-        device = device_of(backend)
-        statistics = search_statistics(x.to(device), codebook.to(device), backend=backend)
-        assert sum(statistics) == N
-        for kind in kinds:
-            kinds[kind] += getattr(statistics, kind)
-    assert all(kinds.values()), f"no row took one of the steps: {kinds}"
+    assert steps.total() == len(attacks) * N
+    assert all(steps[step] for step in STEPS), f"no row took one of the steps: {steps}"
 
 
 @pytest.mark.parametrize("name", DRAWN_DATA)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
-def test_every_data_set_in_every_dtype(backend: str, name: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", DTYPES[:2] if INTERPRETED else DTYPES)
+def test_every_data_set_in_every_dtype(backend: str, steps: Counter[str], name: str, dtype: torch.dtype) -> None:
     x, codebook = make_search_data(name, N, K, D, dtype=dtype, seed=3)
     check_exact(backend, x, codebook)
+    assert steps.total() == N
+    if dtype == torch.float32:
+        meant_for = MEANT_FOR.get(name, {"proved"})
+        assert any(steps[step] for step in meant_for), f"{name} is meant to be {meant_for}: {steps}"
 
 
 @pytest.mark.parametrize("offset", [1.0, 1e2, 1e4, 1e6])
@@ -102,13 +108,15 @@ def test_subnormal_vectors_among_normal_codes(backend: str) -> None:
     check_exact(backend, x, 1e-40 * codebook)
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1e-19, 1e-15, 1e-10, 1e10, 1e15, 1e19, 1e30, 1e37])
+@pytest.mark.parametrize(
+    "scale", [1e-30, 1e-15, 1e15, 1e37, *([] if INTERPRETED else [1e-19, 1e-10, 1e10, 1e19, 1e30])]
+)
 def test_scales_across_the_range_of_float32(backend: str, scale: float) -> None:
     x, codebook = gaussian()
     check_exact(backend, scale * x, scale * codebook)
 
 
-@pytest.mark.parametrize("huge", [1e4, 1e10, 1e20, 3e38])
+@pytest.mark.parametrize("huge", [1e4, 1e20, 3e38, *([] if INTERPRETED else [1e10])])
 def test_one_huge_entry(backend: str, huge: float) -> None:
     x, codebook = gaussian()
     x[:, 3] = torch.where(torch.arange(N) % 2 == 0, huge, -huge)
@@ -136,12 +144,12 @@ def test_values_at_the_edge_of_the_format(backend: str, dtype: torch.dtype, limi
     check_exact(backend, values[:N], values[N:])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("offset", [0.0, 5.0])
 def test_codes_that_differ_in_the_last_bit(backend: str, dtype: torch.dtype, offset: float) -> None:
     x, codebook = make_search_data("near-duplicates", N, K, D, dtype=dtype, seed=1)
     check_exact(backend, x + offset, codebook + offset)
-    check_exact(backend, codebook, codebook)
+    check_exact(backend, codebook[:N], codebook)
 
 
 def test_the_least_of_a_thousand_codes_within_one_ulp(backend: str) -> None:
@@ -151,13 +159,16 @@ def test_the_least_of_a_thousand_codes_within_one_ulp(backend: str) -> None:
     check_exact(backend, 1 + 2.0**-20 * torch.randn(N, D, generator=generator), codebook)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
-def test_identical_codes_give_the_lowest_index(backend: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_identical_codes_give_the_lowest_index(backend: str, steps: Counter[str], dtype: torch.dtype) -> None:
     x, codebook = gaussian(dtype=dtype)
     codebook[64:128] = codebook[:64].flip(0)
     found = check_exact(backend, x, codebook)
     assert torch.equal(found.indices, brute_force_nearest(x, codebook))
     assert not ((found.indices >= 64) & (found.indices < 128)).any()
+    has_twin = found.indices < 64
+    assert has_twin.any()
+    assert steps["proved"] <= (~has_twin).sum(), "a tie was proved"
 
 
 def test_zero_and_minus_zero_are_identical(backend: str) -> None:
@@ -166,11 +177,12 @@ def test_zero_and_minus_zero_are_identical(backend: str) -> None:
     assert (check_exact(backend, gaussian()[0], codebook).indices == 0).all()
 
 
-@pytest.mark.parametrize("value", [0.0, 1.0, 1e-30, 1e30, -65504.0])
-def test_all_codes_equal(backend: str, value: float) -> None:
+@pytest.mark.parametrize("value", [0.0, 1e-42, -3.3e38, *([] if INTERPRETED else [1.0, 1e-30, 1e30, -65504.0])])
+def test_all_codes_equal(backend: str, steps: Counter[str], value: float) -> None:
     codebook = torch.full((K, D), value)
     assert (check_exact(backend, gaussian()[0], codebook).indices == 0).all()
     assert (check_exact(backend, codebook[:3], codebook).indices == 0).all()
+    assert steps["proved"] == 0, "a tie was proved"
 
 
 def test_small_integers_tie_and_the_lowest_index_wins(backend: str) -> None:
@@ -196,7 +208,7 @@ def test_midpoints_moved_by_one_ulp(backend: str) -> None:
 
 
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("num_codes", [2, 3, 5, K])
+@pytest.mark.parametrize("num_codes", [3, K] if INTERPRETED else [2, 3, 5, K])
 def test_nan_and_inf(backend: str, poison: float, num_codes: int) -> None:
     x, codebook = gaussian()
     codebook = codebook[:num_codes]

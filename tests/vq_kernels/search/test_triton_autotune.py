@@ -33,6 +33,21 @@ def test_choices_add_up(cache: Path):
     assert [path.name for path in cache.parent.iterdir()] == [cache.name]
 
 
+def test_choices_of_another_process_are_kept(cache: Path):
+    autotune.remember(1000, 512, 64, torch.float32, "GPU", CONFIGS[0])
+    stored = json.loads(cache.read_text())
+    cache.write_text(json.dumps(stored | {"another": "medium"}))
+    autotune.remember(1000, 1024, 64, torch.float32, "GPU", CONFIGS[0])
+    assert len(json.loads(cache.read_text())) == 3
+
+
+def test_a_search_does_not_read_the_file_again(cache: Path):
+    autotune.remember(1000, 512, 64, torch.float32, "GPU", CONFIGS[0])
+    assert autotune.remembered(1000, 512, 64, torch.float32, "GPU") == CONFIGS[0]
+    cache.unlink()
+    assert autotune.remembered(1000, 512, 64, torch.float32, "GPU") == CONFIGS[0]
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"key": 3}'])
 def test_a_damaged_file_is_as_good_as_none(cache: Path, content: str):
     cache.parent.mkdir()

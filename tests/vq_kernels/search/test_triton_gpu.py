@@ -1,5 +1,7 @@
 """What only a GPU can show of the Triton search."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -41,6 +43,44 @@ def test_exact(dims: tuple[int, int, int], offset: float, dtype: torch.dtype):
         sq_distances, ((codebook[indices].double() - x.double()) ** 2).sum(1).float(), rtol=1e-5, atol=0
     )
     assert statistics.sum() == x.shape[0]
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: torch.cat([x, x[:, :1]], dim=1)[:, : x.shape[1]],
+        lambda x: x.t().contiguous().t(),
+        lambda x: torch.cat([x.flatten()[:1], x.flatten()])[1:].view(x.shape),
+        lambda x: x[:, ::2],
+    ],
+    ids=["unaligned", "transposed", "misplaced", "every-second"],
+)
+@pytest.mark.parametrize("dims", [(4096, 1000, 64), (4096, 1000, 128), (1000, 600, 512)])
+def test_views(dims: tuple[int, int, int], view: Callable[[Tensor], Tensor]):
+    x, codebook = (view(tensor) for tensor in make(*dims))
+    assert torch.equal(triton_backend.search(x, codebook, [], "exact")[0], nearest(x, codebook))
+
+
+@pytest.mark.parametrize("d", [64, 512])
+def test_offsets_beyond_int32(d: int):
+    """N * D passes 2**31: the last rows are where a 32-bit offset would wrap."""
+    x, codebook = make(2**31 // d + 1000, 100, d, torch.float16)
+    indices, codes, _, _ = triton_backend.search(x, codebook, [], "exact")
+    for part in (slice(0, 2000), slice(-2000, None)):
+        assert torch.equal(indices[part], nearest(x[part], codebook))
+        assert torch.equal(codes[part], codebook[indices[part]])
+    for deterministic in (True, False):
+        _, counts = codebook_gradient(x, codebook, indices, deterministic)
+        assert torch.equal(counts, torch.bincount(indices, minlength=100))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
+def test_tensors_on_another_than_the_current_device():
+    x, codebook = (tensor.to("cuda:1") for tensor in make(1000, 200, 64))
+    indices = triton_backend.search(x, codebook, [], "exact")[0]
+    assert indices.device == x.device
+    assert torch.equal(indices, nearest(x, codebook))
+    codebook_gradient(x, codebook, indices, True)
 
 
 def test_equal_codes_are_drained_to_the_lowest():

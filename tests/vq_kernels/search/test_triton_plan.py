@@ -12,7 +12,7 @@ from vq_kernels.search.triton_plan import (
     plan_search,
     workspace_limit,
 )
-from vq_kernels.search.triton_prepare import prepared_nbytes, row_pitch
+from vq_kernels.search.triton_prepare import CODE_PADDING, prepared_nbytes, row_pitch
 
 A100, H100, B200 = (DeviceProperties(*p) for p in (((8, 0), 108), ((9, 0), 132), ((10, 0), 148)))
 SHAPES = [
@@ -76,6 +76,35 @@ def test_every_configuration_is_chosen_and_has_a_reason():
     }
     assert chosen == {config.name for config in CONFIGS}
     assert all(config.reason for config in CONFIGS)
+
+
+def test_no_tile_reads_past_the_padded_codes():
+    assert all(CODE_PADDING % config.block_k == 0 for config in CONFIGS)
+
+
+@pytest.mark.parametrize(
+    ("properties", "d", "aligned", "name"),
+    [
+        (A100, 32, False, "short"),
+        (A100, 64, False, "long_ampere"),
+        (A100, 128, True, "short"),
+        (H100, 64, True, "short_shared"),
+        (H100, 64, False, "medium"),
+        (B200, 64, True, "short"),
+        (B200, 32, False, "medium"),
+    ],
+)
+def test_views_that_are_not_aligned_get_a_tile_that_does_not_spill(
+    properties: DeviceProperties, d: int, aligned: bool, name: str
+):
+    assert pick_config(65_536, 1_024, d, torch.float32, properties, aligned=aligned).name == name
+
+
+@pytest.mark.parametrize("properties", [A100, H100, B200])
+@pytest.mark.parametrize("d", [8, 50, 100])
+def test_rows_of_a_length_that_16_does_not_divide_are_not_aligned(d: int, properties: DeviceProperties):
+    given, denied = (pick_config(65_536, 1_024, d, torch.float32, properties, aligned=a) for a in (True, False))
+    assert given == denied
 
 
 def test_a_short_last_batch_uses_the_same_kernel():

@@ -1,23 +1,32 @@
-"""Runs the interpreted tests in a process of their own, where TRITON_INTERPRET=1 is set before Triton is imported."""
+"""The Triton search in the interpreter: its own tests, and the attacks, with a count of the steps they go through."""
 
-import os
-import subprocess
-import sys
+import re
 from pathlib import Path
 
 import pytest
+
+from tests.vq_kernels.interpreter import run_interpreted
+from tests.vq_kernels.search.steps import STEPS, Totals
 
 HERE = Path(__file__).parent
 
 
 @pytest.mark.timeout(600)
-def test_interpreted():
-    finished = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", HERE / "interpreted_triton_search.py"],
-        cwd=HERE.parents[2],
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stdout + finished.stderr
+def test_interpreted() -> None:
+    run_interpreted(HERE / "interpreted_triton_search.py")
+
+
+@pytest.mark.timeout(900)
+def test_attacks_interpreted(totals: Totals) -> None:
+    """Every attack that takes a backend, and the bound as the kernels compute it."""
+    files = ("test_attack.py", "test_attack_shapes.py", "test_triton_bound.py")
+    told = run_interpreted(*(HERE / name for name in files), "-k", "triton")
+
+    line = re.search(r"triton: (\d+) searches; rows: (\d+) proved, (\d+) resolved, (\d+) drained", told)
+    assert line is not None, told
+    searches, *rows = (int(number) for number in line.groups())
+    assert searches > 150
+    assert all(rows), f"no attack went through one of the steps: {line.group()}"
+    totals.add("triton", searches, dict(zip(STEPS, rows, strict=True)))
+    skipped = re.findall(r"^SKIPPED \[\d+\] \S+ (.*)$", told, flags=re.MULTILINE)
+    assert skipped == ["Triton's interpreter converts bfloat16 subnormals to other numbers"]

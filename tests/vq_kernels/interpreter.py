@@ -1,0 +1,22 @@
+"""Triton's interpreter has to be asked for before Triton is imported: tests of it run in a process of their own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+_ROOT = Path(__file__).parents[2]
+
+
+def run_interpreted(*arguments: str | Path) -> str:
+    """What pytest prints, run with these arguments under TRITON_INTERPRET=1; a failure of the test unless it passes."""
+    finished = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments],
+        cwd=_ROOT,
+        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    return finished.stdout
