@@ -29,6 +29,8 @@ def test_every_kernel_and_configuration_is_collected():
     }
     scanned = {launch.config.split()[0] for launch in launches if launch.kernel == "_scan_kernel"}
     assert scanned == {config.name for config in CONFIGS}
+    for layout in ("unaligned", "transposed"):
+        assert len([launch for launch in launches if launch.config.split()[-1] == layout]) >= 9
 
 
 @pytest.mark.parametrize(
@@ -37,6 +39,7 @@ def test_every_kernel_and_configuration_is_collected():
         (80, "long_ampere D=512 float32", "HMMA.16816.F32"),
         (90, "short_shared D=64 float32", "HGMMA.64x64x16.F32"),
         (90, "long_hopper D=512 float32", "HGMMA.64x128x16.F32"),
+        (90, "medium D=64 bfloat16 unaligned", "HGMMA.64x128x16.F32"),
         (100, "few_rows D=512 float32 split", "UTCHMMA"),
     ],
 )
