@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-_BUFFER_ELEMENTS = 1 << 22  # of the [rows, K] distances held at a time
+_BUFFER_ELEMENTS = 1 << 18  # of the [rows, K] distances held at a time: they stay in a core's caches
 
 
 def brute_force_nearest(x: Tensor, codebook: Tensor) -> Tensor:
