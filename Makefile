@@ -5,7 +5,7 @@ ARGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: train test lint bench
+.PHONY: train test lint bench docs
 
 train: .venv/train.stamp
 	$(BIN)/python -m vqae.train --max-minutes 6 --out $(OUT) $(ARGS)
@@ -21,6 +21,9 @@ lint: .venv/dev.stamp
 bench: .venv/dev.stamp
 	$(BIN)/python benchmarks/train_bench.py $(ARGS)
 	$(BIN)/python benchmarks/argmin_bench.py $(ARGS)
+
+docs: .venv/dev.stamp
+	$(BIN)/python -W error -m pdoc --docformat google --output-directory build/reference vq_kernels vqae.model
 
 # A stamp stands for "installed": made again only when what is asked for has changed.
 .venv/train.stamp: pyproject.toml constraints.txt | .venv/bin/python

@@ -1,14 +1,20 @@
 """Vector quantization with straight-through gradients."""
 
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from vq_kernels.gradient import codebook_gradient_op
+from vq_kernels.cosine import _missing_length, most_similar_code
 from vq_kernels.search.backend import BACKENDS, Backend
 from vq_kernels.search.checks import check_choice, check_pair
 from vq_kernels.search.op import nearest_code_op
+from vq_kernels.search.topk import NearestCodes, nearest_code_topk
+from vq_kernels.stages import Choice, pass_gradients
+
+Metric = Literal["euclidean", "cosine"]
+METRICS = ("euclidean", "cosine")
 
 
 class Quantized(NamedTuple):
@@ -16,7 +22,7 @@ class Quantized(NamedTuple):
 
     Attributes:
         quantized: [..., D], each row's nearest code, in x's dtype.
-        indices: [...], int64, in [0, K).
+        indices: [...], int64, in [0, K); where a module is given a mask, -1 for padding.
         loss: [], float32 (float64 for float64 input), the mean over all numbers of (x - code)².
     """
 
@@ -55,42 +61,41 @@ def vector_quantize(
     if not commitment_weight >= 0:
         raise ValueError(f"commitment_weight must be >= 0, got {commitment_weight}")
     rows = x.reshape(-1, x.shape[-1])
-    quantized, indices, loss = _VectorQuantize.apply(rows, codebook, float(commitment_weight), backend)
-    return Quantized(quantized.view(x.shape), indices.view(x.shape[:-1]), loss)
+    choice = choose(rows.detach(), codebook.detach(), backend=backend)
+    quantized, loss = pass_gradients(
+        rows, codebook[None], choice, commitment_weight=float(commitment_weight), complete=True, backend=backend
+    )
+    return Quantized(quantized.view(x.shape), choice.indices.view(x.shape[:-1]), loss)
 
 
-class _VectorQuantize(torch.autograd.Function):
-    """(x [N, D], codebook [K, D]) -> (quantized [N, D], indices [N], loss [])."""
+def choose(x: Tensor, codebook: Tensor, *, metric: Metric = "euclidean", backend: Backend = "auto") -> Choice:
+    """What one stage chooses for x [N, D] in codebook [K, D], neither with a gradient.
 
-    @staticmethod
-    def forward(x: Tensor, codebook: Tensor, commitment_weight: float, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-        indices, quantized, sq_distances, _ = nearest_code_op(x, codebook, [], backend, "exact")
-        if torch.float64 in (x.dtype, codebook.dtype):  # sq_distances are float32
-            sq_distances = (x - codebook[indices]).square().sum(dim=1)
-        loss = (1 + commitment_weight) * sq_distances.sum() / max(x.numel(), 1)
-        return quantized, indices, loss
+    Args:
+        x: unit vectors, if the metric is "cosine".
+        codebook: likewise.
+        metric: "euclidean", the nearest code; "cosine", the one with the largest dot product.
+        backend: as for `nearest_code`.
+    """
+    if metric == "cosine":
+        found = most_similar_code(x, codebook, backend=backend)
+        indices, codes = found.indices, found.codes
+    else:
+        indices, codes, sq_distances, _ = nearest_code_op(x, codebook, [], backend, "exact")
+    if metric == "cosine" or torch.float64 in (x.dtype, codebook.dtype):  # the operator's sq_distances are float32
+        sq_distances = (x - codebook[indices]).square().sum(dim=1)
+    return Choice(indices[None], codes, sq_distances[None])
 
-    @staticmethod
-    def setup_context(
-        ctx: Any, inputs: tuple[Tensor, Tensor, float, str], output: tuple[Tensor, Tensor, Tensor]
-    ) -> None:
-        x, codebook, ctx.commitment_weight, ctx.backend = inputs
-        _, indices, _ = output
-        ctx.mark_non_differentiable(indices)
-        ctx.save_for_backward(x, codebook, indices)
 
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        grad_quantized, _, grad_loss = grad_outputs
-        x, codebook, indices = ctx.saved_tensors
-        scale = 2 * grad_loss / max(x.numel(), 1)
-        grad_x = grad_codebook = None
-        if ctx.needs_input_grad[0]:
-            grad_x = grad_quantized
-            if ctx.commitment_weight:
-                pull = (ctx.commitment_weight * scale) * (x - codebook[indices])
-                grad_x = grad_x + pull.to(grad_x.dtype)
-        if ctx.needs_input_grad[1]:
-            difference_sums, _ = codebook_gradient_op(x, codebook, indices, ctx.backend)
-            grad_codebook = (scale * difference_sums).to(codebook.dtype)
-        return grad_x, grad_codebook, None, None
+def choose_topk(x: Tensor, codebook: Tensor, k: int, *, metric: Metric = "euclidean") -> NearestCodes:
+    """The k best codes for x [N, D] in codebook [K, D], the best first, and their distances; arguments as for `choose`.
+
+    By the dot product they are the nearest ones once codes have coordinates that bring them all to one length, see
+    `most_similar_code`. Of equal dot products either may come first.
+    """
+    if metric == "euclidean":
+        return nearest_code_topk(x, codebook, k)
+    lengthened = torch.cat([codebook, _missing_length(codebook)], dim=1)
+    indices = nearest_code_topk(F.pad(x, (0, lengthened.shape[1] - x.shape[1])), lengthened, k).indices
+    rank_distances = [(x - codebook[rank]).square().sum(dim=1) for rank in indices.unbind(-1)]
+    return NearestCodes(indices, torch.stack(rank_distances, dim=-1).float())

@@ -1,22 +1,24 @@
-"""The quantizer as a module: a learnable codebook, its initialisation, its restarts, its usage."""
-
-from typing import Literal
+"""The quantizer as a module: each vector, or each part of one, is replaced by its nearest code."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from vq_kernels.quantize import Quantized, vector_quantize
-from vq_kernels.search.backend import BACKENDS, Backend
-from vq_kernels.search.checks import check_choice
+from vq_kernels.codebooks import Init
+from vq_kernels.quantize import Metric, Quantized, choose_topk
+from vq_kernels.search.backend import Backend
+from vq_kernels.search.topk import NearestCodes
+from vq_kernels.staged import StagedQuantizer
 
-INITS = ("normal", "uniform", "data")
 
-
-class VectorQuantizer(nn.Module):
+class VectorQuantizer(StagedQuantizer):
     """Replaces each vector by its nearest code; the codebook learns by the gradient of the loss.
 
     Example, with num_codes=512 and code_dim=64: x [8, 16, 16, 64] gives quantized [8, 16, 16, 64], indices
     [8, 16, 16] and a loss to add to the model's own. Gradients are those of `vector_quantize`.
+
+    With heads=4, x has 4·64 channels, each vector is cut into 4 parts, and indices are [8, 16, 16, 4]; with
+    separate_codebooks=True as well, that is product (or grouped) quantization. `ResidualVectorQuantizer` refines each
+    code by further ones.
 
     Args:
         num_codes: K >= 1.
@@ -30,15 +32,28 @@ class VectorQuantizer(nn.Module):
         restart_noise: standard deviation added to a restarted code, relative to the row's root mean square. It keeps
             codes apart where more of them restart than there are rows.
         commitment_weight: see `vector_quantize`; the specification has none.
+        metric: "euclidean"; or "cosine": vectors and codes are brought to length 1, gradients pass through that, and
+            the code with the largest dot product is chosen, exactly, see `vq_kernels.cosine.most_similar_code`.
+        heads: parts that each vector of heads·D channels is cut into, each with an index of its own.
+        separate_codebooks: a codebook for each head; else all share one.
+        channel_dim: the dimension of x with the channels: -1, or 1 for pictures [B, C, H, W].
+        ema_decay: None: the codebook is a Parameter. A number λ in [0, 1]: it has no gradient, and each code follows
+            a moving average of its rows, which keeps λ of itself in a step (0.99 is usual); see `vq_kernels.ema`. The
+            loss is the same number; its part for the codebook moves nothing then.
+        ema_eps: >= 0, added to each code's average number of rows.
         backend: see `nearest_code`.
+        synchronise: in training, count the rows, and begin codes at rows, of all ranks of the default process group,
+            where there is one when a batch comes. With DistributedDataParallel, which averages the gradients, all ranks
+            keep one codebook, that of a single process with all rows. False: of this process alone.
 
     Attributes:
-        codebook: [K, D], a Parameter.
-        steps_unused: [K] int64, training steps since each code was last chosen.
-        batch_counts: [K] int64, the rows of the last training batch that chose each code.
+        codebook: [K, D], or [heads, K, D] if they are separate; a Parameter, or a buffer with `ema_decay`.
+        steps_unused: [K] int64, training steps since each code was last chosen; [heads, K] if codebooks are separate,
+            as all counts.
+        batch_counts: [K] int64, the rows of the last training batch, of all ranks, that chose each code.
         usage_counts: [K] int64, rows that chose each code in training since `reset_usage`.
         restarts: [] int64, codes restarted since `reset_usage`.
-        needs_data: [] bool, whether the codebook still waits for the first batch of init="data".
+        needs_data: [], or [heads], bool, whether the codebook still waits for the first batch of init="data".
 
     Raises:
         ValueError: an argument outside of its range.
@@ -46,122 +61,105 @@ class VectorQuantizer(nn.Module):
     Source: van den Oord et al. 2017, arXiv:1711.00937; restarts: Zeghidour et al. 2021, arXiv:2107.03312, section 3.3.
     """
 
-    codebook: nn.Parameter
-    steps_unused: Tensor
-    batch_counts: Tensor
-    usage_counts: Tensor
-    restarts: Tensor
-    needs_data: Tensor
-
     def __init__(
         self,
         num_codes: int,
         code_dim: int,
         *,
-        init: Literal["normal", "uniform", "data"] = "normal",
+        init: Init = "normal",
         init_scale: float = 1.0,
         restart_after: int = 0,
         restart_noise: float = 0.01,
         commitment_weight: float = 0.0,
+        metric: Metric = "euclidean",
+        heads: int = 1,
+        separate_codebooks: bool = False,
+        channel_dim: int = -1,
+        ema_decay: float | None = None,
+        ema_eps: float = 1e-5,
         backend: Backend = "auto",
+        synchronise: bool = True,
     ) -> None:
-        super().__init__()
-        for name, value, least in (
-            ("num_codes", num_codes, 1),
-            ("code_dim", code_dim, 1),
-            ("init_scale", init_scale, 0),
-            ("restart_after", restart_after, 0),
-            ("restart_noise", restart_noise, 0),
-            ("commitment_weight", commitment_weight, 0),
-        ):
-            if not value >= least:
-                raise ValueError(f"{name} must be >= {least}, got {value}")
-        check_choice("init", init, INITS)
-        check_choice("backend", backend, BACKENDS)
-        self.num_codes = num_codes
-        self.code_dim = code_dim
-        self.init = init
-        self.restart_after = restart_after
-        self.restart_noise = restart_noise
-        self.commitment_weight = commitment_weight
-        self.backend: Backend = backend
-        if init == "uniform":
-            codes = torch.empty(num_codes, code_dim).uniform_(-init_scale, init_scale)
-        else:
-            codes = init_scale * torch.randn(num_codes, code_dim)
-        self.codebook = nn.Parameter(codes)
-        for name in ("steps_unused", "batch_counts", "usage_counts"):
-            self.register_buffer(name, torch.zeros(num_codes, dtype=torch.int64))
-        self.register_buffer("restarts", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("needs_data", torch.tensor(init == "data"))
+        super().__init__(
+            None,
+            num_codes,
+            code_dim,
+            init=init,
+            init_scale=init_scale,
+            restart_after=restart_after,
+            restart_noise=restart_noise,
+            commitment_weight=commitment_weight,
+            metric=metric,
+            heads=heads,
+            separate_codebooks=separate_codebooks,
+            channel_dim=channel_dim,
+            ema_decay=ema_decay,
+            ema_eps=ema_eps,
+            backend=backend,
+            synchronise=synchronise,
+        )
 
-    def extra_repr(self) -> str:
-        """What `print(module)` shows."""
-        sizes = f"num_codes={self.num_codes}, code_dim={self.code_dim}"
-        return f"{sizes}, init={self.init!r}, restart_after={self.restart_after}"
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Quantized:
+        """Quantize x.
 
-    def forward(self, x: Tensor) -> Quantized:
-        """Quantize x [..., D].
+        In training mode it also restarts codes, moves the averages and keeps the usage statistics. Where gradient
+        checkpointing runs it twice for a batch, the second pass repeats the first, and learns and counts nothing; the
+        backward of a batch must then come before the next batch.
 
-        In training mode it also restarts codes and keeps the usage statistics.
+        Args:
+            x: heads·D channels in `channel_dim`, of any of the dtypes of `nearest_code`; [...] is its shape without
+                them.
+            mask: [...] bool, False for padding, which may hold anything: its quantized is 0, its index -1; it has no
+                part in the loss, the gradients, the statistics and the restarts.
 
         Returns:
-            Quantized(quantized [..., D] in x's dtype, indices [...] int64, loss []).
+            Quantized(quantized, shaped like x and in its dtype, indices [...] int64, or [..., heads], loss []).
 
         Raises:
-            TypeError, ValueError, RuntimeError: as for `vector_quantize`.
+            TypeError, ValueError: x or mask does not fit.
+            RuntimeError: as for `nearest_code`.
         """
-        if self.training and x.numel() and (self.restart_after or self.init == "data"):
-            self._restart(x.detach().reshape(-1, x.shape[-1]))
-        result = vector_quantize(x, self.codebook, commitment_weight=self.commitment_weight, backend=self.backend)
-        if self.training:
-            self._count(result.indices.reshape(-1))
-        return result
+        quantized, indices, loss = self._quantize(x, mask)
+        return Quantized(quantized, indices.squeeze(-1), loss)
+
+    def decode(self, indices: Tensor) -> Tensor:
+        """What `forward` gave as quantized with these indices, but for its dtype, which is the codebook's.
+
+        Args:
+            indices: [...], or [..., heads], int64; -1 gives 0.
+
+        Returns:
+            heads·D channels in `channel_dim`; differentiable with respect to the codebook.
+
+        Raises:
+            ValueError: indices are not of that shape.
+        """
+        if self.heads > 1 and indices.shape[-1:] != (self.heads,):
+            raise ValueError(f"indices must be [..., {self.heads}], one for each head, got {tuple(indices.shape)}")
+        return self._decode(indices[..., None])
 
     @torch.no_grad()
-    def _restart(self, x: Tensor) -> None:
-        """Put the codes that are due at rows of x [N, D]. Written without a branch on data, for compiled graphs."""
-        due = self.needs_data.expand(self.num_codes)  # [K]
-        if self.restart_after:
-            due = due | (self.steps_unused >= self.restart_after)
-        rank = due.cumsum(0) - 1
-        start = torch.randint(x.shape[0], (), device=x.device)
-        rows = (start + rank * x.shape[0] // due.sum().clamp(min=1)) % x.shape[0]  # spread evenly, and distinct
-        targets = x[rows].to(self.codebook.dtype)  # [K, D]
-        spread = self.restart_noise * targets.square().mean(dim=1, keepdim=True).sqrt()
-        targets = targets + spread * torch.randn_like(targets)
-        due = due & targets.isfinite().all(dim=1)
-        self.codebook.copy_(torch.where(due[:, None], targets, self.codebook))
-        self.restarts += torch.where(self.needs_data, 0, due.sum())
-        self.steps_unused.masked_fill_(due, 0)
-        self.needs_data.fill_(False)
+    def topk(self, x: Tensor, k: int) -> NearestCodes:
+        """The k best codes of each vector, the best first.
 
-    @torch.no_grad()
-    def _count(self, indices: Tensor) -> None:
-        self.batch_counts.zero_().index_add_(0, indices, torch.ones_like(indices))
-        self.usage_counts += self.batch_counts
-        self.steps_unused += 1
-        self.steps_unused.masked_fill_(self.batch_counts > 0, 0)
+        Args:
+            x: as for `forward`; [...] is its shape without channels.
+            k: in [1, K].
 
-    @property
-    def perplexity(self) -> Tensor:
-        """[] float64: exp of the entropy of `usage_counts`; 1 to K, and 0 before any use."""
-        return perplexity(self.usage_counts)
+        Returns:
+            NearestCodes(indices [..., k] int64, or [..., heads, k], sq_distances likewise, float32), as
+            `nearest_code_topk` gives them: for the cosine, of unit vectors.
 
-    @property
-    def codes_used(self) -> Tensor:
-        """[] int64: how many codes `usage_counts` has seen chosen."""
-        return (self.usage_counts > 0).sum()
+        Raises:
+            TypeError, ValueError: x or k does not fit.
+        """
+        positions, _ = self._positions(x, None)
+        rows = self._as_searched(self._layout.split(positions))  # [C, M, D]
+        each = zip(rows, self._as_codes(self._searched()), strict=True)
+        found = [choose_topk(head, codebook, k, metric=self.metric) for head, codebook in each]
+        joined = (self._join_ranks(torch.stack(parts), positions.shape[:-1]) for parts in zip(*found, strict=True))
+        return NearestCodes(*joined)
 
-    @torch.no_grad()
-    def reset_usage(self) -> None:
-        """Begin `usage_counts` and `restarts` anew, at an epoch's start, say."""
-        self.usage_counts.zero_()
-        self.restarts.zero_()
-
-
-def perplexity(counts: Tensor) -> Tensor:
-    """exp(entropy), [] float64, of how often each code was chosen, counts [K]; 0 where all counts are."""
-    share = counts.double() / counts.sum().clamp(min=1)
-    entropy: Tensor = torch.special.entr(share).sum()
-    return entropy.exp() * (counts.sum() > 0)
+    def _join_ranks(self, ranks: Tensor, leading: torch.Size) -> Tensor:
+        """[C, M, k] as [*leading, k], or [*leading, heads, k]."""
+        return torch.stack([self._layout.join_indices(rank, leading) for rank in ranks.unbind(-1)], dim=-1)

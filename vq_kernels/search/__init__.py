@@ -3,5 +3,15 @@
 from vq_kernels.search.backend import select_backend
 from vq_kernels.search.nearest_code import NearestCode, SearchStatistics, nearest_code, search_statistics
 from vq_kernels.search.prepared import PreparedCodebook
+from vq_kernels.search.topk import NearestCodes, nearest_code_topk
 
-__all__ = ["NearestCode", "PreparedCodebook", "SearchStatistics", "nearest_code", "search_statistics", "select_backend"]
+__all__ = [
+    "NearestCode",
+    "NearestCodes",
+    "PreparedCodebook",
+    "SearchStatistics",
+    "nearest_code",
+    "nearest_code_topk",
+    "search_statistics",
+    "select_backend",
+]

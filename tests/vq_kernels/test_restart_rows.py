@@ -1,0 +1,81 @@
+"""Codes that begin anew where there are several ranks: at rows of all of them, and as in one process with all rows."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing
+
+from tests.vq_kernels.restart_ranks import LAYERS, SIZES, STEPS, WORLD, make, rows, run, train
+from vq_kernels import nearest_code
+from vq_kernels.restart_rows import spread_rows
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder: Path = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.spawn(run, args=(str(folder),), nprocs=WORLD)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+
+
+@pytest.mark.parametrize("num_slots", [1, 3, 7, 20])
+def test_slots_get_rows_at_even_distances(num_slots: int) -> None:
+    x = torch.arange(7.0)[:, None]
+    torch.manual_seed(0)
+    drawn = spread_rows(
+        x, torch.arange(num_slots), torch.tensor(num_slots), noise=0.0, dtype=torch.float32, synchronise=True
+    )
+    assert drawn.unique().numel() == min(num_slots, 7)
+    steps = (drawn[1:] - drawn[:-1])[:, 0] % 7
+    assert all(step in (7 // num_slots, -(-7 // num_slots)) for step in steps.tolist())
+
+
+@pytest.mark.parametrize("size", ["even", "uneven"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_two_ranks_are_one_process_with_all_rows(ranks: list[dict[str, Any]], name: str, size: str) -> None:
+    expected = train(name, [torch.cat(rows(size, step)) for step in range(STEPS)])
+    for rank in ranks:
+        state = rank["same"][name, size]
+        assert state.keys() == expected.keys()
+        for key, value in expected.items():
+            torch.testing.assert_close(
+                state[key], value, rtol=1e-12, atol=1e-12, msg=lambda text, key=key: f"{key}: {text}"
+            )
+    if "restart_after" in LAYERS[name]:
+        assert expected["restarts"] > 0
+    assert expected["batch_counts"].sum() == sum(SIZES[size])
+
+
+def test_ranks_that_draw_other_numbers_agree(ranks: list[dict[str, Any]]) -> None:
+    first, second = (rank["unlike"] for rank in ranks)
+    assert first["restarts"] > 0
+    for key, value in first.items():
+        assert torch.equal(value, second[key]), key
+
+
+def test_rows_of_both_ranks_become_codes(ranks: list[dict[str, Any]]) -> None:
+    assert torch.equal(ranks[0]["drawn"], ranks[1]["drawn"])
+    chosen = nearest_code(ranks[0]["drawn"], torch.cat(rows("uneven", 0)))
+    assert not chosen.sq_distances.any()
+    from_first = chosen.indices < SIZES["uneven"][0]
+    assert 0 < from_first.sum() < from_first.numel()
+
+
+def test_a_codebook_waits_for_the_first_row_of_any_rank(ranks: list[dict[str, Any]]) -> None:
+    (waits, before), (waits_on, after) = ranks[0]["waits"]
+    assert waits
+    assert torch.equal(before, make("both").codebook)
+    assert not waits_on
+    assert not torch.equal(after, before)
+    assert torch.equal(after, ranks[1]["waits"][1][1])
+
+
+def test_without_synchronisation_a_rank_is_alone(ranks: list[dict[str, Any]]) -> None:
+    assert ranks[0]["alone"]["needs_data"]
+    assert not ranks[1]["alone"]["needs_data"]
+    assert ranks[1]["alone"]["batch_counts"].sum() == SIZES["uneven"][1]
+
+
+def test_no_graph_break_with_a_process_group(ranks: list[dict[str, Any]]) -> None:
+    assert [rank["breaks"] for rank in ranks] == [0, 0]

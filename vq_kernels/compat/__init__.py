@@ -1,0 +1,6 @@
+"""Drop-in replacements for the quantizers of other libraries."""
+
+from vq_kernels.compat.losses import LossBreakdown
+from vq_kernels.compat.vector_quantize import VectorQuantize
+
+__all__ = ["LossBreakdown", "VectorQuantize"]
