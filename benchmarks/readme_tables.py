@@ -1,12 +1,12 @@
-"""Write the tables of README.md and docs/learning.md from the committed results.
+"""Write the tables of README.md, docs/learning.md and docs/performance.md from the committed results.
 
-    python benchmarks/readme_tables.py           # rewrite both
-    python benchmarks/readme_tables.py --check   # exit 1 if one would change
+    python benchmarks/readme_tables.py           # rewrite them, and draw the plot of the GPU's results if there are any
+    python benchmarks/readme_tables.py --check   # exit 1 if a table would change
 
 The results lie in benchmarks/results/cpu: train.json (a run's last line of metrics.jsonl, with the command and the
 machine), train_bench.jsonl, argmin.jsonl (argmin_bench.py), exactness_soak.jsonl, ablation.jsonl (recipe_ablation.py)
-and rate_distortion.jsonl (the results.jsonl of rate_distortion.py). A table stands between `<!-- begin NAME -->` and
-`<!-- end NAME -->`.
+and rate_distortion.jsonl (the results.jsonl of rate_distortion.py). Those of a GPU lie in benchmarks/results/h200, as
+gpu_pass.py leaves them. A table stands between `<!-- begin NAME -->` and `<!-- end NAME -->`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from gpu import tables as gpu_tables
+from gpu.results import read_lines as read_gpu_lines
 from learning_tables import ablation_table, rate_distortion_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -78,10 +80,16 @@ def search_table() -> str:
 
 
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {"model": model_table, "search": search_table},
+    "README.md": {"model": model_table, "search": search_table, "gpu-search": gpu_tables.readme_table},
     "docs/learning.md": {
         "ablation": lambda: ablation_table(read_lines_if_any("ablation.jsonl")),
         "rate-distortion": lambda: rate_distortion_table(read_lines_if_any("rate_distortion.jsonl")),
+    },
+    "docs/performance.md": {
+        **gpu_tables.TABLES,
+        "gpu-rate-distortion": lambda: rate_distortion_table(
+            read_gpu_lines(gpu_tables.RESULTS / "rate_distortion.jsonl")
+        ),
     },
 }
 """How each file's tables are made, by their names."""
@@ -111,6 +119,8 @@ def main(arguments: list[str]) -> int:
             print(f"{name} is up to date" if before == after else f"{name} differs from the results")
         else:
             file.write_text(after)
+    if arguments != ["--check"] and gpu_tables.searches():
+        gpu_tables.plot_throughput(ROOT / "docs" / "images" / "gpu_search.png")
     return int(changed and arguments == ["--check"])
 
 

@@ -1,0 +1,12 @@
+"""The parts of `gpu_pass.py`: what has to be shown on a real GPU, and the tables made of it.
+
+stage, results              what a stage is given, and the lines it writes; begin here
+ring                        stage "tests"
+exactness                   stage "exactness"; its rows in exactness_data, its float64 answers in reference
+sanitizers                  stage "sanitizers"
+search                      stage "search"; clocks and bare rates in timing
+tiles                       stage "tiles"; kernels and counters in profiles
+training, sweep             the stages of these names; pictures and plain_model serve them
+precompile                  kernels compiled side by side, for search and tiles
+floors, predict, tables     docs/performance.md: what no search can beat, what was expected, what was measured
+"""
