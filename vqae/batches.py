@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vqae.distributed import own_part
 from vqae.errors import UsageError
 
 _ROOM_NEEDED = 2.0  # free GPU memory, in units of the pictures' size, from which they live on the GPU
@@ -74,8 +75,8 @@ class EpochOrder:
         self._batch_size = batch_size
 
     def batch(self, pictures: Tensor, step: int, device: torch.device) -> Tensor:
-        """The epoch's batch number `step`, [B, 3, H, W] uint8 on the device."""
-        part = slice(step * self._batch_size, (step + 1) * self._batch_size)
+        """This process's part of the epoch's batch number `step`, [B, 3, H, W] uint8 on the device."""
+        part = _own_rows(step * self._batch_size, self._batch_size)
         chosen = pictures[self._order[part].to(pictures.device)].to(device, non_blocking=True)
         if self._mirrored is None:
             return chosen
@@ -84,6 +85,13 @@ class EpochOrder:
 
 
 def in_order(pictures: Tensor, batch_size: int, device: torch.device) -> Iterator[Tensor]:
-    """All pictures, once, in batches on the device."""
+    """All pictures, once, in batches on the device; of each batch this process's part, which may be empty."""
     for start in range(0, pictures.shape[0], batch_size):
-        yield pictures[start : start + batch_size].to(device, non_blocking=True)
+        rows = _own_rows(start, min(batch_size, pictures.shape[0] - start))
+        yield pictures[rows].to(device, non_blocking=True)
+
+
+def _own_rows(start: int, count: int) -> slice:
+    """This process's part of `count` rows from `start`."""
+    part = own_part(count)
+    return slice(start + part.start, start + part.stop)

@@ -34,17 +34,21 @@ class Config:
     """Take only the first N training pictures, after a seeded shuffle."""
     val_fraction: float = 0.02
     """Share of the training pictures held out to choose best.pt by; with 0, best.pt is the last."""
-    flip: bool = False
-    """Mirror each training picture with probability 1/2. Off: with one code a picture, there are none to spare."""
+    flip: bool = True
+    """Mirror each training picture with probability 1/2: twice the pictures, and codes that fit unseen ones better."""
 
     num_codes: int = 512
     """K, the codebook's size."""
-    code_dim: int = 512
+    code_dim: int = 64
     """D, the dimension of a code; 512 takes ResNet-18's features as they are."""
     hidden_dims: tuple[int, ...] = (1024,)
     """Widths of the decoder's hidden layers."""
-    embedding_norm: Literal["batch", "none"] = "batch"
-    """BatchNorm without affine before the quantizer: nothing in the two losses keeps embeddings near their codes."""
+    network_init: Literal["pictures", "random"] = "pictures"
+    """How encoder and decoder begin: by principal components of the pictures, or at random. At random they learn to
+    tell only a few components apart, and pictures go to codes that are not their nearest."""
+    embedding_norm: Literal["batch", "none"] = "none"
+    """batch: BatchNorm without affine before the quantizer. It makes all of an embedding's coordinates count alike,
+    where distances between pictures depend on some more than on others."""
     codebook_init: Literal["normal", "uniform", "data"] = "normal"
     """How the codebook begins: at random, as specified, or at the first batch's embeddings."""
     restart_after: int = 60
@@ -58,17 +62,22 @@ class Config:
     batch_size: int = 256
     """Pictures a step, over all processes."""
     lr: float = 0.3
-    """Peak learning rate of encoder and decoder."""
+    """Peak learning rate of the decoder."""
+    encoder_lr: float = 0.003
+    """Peak learning rate of the encoder."""
+    encoder_start: float = 0.5
+    """Share of the run after which the encoder begins to learn; before it, decoder and codebook settle on what it gives
+    them, in steps that take a third of the time."""
     momentum: float = 0.9
     """Of SGD, for encoder and decoder; the codebook has none."""
-    weight_decay: float = 5e-4
+    weight_decay: float = 0.0
     """Of SGD, for encoder and decoder; the codebook has none."""
     warmup: float = 0.05
     """Share of the run over which the learning rate rises, before it falls by a cosine."""
     codebook_step: Literal["share", "plain"] = "share"
     """share: a step closes codebook_lr of the gap between a code and the mean of its rows. plain: SGD on the MSE, whose
     step, at even use, is 2·codebook_lr/(K·D) of that gap: nearly nothing."""
-    codebook_lr: float = 0.1
+    codebook_lr: float = 0.2
     """Learning rate of the codebook; see codebook_step."""
 
     seed: int = 0
@@ -94,12 +103,21 @@ class Config:
             "epochs",
             "batch_size",
             "lr",
+            "encoder_lr",
             "codebook_lr",
             "image_size",
             "limit",
             "max_minutes",
         )
-        not_negative = ("momentum", "weight_decay", "restart_after", "warmup", "checkpoint_minutes", "val_fraction")
+        not_negative = (
+            "momentum",
+            "weight_decay",
+            "restart_after",
+            "warmup",
+            "encoder_start",
+            "checkpoint_minutes",
+            "val_fraction",
+        )
         for name in positive:
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
@@ -107,9 +125,14 @@ class Config:
         for name in not_negative:
             if not 0 <= getattr(self, name) < float("inf"):
                 raise UsageError(f"{flag(name)} must be at least 0, got {getattr(self, name)}")
-        for name in ("momentum", "warmup", "val_fraction"):
+        for name in ("momentum", "warmup", "val_fraction", "encoder_start"):
             if getattr(self, name) >= 1:
                 raise UsageError(f"{flag(name)} must be below 1, got {getattr(self, name)}")
+        if self.encoder_start and self.network_init == "random":
+            raise UsageError(
+                f"--encoder-start must be 0 with --network-init random, since a random encoder has to learn from the "
+                f"first step, got {self.encoder_start}"
+            )
         if self.batch_size < 2:
             raise UsageError(f"--batch-size must be at least 2, which BatchNorm needs, got {self.batch_size}")
         if any(dim < 1 for dim in self.hidden_dims):
@@ -160,10 +183,13 @@ class Config:
 RECIPES: dict[str, dict[str, Any]] = {
     "plain": {  # the specification as written: codes N(0, 1), SGD of one learning rate, and nothing against collapse
         "flip": False,
+        "network_init": "random",
         "embedding_norm": "none",
         "codebook_init": "normal",
         "restart_after": 0,
         "lr": 0.1,
+        "encoder_lr": 0.1,
+        "encoder_start": 0.0,
         "momentum": 0.9,
         "weight_decay": 5e-4,
         "warmup": 0.0,

@@ -14,3 +14,10 @@ class DivergedError(Exception):
 
     The command line exits with 1.
     """
+
+
+class LostProcessError(Exception):
+    """One of the processes that train together is gone, and this one cannot go on alone.
+
+    The command line exits with 1.
+    """

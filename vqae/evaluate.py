@@ -12,19 +12,23 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
+from torch import Tensor
 
 from vqae.checkpoint import load_checkpoint, model_of
-from vqae.config import Config, find_device
+from vqae.config import Config
 from vqae.data import load_split
+from vqae.distributed import in_all, is_first, process_group
 from vqae.errors import UsageError
 from vqae.evaluation import evaluate
 from vqae.interrupt import SignalHandler
+from vqae.model import VQAE
 from vqae.run_folder import json_line
 
 
 @dataclass(frozen=True)
 class Command:
-    """Print one JSON line: mse, psnr_db, perplexity, codes_used, images, and what they were measured on."""
+    """Print one JSON line: mse, psnr_db, perplexity, codes_used, images, and what they were measured on. Under torchrun
+    the processes share the pictures."""
 
     checkpoint: Path
     """best.pt or last.pt of a run."""
@@ -45,9 +49,18 @@ def main(arguments: list[str], signals: SignalHandler) -> None:
     command = tyro.cli(Command, args=arguments, prog="python -m vqae.evaluate")
     if command.batch_size < 1:
         raise UsageError(f"--batch-size must be at least 1, got {command.batch_size}")
-    device = find_device(command.device)
+    with process_group(command.device) as device:
+        model, pictures, dataset = in_all(lambda: _load(command))
+        result = evaluate(model.to(device), pictures, command.batch_size, device, signals.poll)._asdict()
+        del result["counts"]
+        if is_first():
+            print(json_line({**result, "dataset": dataset, "split": command.split}))
+
+
+def _load(command: Command) -> tuple[VQAE, Tensor, str]:
+    """The model in eval mode, the pictures [N, 3, H, W] uint8, and the data set that they are of."""
     state = load_checkpoint(command.checkpoint)
-    model = model_of(state).to(device).eval()
+    model = model_of(state).eval()
     config = Config.from_dict(state["config"], "the checkpoint")
     dataset, data_dir = command.dataset or state["dataset"], command.data_dir
     if data_dir is None and dataset == state["dataset"]:
@@ -55,6 +68,4 @@ def main(arguments: list[str], signals: SignalHandler) -> None:
     pictures, name = load_split(dataset, data_dir, command.split, image_size=config.image_size, seed=config.seed)
     if tuple(pictures.shape[2:]) != model.image_size:
         raise UsageError(f"pictures must be {model.image_size} as in the checkpoint, got {tuple(pictures.shape[2:])}")
-    result = evaluate(model, pictures, command.batch_size, device, signals.poll)._asdict()
-    del result["counts"]
-    print(json_line({**result, "dataset": name, "split": command.split}))
+    return model, pictures, name

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vq_kernels import perplexity
+from vq_kernels.ranks import sum_over_ranks
 from vqae.batches import in_order
 from vqae.model import VQAE
 
@@ -38,12 +39,14 @@ def evaluate(
 ) -> Evaluation:
     """Encode and decode every picture in eval mode, and leave the model in the mode it was in.
 
+    Several processes share the pictures, each taking its part of every batch, and all return the whole's figures.
+
     Args:
         model: on `device`.
         pictures: [N, 3, H, W] uint8, N >= 1.
-        batch_size: pictures at a time.
+        batch_size: pictures at a time, over all processes.
         device: where to compute.
-        poll: called before each batch; may raise to stop.
+        poll: called before each batch, as often in every process; may raise to stop.
     """
     was_training = model.training
     model.eval()
@@ -52,11 +55,14 @@ def evaluate(
         counts = torch.zeros(model.quantizer.num_codes, dtype=torch.int64, device=device)
         for batch in in_order(pictures, batch_size, device):
             poll()
+            if not batch.shape[0]:
+                continue
             indices = model.encode(batch)
             sq_error += (model.decode(indices) - batch.float() / 255).square().sum(dtype=torch.float64)
             counts += torch.bincount(indices, minlength=model.quantizer.num_codes)
     finally:
         model.train(was_training)
+    counts, sq_error = (sum_over_ranks(total, synchronise=True) for total in (counts, sq_error))
     mse = sq_error.item() / pictures.numel()
     codes_used = int((counts > 0).sum())
     return Evaluation(mse, psnr_db(mse), perplexity(counts).item(), codes_used, pictures.shape[0], counts)

@@ -40,6 +40,11 @@ class SignalHandler:
         if self._response == "raise":
             raise Interrupted(number)
 
+    @property
+    def received(self) -> int:
+        """The number of the signal that has come; 0 before any."""
+        return self._received
+
     def poll(self) -> None:
         """Raise `Interrupted` if a signal has come."""
         if self._received:

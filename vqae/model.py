@@ -1,17 +1,16 @@
 """The auto-encoder: ResNet-18's features, a codebook, an MLP."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 from torchvision.models import resnet18
 
 from vq_kernels import VectorQuantizer, nearest_code
+from vqae.sync_batch_norm import SyncBatchNorm
 from vqae.trimmed_conv import TrimmedConv2d
 
 FEATURE_DIM = 512  # of ResNet-18
@@ -25,6 +24,8 @@ class Encoder(nn.Module):
         norm: "batch" ends with a BatchNorm without affine, so that embeddings stay near their codes (nothing in the two
             losses holds them there); "none" does not.
 
+    Where several processes train together, the statistics of every BatchNorm are those of their batches together.
+
     Source: He et al. 2016, arXiv:1512.03385.
     """
 
@@ -36,6 +37,17 @@ class Encoder(nn.Module):
         self.features.to(memory_format=torch.channels_last)
         self.project = nn.Identity() if code_dim == FEATURE_DIM else nn.Linear(FEATURE_DIM, code_dim)
         self.norm = nn.BatchNorm1d(code_dim, affine=False) if norm == "batch" else nn.Identity()
+        self.rests = False
+        SyncBatchNorm.adopt(self)
+
+    def rest(self, rests: bool) -> None:
+        """Stop learning, or begin: a resting encoder has no gradients, and its BatchNorms are in eval mode."""
+        self.rests = rests
+        self.requires_grad_(not rests)
+
+    def train(self, mode: bool = True) -> Self:
+        """As any module's, but for the BatchNorms of an encoder that rests."""
+        return super().train(mode and not self.rests)
 
     def forward(self, pictures: Tensor) -> Tensor:
         """Embeddings [B, D] of normalised pictures [B, 3, H, W]."""
@@ -119,7 +131,7 @@ class VQAE(nn.Module):
 
     def forward(self, pictures: Tensor) -> VQAEOutput:
         """One pass over normalised pictures [B, 3, H, W]."""
-        embeddings = self.encoder(pictures).float()  # under autocast too, the search sees float32
+        embeddings = at_least_float32(self.encoder(pictures))  # under autocast too, the search sees float32
         quantized, indices, codebook_loss = self.quantizer(embeddings)
         return VQAEOutput(self.decoder(quantized), indices, codebook_loss)
 
@@ -144,7 +156,7 @@ class VQAE(nn.Module):
         expected = (3, *self.image_size)
         if pictures.dim() != 4 or tuple(pictures.shape[1:]) != expected:
             raise ValueError(f"pictures must be [B, {', '.join(map(str, expected))}], got {tuple(pictures.shape)}")
-        embeddings = self.encoder(self.normalise(pictures)).float()
+        embeddings = at_least_float32(self.encoder(self.normalise(pictures)))
         return nearest_code(embeddings, self.quantizer.codebook, backend=self.quantizer.backend).indices
 
     @torch.no_grad()
@@ -157,7 +169,7 @@ class VQAE(nn.Module):
         return pictures.clamp(0, 1)
 
     @classmethod
-    def load(cls, file: str | Path, device: str | torch.device = "cpu") -> VQAE:
+    def load(cls, file: str | Path, device: str | torch.device = "cpu") -> "VQAE":
         """The model of a checkpoint, in eval mode.
 
         Args:
@@ -170,3 +182,8 @@ class VQAE(nn.Module):
         from vqae.checkpoint import load_checkpoint, model_of
 
         return model_of(load_checkpoint(Path(file))).to(device).eval()
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """x, a half-precision one as float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -14,13 +14,15 @@ class ProgressReporter:
 
     Args:
         progress: share of the run that is already done, 0 to 1.
+        silent: say nothing: another process does.
     """
 
-    def __init__(self, progress: float) -> None:
+    def __init__(self, progress: float, *, silent: bool = False) -> None:
+        self._silent = silent
         self._bar = tqdm(
             total=1.0,
             initial=progress,
-            disable=None,  # where stderr is no terminal
+            disable=silent or None,  # None: where stderr is no terminal
             bar_format="{percentage:3.0f}%|{bar}| {postfix[0]}",
             postfix=[""],
             dynamic_ncols=True,
@@ -31,7 +33,7 @@ class ProgressReporter:
 
     def due(self) -> bool:
         """Whether it is time to show something: reading the figures may mean waiting for the device."""
-        return time.monotonic() - self._last >= self._every_s
+        return not self._silent and time.monotonic() - self._last >= self._every_s
 
     def show(self, progress: float, losses: tuple[float, float], codes_used: int) -> None:
         """Show where the run is."""
@@ -51,13 +53,15 @@ class ProgressReporter:
 
     def line(self, text: str) -> None:
         """A line of its own, to stdout."""
-        self._bar.write(text, file=sys.stdout)
-        sys.stdout.flush()
+        if not self._silent:
+            self._bar.write(text, file=sys.stdout)
+            sys.stdout.flush()
 
     def warn(self, text: str) -> None:
         """A line of its own, to stderr."""
-        self._bar.write(text, file=sys.stderr)
-        sys.stderr.flush()
+        if not self._silent:
+            self._bar.write(text, file=sys.stderr)
+            sys.stderr.flush()
 
     def close(self) -> None:
         """Leave the terminal as it was."""

@@ -1,8 +1,11 @@
-"""How the model learns: SGD with a parameter group for the codebook, and the learning rate's schedule."""
+"""How the model learns: SGD with parameter groups for encoder, decoder and codebook, and their learning rates."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 
 from vq_kernels import attach_gap_step, gap_parameter_group
 from vqae.config import Config
@@ -10,15 +13,18 @@ from vqae.model import VQAE
 
 
 def build_optimizer(model: VQAE, config: Config) -> torch.optim.SGD:
-    """SGD with momentum for encoder and decoder; for the codebook, a group of its own without momentum or decay."""
+    """SGD in three groups: encoder and decoder with momentum, the codebook without momentum or decay."""
     codebook = model.quantizer.codebook
-    others = [parameter for parameter in model.parameters() if parameter is not codebook]
     if config.codebook_step == "share":
         codebook_group = gap_parameter_group(model.quantizer, config.codebook_lr)
     else:
         codebook_group = {"params": [codebook], "lr": config.codebook_lr, "momentum": 0.0, "weight_decay": 0.0}
+    networks: list[dict[str, Any]] = [
+        {"params": list(model.encoder.parameters()), "lr": config.encoder_lr},
+        {"params": list(model.decoder.parameters())},
+    ]
     optimizer = torch.optim.SGD(
-        [{"params": others}, codebook_group],
+        [*networks, codebook_group],
         lr=config.lr,
         momentum=config.momentum,
         weight_decay=config.weight_decay,
@@ -26,6 +32,19 @@ def build_optimizer(model: VQAE, config: Config) -> torch.optim.SGD:
     if config.codebook_step == "share":
         attach_gap_step(optimizer, model.quantizer)
     return optimizer
+
+
+def build_schedule(optimizer: torch.optim.SGD, config: Config, progress: Callable[[], float]) -> LambdaLR:
+    """The learning rates of `build_optimizer`'s groups, by the share of the run that is done, 0 to 1."""
+
+    def whole_run(_step: int) -> float:
+        return learning_rate_factor(progress(), config.warmup)
+
+    def from_start_of_encoder(_step: int) -> float:
+        share = (progress() - config.encoder_start) / (1 - config.encoder_start)
+        return learning_rate_factor(share, config.warmup) if share >= 0 else 0.0
+
+    return LambdaLR(optimizer, [from_start_of_encoder, whole_run, whole_run])
 
 
 def learning_rate_factor(progress: float, warmup: float) -> float:

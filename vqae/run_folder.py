@@ -45,6 +45,11 @@ class RunFolder:
         for file in self.files():
             file.unlink()
 
+    def begin(self, config: Config) -> None:
+        """Make it the folder of a new run."""
+        self.clear()
+        self.write_config(config)
+
     def write_config(self, config: Config) -> None:
         """Write config.json, for `--config`."""
         write_whole(self.config, (json.dumps(config.to_dict(), indent=2) + "\n").encode())

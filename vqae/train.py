@@ -18,11 +18,14 @@ import tyro
 
 from vqae.batches import split_train
 from vqae.checkpoint import build_model, load_checkpoint
-from vqae.config import RECIPES, Config, Dataset, find_device, flag
-from vqae.data import load_pictures
-from vqae.errors import UsageError
+from vqae.config import RECIPES, Config, Dataset, flag
+from vqae.data import Pictures, load_pictures
+from vqae.distributed import check_same, from_first, in_all, in_any, is_first, process_group, world_size
+from vqae.errors import LostProcessError, UsageError
 from vqae.interrupt import SignalHandler
+from vqae.launch import Launch
 from vqae.model import VQAE
+from vqae.picture_init import begin_from_pictures
 from vqae.run_folder import RunFolder
 from vqae.trainer import Trainer
 
@@ -73,18 +76,32 @@ def _parse(arguments: list[str], defaults: Config) -> Command:
 def main(arguments: list[str], signals: SignalHandler) -> None:
     """Run the command line; raises what `run_command` turns into exit codes."""
     command = parse(arguments)
+    num_processes = Launch.from_environment().world_size
+    if command.run.batch_size < num_processes:
+        raise UsageError(
+            f"--batch-size must be at least {num_processes}, a picture for each process, got {command.run.batch_size}"
+        )
+    try:
+        with process_group(command.run.device) as device:
+            _train(from_first(lambda: command), device, signals)
+    except LostProcessError as error:
+        raise LostProcessError(f"{error}; {Launch.from_environment().how_to_go_on(command.run.out)}") from error
+
+
+def _train(command: Command, device: torch.device, signals: SignalHandler) -> None:
+    """Read the pictures, and train on them, alone or together with the other processes of the group."""
     config, folder = command.run, RunFolder(command.run.out)
-    device = find_device(config.device)
-    folder.check(may_be_taken=command.resume or command.overwrite)
-    state = _checkpoint_to_resume(config, folder) if command.resume else None
+    begun_anew = in_any(Launch.from_environment().restarts > 0)  # each machine counts what died there alone
+    state = from_first(lambda: _claim(folder, command, begun_anew))
     if state is not None and state["finished"]:
-        print(f"{folder.path} holds a finished run: nothing to do")
+        _say(f"{folder.path} holds a finished run: nothing to do")
         return
 
-    dataset = config.dataset if state is None else state["dataset"]
-    pictures = load_pictures(dataset, config.data_dir, image_size=config.image_size, seed=config.seed)
+    pictures = _read_pictures(config, config.dataset if state is None else state["dataset"])
     config = dataclasses.replace(config, dataset=cast(Dataset, pictures.dataset))
     split = split_train(pictures.train, config.limit, config.val_fraction, config.seed)
+    if split.train.shape[0] < world_size():
+        raise UsageError(f"{world_size()} processes need a picture each to train on, got {split.train.shape[0]}")
     image_size = (pictures.train.shape[2], pictures.train.shape[3])
     if state is not None and tuple(state["image_size"]) != image_size:
         raise UsageError(f"the pictures must be {tuple(state['image_size'])} as in the checkpoint, got {image_size}")
@@ -93,25 +110,62 @@ def main(arguments: list[str], signals: SignalHandler) -> None:
     model = build_model(config, image_size)
     _set_pixel_statistics(model, split.train)
     if state is None:
-        folder.clear()
-        folder.write_config(config)
-    print(
+        from_first(lambda: folder.begin(config))
+    where = str(device) if world_size() == 1 else f"{world_size()} processes, this one on {device}"
+    _say(
         f"{pictures.dataset}: {split.train.shape[0]} pictures to train on, {split.val.shape[0]} to validate, "
-        f"{pictures.test.shape[0]} to test, {image_size[0]} x {image_size[1]}, on {device}",
-        flush=True,
+        f"{pictures.test.shape[0]} to test, {image_size[0]} x {image_size[1]}, on {where}"
     )
+    if state is None and config.network_init == "pictures":
+        begin_from_pictures(model, split.train)
     Trainer(config, model.to(device), *split, pictures.test, pictures.dataset, device, signals, state).run()
     names = dict.fromkeys(file.relative_to(folder.path).parts[0] for file in folder.files())
-    print(f"results in {folder.path}: {', '.join(names)}")
+    _say(f"results in {folder.path}: {', '.join(names)}")
 
 
-def _checkpoint_to_resume(config: Config, folder: RunFolder) -> dict[str, Any] | None:
-    """The checkpoint in the folder; None, aloud, where there is none."""
+def _say(text: str) -> None:
+    """Print a line, once for all processes."""
+    if is_first():
+        print(text, flush=True)
+
+
+def _read_pictures(config: Config, dataset: Dataset) -> Pictures:
+    """The pictures, the same in all processes."""
+
+    def read() -> Pictures:
+        return load_pictures(dataset, config.data_dir, image_size=config.image_size, seed=config.seed)
+
+    # Of a machine's processes one may have to download them, which the others then find.
+    first = Launch.from_environment().local_rank == 0 or dataset not in ("auto", "cifar10")
+    pictures = in_all(lambda: read() if first else None)
+    pictures = in_all(lambda: read() if pictures is None else pictures)
+    parts = (pictures.train, pictures.test)
+    check_same("the pictures", (pictures.dataset, *((tuple(part.shape), int(part.sum())) for part in parts)))
+    return pictures
+
+
+def _claim(folder: RunFolder, command: Command, begun_anew: bool) -> dict[str, Any] | None:
+    """Raise UsageError if the folder may not be written to; the checkpoint in it to go on from, if there is one.
+
+    A job that torchrun began anew goes on by itself, unless what it finds is the run that it was to overwrite.
+    """
+    resume = command.resume or begun_anew
+    folder.check(may_be_taken=resume or command.overwrite)
+    if not resume:
+        return None
     if not folder.last.exists():
         source = f"the settings of {folder.config}" if folder.config.exists() else "the settings given here"
         print(f"no checkpoint in {folder.path}: the run starts anew, with {source}", file=sys.stderr)
         return None
     state = load_checkpoint(folder.last)
+    if command.overwrite and state.get("job") != Launch.from_environment().job:
+        return None
+    _check_settings(state, folder, command.run)
+    return state
+
+
+def _check_settings(state: dict[str, Any], folder: RunFolder, config: Config) -> None:
+    """Raise UsageError where a run cannot go on from a checkpoint with these settings."""
     if "optimizer" not in state:
         raise UsageError(f"{folder.last} holds a model alone, as best.pt does: there is nothing to go on from")
     before, now = state["config"], config.to_dict()
@@ -121,7 +175,6 @@ def _checkpoint_to_resume(config: Config, folder: RunFolder) -> dict[str, Any] |
     if contradicting:
         differences = ", ".join(f"{flag(name)} was {before.get(name)}, got {now[name]}" for name in contradicting)
         raise UsageError(f"--resume: the settings contradict those of {folder.last}: {differences}")
-    return state
 
 
 def _set_pixel_statistics(model: VQAE, pictures: torch.Tensor) -> None:

@@ -1,7 +1,6 @@
 """The training loop, and all that it needs to stop and go on."""
 
 import math
-import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -10,22 +9,24 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.optim.lr_scheduler import LambdaLR
 
+from vq_kernels.ranks import sum_over_ranks
 from vqae import clock
 from vqae.batches import EpochOrder, place
 from vqae.checkpoint import load_weights, save_checkpoint
 from vqae.collapse import collapse_warning
 from vqae.config import Config
+from vqae.distributed import Agreement, is_first, parallel, wait_for_all, world_size
 from vqae.errors import DivergedError, UsageError
 from vqae.evaluation import Evaluation, evaluate
 from vqae.events import write_events
 from vqae.interrupt import Interrupted, SignalHandler
+from vqae.launch import Launch
 from vqae.loss_watch import LossWatch
-from vqae.model import VQAE
+from vqae.model import VQAE, at_least_float32
 from vqae.plots import plot_codebook, plot_curves, plot_reconstructions
 from vqae.progress import ProgressReporter
-from vqae.recipe import build_optimizer, learning_rate_factor
+from vqae.recipe import build_optimizer, build_schedule
 from vqae.run_folder import RunFolder
 
 _CLOSING_S = 6.0  # kept of --max-minutes for the last checkpoint, the plots and the interpreter's exit
@@ -33,7 +34,9 @@ _SHOWN_PICTURES = 48
 
 
 class Trainer:
-    """One run, from its first step or from a checkpoint.
+    """One run, from its first step or from a checkpoint; alone, or as one of several processes that share each batch.
+
+    All processes have the same weights, statistics, generators and place in the run; the first one writes and prints.
 
     Args:
         config: the settings, checked.
@@ -41,7 +44,7 @@ class Trainer:
         train: [N, 3, H, W] uint8; val: [M, 3, H, W], M may be 0; test: [L, 3, H, W], L >= 1.
         dataset: what was really read, for the files.
         device: where to train.
-        signals: asked, between steps, whether to stop.
+        signals: asked, between steps, whether to stop; one process's are heeded by all.
         state: a checkpoint of the same settings to continue from.
 
     Raises:
@@ -65,7 +68,8 @@ class Trainer:
         self.train, self.val, self.test = (place(pictures, device) for pictures in (train, val, test))
         self.batch_size = min(config.batch_size, train.shape[0])
         self.steps_per_epoch = train.shape[0] // self.batch_size
-        self.forward: Callable[[Tensor], Any] = torch.compile(model) if config.compile else model
+        self.is_first = is_first()
+        self.agreement = Agreement(signals)
 
         self.epoch = 0  # finished epochs
         self.step = 0  # finished steps of the current one
@@ -76,22 +80,36 @@ class Trainer:
         self.best_val_mse = float("inf")
         self.test_counts = torch.zeros(config.num_codes, dtype=torch.int64)  # of the last evaluation
         self.losses = LossWatch(device)
+        self.time_share = 0.0  # of --max-minutes, as of the last `_exchange`
+        self._exchange()
         self.optimizer = build_optimizer(model, config)
-        self.schedule = LambdaLR(self.optimizer, lambda _: learning_rate_factor(self.progress(), config.warmup))
+        self.schedule = build_schedule(self.optimizer, config, self.progress)
         if state is not None:
             self._restore(state)
+        self._exchange()
+        self.forward: Callable[[Tensor], Any] = self._prepare_forward()
         self.saved_at = time.monotonic()
-        self.reporter = ProgressReporter(self.progress())
+        self.reporter = ProgressReporter(self.progress(), silent=not self.is_first)
 
     # -- where the run is
 
     def progress(self) -> float:
         """Share of the run that is done, 0 to 1: of its steps, or of its time where that ends first."""
         by_steps = self._global_step() / (self.config.epochs * self.steps_per_epoch)
-        if self.config.max_minutes is None:
-            return by_steps
-        time_to_train_s = 60 * self.config.max_minutes - _CLOSING_S - self._evaluation_s()
-        return min(1.0, max(by_steps, self._elapsed_s() / max(time_to_train_s, 1e-9)))
+        return by_steps if self.config.max_minutes is None else min(1.0, max(by_steps, self.time_share))
+
+    def _exchange(self) -> None:
+        """Look at the clock and for signals; all processes do so at the same places, and take the same from it."""
+        share = 0.0
+        if self.config.max_minutes is not None:
+            time_to_train_s = 60 * self.config.max_minutes - _CLOSING_S - self._evaluation_s()
+            share = self._elapsed_s() / max(time_to_train_s, 1e-9)
+        self.time_share = self.agreement.exchange(share)
+
+    def _poll(self) -> None:
+        """Raise `Interrupted` in all processes if a signal has come to one."""
+        self._exchange()
+        self.agreement.poll()
 
     def _global_step(self) -> int:
         return self.epoch * self.steps_per_epoch + self.step
@@ -108,16 +126,25 @@ class Trainer:
 
     # -- the run
 
+    def _prepare_forward(self) -> Callable[[Tensor], Any]:
+        """The model's training pass, its encoder at rest or not as the run has it now."""
+        self.model.encoder.rest(self.progress() < self.config.encoder_start)
+        self.model.train()
+        together = parallel(self.model, self.device)  # looks at which parameters learn
+        return torch.compile(together) if self.config.compile else together
+
     def run(self) -> None:
         """Train to the end, leaving every file of the run.
 
         Raises:
-            Interrupted: a signal came; the run is saved.
+            Interrupted: a signal came, to this process or another; the run is saved.
             DivergedError: a loss was not finite; the last checkpoint is kept.
             UsageError: a file cannot be written.
         """
         with self.signals.deferred():
             try:
+                if world_size() > 1 and not self._global_step():
+                    self._save(finished=False)  # a job that loses a process later has something to go on from
                 # However little time there is, one step is taken and measured: every file of a run is then there.
                 while not self.history or self.step or (self.epoch < self.config.epochs and self.progress() < 1):
                     self.train_steps(self.steps_per_epoch - self.step)
@@ -127,11 +154,10 @@ class Trainer:
             except Interrupted:
                 self._save(finished=False)
                 self.reporter.close()
-                print(
-                    f"saved at step {self._global_step()}; "
-                    f"go on with: python -m vqae.train --out {shlex.quote(str(self.folder.path))} --resume",
-                    file=sys.stderr,
-                )
+                wait_for_all()  # a process that ends before the others may have them killed
+                if self.is_first:
+                    advice = Launch.from_environment().how_to_go_on(self.folder.path)
+                    print(f"saved at step {self._global_step()}; {advice}", file=sys.stderr)
                 raise
             finally:
                 self.reporter.close()
@@ -152,21 +178,28 @@ class Trainer:
                 self.reporter.show(self.progress(), self.losses.means(), int(self.model.quantizer.codes_used))
             if time.monotonic() - self.saved_at >= 60 * self.config.checkpoint_minutes:
                 self._save(finished=False)
-            self.signals.poll()
+            self.agreement.poll()
         self.losses.check()
         self.train_s = before_s + time.monotonic() - start
 
     def _train_step(self, pictures: Tensor) -> None:
-        """One step of SGD on the two losses, for pictures [B, 3, H, W] uint8."""
+        """One step of SGD on the two losses, for pictures [B, 3, H, W] uint8, this process's part of the batch."""
+        if self.model.encoder.rests and self.progress() >= self.config.encoder_start:
+            self.forward = self._prepare_forward()
         target = self.model.normalise(pictures)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp):
             output = self.forward(target)
-        reconstruction_loss = F.mse_loss(output.reconstruction.float(), target)
+        reconstruction_loss = F.mse_loss(at_least_float32(output.reconstruction), target)
+        losses = torch.stack([reconstruction_loss, output.codebook_loss])  # [2], means over this process's part
+        losses = losses * (pictures.shape[0] / self.batch_size)  # summed over the processes, means over the batch
         self.optimizer.zero_grad(set_to_none=True)
-        (reconstruction_loss + output.codebook_loss).backward()
+        # DistributedDataParallel divides the sum of the processes' gradients by their number.
+        torch.autograd.backward(world_size() * losses.sum())
         self.optimizer.step()
-        self.losses.add(reconstruction_loss, output.codebook_loss, self._global_step() + 1)
+        reconstruction_loss, codebook_loss = sum_over_ranks(losses.detach(), synchronise=True).unbind()
+        self.losses.add(reconstruction_loss, codebook_loss, self._global_step() + 1)
         self.step += 1
+        self._exchange()
         self.schedule.step()
 
     def _end_epoch(self) -> None:
@@ -186,18 +219,22 @@ class Trainer:
         self.model.quantizer.reset_usage()
         if val is None or val_mse < self.best_val_mse:
             self.best_val_mse = val_mse
-            save_checkpoint(self.folder.best, self._model_state())
+            if self.is_first:
+                save_checkpoint(self.folder.best, self._model_state())
         self._save(finished=False)
-        self.folder.write_metrics(self.history)
+        if self.is_first:
+            self.folder.write_metrics(self.history)
+        self._exchange()
 
     def _evaluate(self, pictures: Tensor) -> Evaluation:
-        return evaluate(self.model, pictures, self.config.batch_size, self.device, self.signals.poll)
+        return evaluate(self.model, pictures, self.config.batch_size, self.device, self._poll)
 
     def _record(self, test: Evaluation, val: Evaluation | None) -> None:
         """Append the epoch's line to the history, and show it."""
         reconstruction_loss, codebook_loss = self.losses.means()
         total_loss = reconstruction_loss + codebook_loss
         quantizer = self.model.quantizer
+        encoder_group, decoder_group, _ = self.optimizer.param_groups
         line = {
             "epoch": round(self.epoch + self.step / self.steps_per_epoch, 4),
             "step": self._global_step(),
@@ -216,11 +253,13 @@ class Trainer:
             "train_codes_used": int(quantizer.codes_used),
             "restarts": int(quantizer.restarts),
             "images_per_s": self.step * self.batch_size / self.train_s if self.train_s else 0.0,
-            "lr": self.optimizer.param_groups[0]["lr"],
+            "lr": decoder_group["lr"],
+            "encoder_lr": encoder_group["lr"],
             "elapsed_s": self._elapsed_s(),
         }
         self.history.append(line)
-        write_events(self.folder.events, line)
+        if self.is_first:
+            write_events(self.folder.events, line)
         self.reporter.line(
             f"epoch {line['epoch']:g}/{self.config.epochs} ({self.dataset})  train MSE {line['train_mse']:.4f}  "
             f"test MSE {test.mse:.4f}  PSNR {test.psnr_db:.2f} dB  codes used {test.codes_used}/{quantizer.num_codes}  "
@@ -235,16 +274,21 @@ class Trainer:
             self.reporter.warn(warning)
 
     def _plot(self) -> None:
-        """The run's three pictures; a signal is heeded between them."""
+        """The run's three pictures; a signal is heeded before each."""
         self.model.eval()
         what = f"{self.dataset}, K = {self.config.num_codes}, test MSE {self.history[-1]['test_mse']:.4f}"
         shown = self.test[:: max(1, self.test.shape[0] // _SHOWN_PICTURES)][:_SHOWN_PICTURES].to(self.device)
-        plot_reconstructions(self.model, shown, self.folder.reconstructions, f"originals over reconstructions ({what})")
-        self.signals.poll()
         counts = self.test_counts.to(self.device)
-        plot_codebook(self.model, counts, self.folder.codebook, f"codebook, by use on the test pictures ({what})")
-        self.signals.poll()
-        plot_curves(self.history, self.config.num_codes, self.folder.curves, what)
+        plots: tuple[Callable[[str], None], ...] = (
+            lambda title: plot_reconstructions(self.model, shown, self.folder.reconstructions, title),
+            lambda title: plot_codebook(self.model, counts, self.folder.codebook, title),
+            lambda title: plot_curves(self.history, self.config.num_codes, self.folder.curves, title),
+        )
+        titles = (f"originals over reconstructions ({what})", f"codebook, by use on the test pictures ({what})", what)
+        for plot, title in zip(plots, titles, strict=True):
+            self._poll()
+            if self.is_first:
+                plot(title)
 
     # -- checkpoints
 
@@ -258,8 +302,11 @@ class Trainer:
         }
 
     def _save(self, *, finished: bool) -> None:
-        """Write last.pt: enough to go on."""
+        """Write last.pt: enough to go on, for as many processes as there will be."""
         self.losses.check()
+        self.saved_at = time.monotonic()
+        if not self.is_first:
+            return
         rng = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self.device)
@@ -279,6 +326,7 @@ class Trainer:
             "history": self.history,
             "best_val_mse": self.best_val_mse,
             "finished": finished,
+            "job": Launch.from_environment().job,
         }
         save_checkpoint(self.folder.last, state)
         self.saved_at = time.monotonic()
@@ -296,7 +344,8 @@ class Trainer:
         self.elapsed_before_s, self.evaluation_s = state["elapsed_s"], state["evaluation_s"]
         self.history, self.best_val_mse = state["history"], state["best_val_mse"]
         self.schedule.load_state_dict(state["schedule"])
-        self.folder.write_metrics(self.history)  # a line that was being written when the run died is dropped
+        if self.is_first:
+            self.folder.write_metrics(self.history)  # a line that was being written when the run died is dropped
         torch.set_rng_state(state["rng"]["cpu"])
         if self.device.type == "cuda" and "cuda" in state["rng"]:
             torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)

@@ -25,19 +25,22 @@ OTHER: dict[str, Any] = {
     "image_size": 48,
     "limit": 100,
     "val_fraction": 0.25,
-    "flip": True,
+    "flip": False,
     "num_codes": 64,
     "code_dim": 32,
     "hidden_dims": [8, 16],
-    "embedding_norm": "none",
+    "network_init": "random",
+    "embedding_norm": "batch",
     "codebook_init": "data",
     "restart_after": 0,
     "epochs": 3,
     "max_minutes": 1.5,
     "batch_size": 32,
     "lr": 0.01,
+    "encoder_lr": 0.02,
+    "encoder_start": 0.0,
     "momentum": 0.5,
-    "weight_decay": 0.0,
+    "weight_decay": 5e-4,
     "warmup": 0.25,
     "codebook_step": "plain",
     "codebook_lr": 3.0,
@@ -101,8 +104,8 @@ def test_a_file_gives_defaults_and_flags_go_before_them(tmp_path: Path) -> None:
 
 
 def test_a_flag_beats_the_file_even_with_the_default_as_its_value(tmp_path: Path) -> None:
-    file = write(tmp_path / "mine.json", {"num_codes": 64, "flip": True})
-    run = parse(["--config", str(file), "--num-codes", "512", "--no-flip"]).run
+    file = write(tmp_path / "mine.json", {"num_codes": 64, "flip": False})
+    run = parse(["--config", str(file), "--num-codes", "512", "--flip"]).run
     assert run == Config()
 
 
@@ -161,7 +164,8 @@ def test_a_missing_file_and_a_file_of_bytes_are_named(tmp_path: Path) -> None:
 
 def test_the_plain_recipe_is_the_specification_as_written() -> None:
     plain = parse(["--recipe", "plain", "--num-codes", "64"]).run
-    assert plain.lr == plain.codebook_lr == 0.1
+    assert plain.lr == plain.encoder_lr == plain.codebook_lr == 0.1
+    assert (plain.network_init, plain.encoder_start) == ("random", 0)
     assert (plain.codebook_init, plain.codebook_step, plain.restart_after) == ("normal", "plain", 0)
     assert (plain.embedding_norm, plain.momentum, plain.warmup, plain.flip) == ("none", 0.9, 0, False)
     assert plain == dataclasses.replace(Config(num_codes=64), **RECIPES["plain"])
@@ -205,6 +209,9 @@ OUT_OF_RANGE = [
     ("--lr", "0"),
     ("--lr", "nan"),
     ("--lr", "inf"),
+    ("--encoder-lr", "0"),
+    ("--encoder-start", "1"),
+    ("--encoder-start", "-0.1"),
     ("--codebook-lr", "-0.1"),
     ("--codebook-lr", "2"),
     ("--image-size", "0"),
@@ -229,6 +236,12 @@ OUT_OF_RANGE = [
 def test_a_value_out_of_range_is_named(name: str, value: str) -> None:
     with pytest.raises(UsageError, match=rf"{name} .*must be .*got {re.escape(value)}"):
         parse([name, value])
+
+
+def test_a_random_encoder_may_not_rest() -> None:
+    with pytest.raises(UsageError, match=r"--encoder-start must be 0 with --network-init random, .*got 0\.25"):
+        parse(["--network-init", "random", "--encoder-start", "0.25"])
+    parse(["--network-init", "random", "--encoder-start", "0"])
 
 
 def test_the_ends_of_the_ranges_are_inside() -> None:

@@ -132,6 +132,27 @@ def test_autocast_leaves_the_search_in_float32(model: VQAE) -> None:
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
+# -- an encoder at rest
+
+
+def test_an_encoder_at_rest_stays_as_it_is_while_the_rest_learns() -> None:
+    model = build()
+    model.encoder.rest(True)
+    model.train()
+    before = {name: value.clone() for name, value in model.encoder.state_dict().items()}
+    step = model(model.normalise(random_pictures()))
+    (F.mse_loss(step.reconstruction, model.normalise(random_pictures())) + step.codebook_loss).backward()
+    assert all(torch.equal(value, before[name]) for name, value in model.encoder.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.encoder.parameters())
+    assert model.quantizer.codebook.grad.any()
+    assert all(parameter.grad.any() for parameter in model.decoder.parameters())
+
+    model.encoder.rest(False)
+    model.train()
+    assert all(module.training for module in model.modules())
+    assert all(parameter.requires_grad for parameter in model.encoder.parameters())
+
+
 # -- shapes
 
 

@@ -1,5 +1,6 @@
 """How the learning rate goes, and what one step does to the codebook."""
 
+from collections.abc import Iterable
 from itertools import pairwise
 
 import pytest
@@ -9,7 +10,7 @@ from torch.nn import functional as F
 from vqae.checkpoint import build_model
 from vqae.config import Config
 from vqae.model import VQAE
-from vqae.recipe import build_optimizer, learning_rate_factor
+from vqae.recipe import build_optimizer, build_schedule, learning_rate_factor
 
 CONFIG = Config(num_codes=16, code_dim=8, hidden_dims=(16,), restart_after=0)
 
@@ -33,15 +34,42 @@ def test_past_the_end_the_learning_rate_stays_0() -> None:
 
 
 @pytest.mark.parametrize("codebook_step", ["share", "plain"])
-def test_every_parameter_is_in_one_group_and_the_codebook_in_its_own(codebook_step: str) -> None:
-    config = Config(num_codes=16, code_dim=8, codebook_step=codebook_step, lr=0.3, codebook_lr=0.2)
+def test_encoder_decoder_and_codebook_are_a_group_each(codebook_step: str) -> None:
+    rates = {"encoder_lr": 0.01, "lr": 0.3, "codebook_lr": 0.2}
+    config = Config(num_codes=16, code_dim=8, weight_decay=5e-4, codebook_step=codebook_step, **rates)
     model = build_model(config, (8, 8))
-    network, codebook = build_optimizer(model, config).param_groups
+    encoder, decoder, codebook = build_optimizer(model, config).param_groups
     assert codebook["params"] == [model.quantizer.codebook]
     assert (codebook["lr"], codebook["momentum"], codebook["weight_decay"]) == (0.2, 0, 0)
-    assert (network["lr"], network["momentum"], network["weight_decay"]) == (0.3, 0.9, 5e-4)
-    names = {id(parameter) for parameter in model.parameters()}
-    assert {id(parameter) for parameter in network["params"]} == names - {id(model.quantizer.codebook)}
+    assert (encoder["lr"], encoder["momentum"], encoder["weight_decay"]) == (0.01, 0.9, 5e-4)
+    assert (decoder["lr"], decoder["momentum"], decoder["weight_decay"]) == (0.3, 0.9, 5e-4)
+    assert ids(encoder["params"]) == ids(model.encoder.parameters())
+    assert ids(decoder["params"]) == ids(model.decoder.parameters())
+
+
+def ids(parameters: Iterable[torch.Tensor]) -> set[int]:
+    return {id(parameter) for parameter in parameters}
+
+
+def test_the_encoders_learning_rate_begins_when_it_does() -> None:
+    config = Config(num_codes=16, code_dim=8, encoder_start=0.5, warmup=0.1, lr=0.3, encoder_lr=0.01, codebook_lr=0.2)
+    optimizer = build_optimizer(build_model(config, (8, 8)), config)
+    at = 0.0
+    schedule = build_schedule(optimizer, config, lambda: at)
+
+    def rates(progress: float) -> list[float]:
+        nonlocal at
+        at = progress
+        optimizer.step()
+        schedule.step()
+        return [group["lr"] for group in optimizer.param_groups]
+
+    assert rates(0.1) == [0, pytest.approx(0.3), pytest.approx(0.2)]
+    assert rates(0.49)[0] == 0
+    assert rates(0.525)[0] == pytest.approx(0.005)  # half of its own warm-up
+    assert rates(0.55)[0] == pytest.approx(0.01)
+    assert rates(0.6)[0] < 0.01
+    assert rates(1.0) == pytest.approx([0, 0, 0], abs=1e-15)
 
 
 def one_step(config: Config) -> tuple[VQAE, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -72,7 +100,8 @@ def test_a_step_closes_a_share_of_each_chosen_codes_gap() -> None:
 
 
 def test_a_plain_step_is_sgd_on_the_loss() -> None:
-    model, before, _, _ = one_step(Config(num_codes=16, code_dim=8, restart_after=0, codebook_step="plain"))
+    config = Config(num_codes=16, code_dim=8, restart_after=0, codebook_step="plain", codebook_lr=0.1)
+    model, before, _, _ = one_step(config)
     codebook = model.quantizer.codebook
     assert codebook.grad.any()
     assert torch.equal(codebook, before - 0.1 * codebook.grad)

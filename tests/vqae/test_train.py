@@ -32,7 +32,7 @@ METRICS = {
     *("epoch", "step", "dataset", "reconstruction_loss", "codebook_loss", "train_mse", "val_mse", "test_mse"),
     *("reconstruction_loss_share", "codebook_loss_share"),
     *("psnr_db", "perplexity", "codes_used", "train_perplexity", "train_codes_used", "restarts"),
-    *("images_per_s", "lr", "elapsed_s"),
+    *("images_per_s", "lr", "encoder_lr", "elapsed_s"),
 }
 
 
@@ -66,7 +66,8 @@ def test_metrics_hold_a_line_an_epoch(finished_run: Path) -> None:
         assert 0 < line["test_mse"] < 0.5
         assert 1 <= line["perplexity"] <= line["codes_used"] <= 16
         assert line["images_per_s"] > 0
-    assert lines[-1]["lr"] == pytest.approx(0, abs=1e-9)
+    assert lines[0]["lr"] > 0
+    assert lines[-1]["lr"] == lines[-1]["encoder_lr"] == pytest.approx(0, abs=1e-9)
 
 
 def test_the_train_mse_is_in_pixels(finished_run: Path) -> None:
@@ -128,6 +129,28 @@ def test_events_hold_the_metrics(finished_run: Path) -> None:
         assert values == [(line["step"], pytest.approx(line[name])) for line in lines]
     for event in accumulator.Tensors("dataset/text_summary"):
         assert event.tensor_proto.string_val[0] == b"imagefolder"
+
+
+# -- the encoder's part
+
+
+def test_the_encoder_rests_until_its_start_and_then_learns(
+    command: Command, tiny: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved: list[tuple[float, bool, bool]] = []
+    train_step = trainer.Trainer._train_step
+
+    def watched(self: trainer.Trainer, pictures: torch.Tensor) -> None:
+        progress = self.progress()
+        before = {name: value.clone() for name, value in self.model.state_dict().items()}
+        train_step(self, pictures)
+        changed = {name for name, value in self.model.state_dict().items() if not torch.equal(value, before[name])}
+        parts = {name.split(".")[0] for name in changed}
+        moved.append((progress, "encoder" in parts, {"quantizer", "decoder"} <= parts))
+
+    monkeypatch.setattr(trainer.Trainer, "_train_step", watched)
+    assert command("vqae.train", *tiny, "--out", tmp_path / "run", "--encoder-start", 0.5).exit_code == 0
+    assert moved == [(step / 6, step >= 3, True) for step in range(6)]
 
 
 # -- synthetic pictures

@@ -1,0 +1,202 @@
+"""Two processes against one: the same weights, the same figures, the same decisions; and whatever happens to them."""
+
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing
+
+from tests.vqae import doomed_rank
+from tests.vqae.commands import Outcome, assert_equal, files_in, load
+from tests.vqae.two_ranks import (
+    EVALUATED,
+    PRECISIONS,
+    STOP_AFTER,
+    WORLD,
+    evaluations,
+    largest_difference,
+    run,
+    weights_after_training,
+)
+
+Command = Callable[..., Outcome]
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of two processes that was stopped after some steps."""
+    return tmp_path_factory.mktemp("stopped") / "run"
+
+
+@pytest.fixture(scope="module")
+def ranks(tiny: tuple[str, ...], stopped: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    arguments = [*tiny, "--image-size", "8", "--checkpoint-minutes", "1000", "--out", str(stopped)]
+    torch.multiprocessing.spawn(run, args=(str(folder), arguments), nprocs=WORLD)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+
+
+# -- training
+
+
+def test_two_ranks_reach_the_weights_of_one_process(ranks: list[dict[str, Any]]) -> None:
+    """The rounding of float64 stays small for 20 steps; that of float32 only for one.
+
+    In float32 each gradient is good to about 1e-5 of itself, in one process as in two. So a bias that begins at 0 would
+    after its first step be good to no more, being nothing but a gradient; here they begin elsewhere.
+    """
+    for precision, limit in (("float64", 1e-9), ("float32", 1e-5)):
+        expected = weights_after_training(precision)
+        dtype, steps, config = PRECISIONS[precision]
+        assert expected["encoder.features.conv1.weight"].dtype == dtype
+        for rank in ranks:
+            assert largest_difference(rank["weights"][precision], expected) < limit, precision
+        assert expected["quantizer.batch_counts"].sum() == config.batch_size
+        assert (expected["quantizer.restarts"] > 0) == (steps > config.restart_after)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_both_ranks_hold_the_same_bits(ranks: list[dict[str, Any]], precision: str) -> None:
+    first, second = (rank["weights"][precision] for rank in ranks)
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+def test_a_batch_is_shared_without_a_picture_twice(ranks: list[dict[str, Any]]) -> None:
+    first, second = (rank["batches"] for rank in ranks)
+    assert [len(batch) for batch in first] == [3, 3]
+    assert [len(batch) for batch in second] == [4, 4]
+    assert len({*first[0], *first[1], *second[0], *second[1]}) == 14
+
+
+def test_a_time_box_has_one_schedule(ranks: list[dict[str, Any]]) -> None:
+    first, second = (rank["learning rates"] for rank in ranks)
+    assert first == second
+    assert 4 < len(first) < 12
+    assert first[-1] == pytest.approx(0, abs=1e-9)
+
+
+# -- evaluation
+
+
+def test_in_order_gives_every_picture_once(ranks: list[dict[str, Any]]) -> None:
+    first, second = (rank["in order"] for rank in ranks)
+    together = [one + other for one, other in zip(first, second, strict=True)]
+    assert together == [list(range(7)), list(range(7, 14)), list(range(14, 20))]
+
+
+def test_an_evaluation_counts_every_picture_once(ranks: list[dict[str, Any]]) -> None:
+    for number, expected in enumerate(evaluations()):
+        count, batch_size = EVALUATED[number]
+        for rank in ranks:
+            found = rank["evaluations"][number]
+            assert found["images"] == count == found["counts"].sum()
+            assert torch.equal(found["counts"], expected.counts), batch_size
+            assert found["mse"] == pytest.approx(expected.mse, rel=1e-6)
+            assert found["psnr_db"] == pytest.approx(-10 * math.log10(found["mse"]))
+            assert (found["perplexity"], found["codes_used"]) == (expected.perplexity, expected.codes_used)
+        assert ranks[0]["evaluations"][number]["mse"] == ranks[1]["evaluations"][number]["mse"]
+
+
+# -- agreement
+
+
+def test_what_the_processes_agree_on(ranks: list[dict[str, Any]]) -> None:
+    for number, rank in enumerate(ranks):
+        found = rank["agreements"]
+        assert (found["from first"], found["in all"]) == (0, number)
+        assert (found["first fails"], found["second fails"]) == ("rank 0 cannot", "rank 1 cannot")
+        assert found["in any"] == (False, True)
+        assert found["same"] is None
+        assert found["not the same"] == "the rank must be the same in all processes, got 0 on rank 0, 1 on 1"
+        assert (found["share"], found["stopped by"]) == (0.25, "SIGTERM")
+
+
+def test_a_signal_to_one_stops_all_after_the_same_step(ranks: list[dict[str, Any]], stopped: Path) -> None:
+    assert [rank["stopped run"]["stopped by"] for rank in ranks] == ["SIGTERM", "SIGTERM"]
+    state = load(stopped / "last.pt")
+    assert 3 * state["epoch"] + state["step"] == STOP_AFTER
+    assert not state["finished"]
+    assert f"saved at step {STOP_AFTER}; go on with" in ranks[0]["stopped run"]["err"]
+
+
+def test_one_rank_writes_and_prints(ranks: list[dict[str, Any]], stopped: Path) -> None:
+    first, second = (rank["stopped run"] for rank in ranks)
+    assert first["out"].startswith("imagefolder: 51 pictures to train on")
+    assert "on 2 processes" in first["out"]
+    assert second["out"] == second["err"] == ""
+    events = {"events", "events/events.out.tfevents.0000000003"}
+    assert files_in(stopped) == {"config.json", "last.pt", "best.pt", "metrics.jsonl"} | events
+    assert not [name for name in load(stopped / "last.pt")["model"] if name.startswith("module.")]
+
+
+# -- jobs of torchrun that lose processes, are told to stop, and go on
+
+
+def torchrun(environment: dict[str, str], *arguments: object, restarts: int = 0) -> subprocess.CompletedProcess[str]:
+    """Two processes, started on a port that torchrun finds."""
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", WORLD)
+    command = (*launcher, "--max-restarts", restarts, "--monitor-interval", 0.05, *arguments)
+    return subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=240)
+
+
+@dataclass(frozen=True)
+class Lives:
+    """Of a job that was killed twice, restarted once by torchrun and once by hand, and stopped."""
+
+    out: Path
+    killed: subprocess.CompletedProcess[str]
+    stopped: subprocess.CompletedProcess[str]
+
+
+@pytest.fixture(scope="module")
+def lives(tiny: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Lives:
+    out = tmp_path_factory.mktemp("lives") / "run"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    arguments = (*tiny, "--image-size", 8, "--checkpoint-minutes", 0, "--out", out)
+    killed = torchrun(environment, doomed_rank.__file__, "kill:1@2,kill:0@4", *arguments, restarts=1)
+    stopped = torchrun(environment, doomed_rank.__file__, f"stop@{STOP_AFTER}", "--out", out, "--resume")
+    return Lives(out, killed, stopped)
+
+
+def test_a_job_that_loses_a_process_says_so_and_torchrun_begins_it_anew(lives: Lives) -> None:
+    assert lives.killed.returncode != 0
+    for survivor in (0, 1):  # of the first life, and of the second
+        message = (
+            f"error: rank {survivor} of 2 lost another process; go on with: torchrun --standalone --nproc-per-node"
+        )
+        assert f"{message} 2 -m vqae.train --out {lives.out} --resume\n" in lives.killed.stderr
+    assert lives.killed.stdout.count("51 pictures to train on") == 2  # lives
+    assert "starts anew" not in lives.killed.stderr
+
+
+def test_sigterm_to_torchrun_leaves_a_checkpoint_to_go_on_from(lives: Lives) -> None:
+    assert lives.stopped.returncode != 0
+    assert f"saved at step {STOP_AFTER}; go on with: torchrun" in lives.stopped.stderr
+    assert lives.stopped.stderr.count("stopped by SIGTERM") == 1
+    state = load(lives.out / "last.pt")
+    assert 3 * state["epoch"] + state["step"] == STOP_AFTER
+    assert not state["finished"]
+
+
+@pytest.mark.usefixtures("ranks")
+def test_what_was_interrupted_is_bit_for_bit_what_was_not(lives: Lives, stopped: Path) -> None:
+    state, uninterrupted = load(lives.out / "last.pt"), load(stopped / "last.pt")
+    for part in ("model", "optimizer", "schedule", "rng", "losses", "test_counts", "best_val_mse", "epoch", "step"):
+        assert_equal(state[part], uninterrupted[part])
+
+
+def test_one_process_goes_on_where_two_were(lives: Lives, command: Command, tmp_path: Path) -> None:
+    out = shutil.copytree(lives.out, tmp_path / "run")
+    outcome = command("vqae.train", "--out", out, "--resume")
+    assert outcome.exit_code == 0, outcome.err
+    assert load(out / "last.pt")["finished"]
+    assert [line["step"] for line in load(out / "last.pt")["history"]] == [3, 6]

@@ -1,0 +1,105 @@
+"""How a process learns that it is one of several, what is refused then, and how a job that died goes on."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.vqae.commands import Outcome, load
+from vqae.launch import Launch
+
+Command = Callable[..., Outcome]
+
+# -- a job that torchrun began anew
+
+
+@pytest.fixture
+def begun_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment of a job of one process that died."""
+    names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "TORCHELASTIC_RESTART_COUNT": 1}
+    for name, value in names.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "this job")
+
+
+@pytest.mark.usefixtures("begun_anew")
+@pytest.mark.parametrize("flags", [(), ("--overwrite",)])
+def test_it_goes_on_with_its_own_run(
+    command: Command, tiny: tuple[str, ...], finished_run: Path, tmp_path: Path, flags: tuple[str, ...]
+) -> None:
+    out = shutil.copytree(finished_run, tmp_path / "run")
+    torch.save({**load(out / "last.pt"), "job": "this job"}, out / "last.pt")
+    outcome = command("vqae.train", *tiny, "--out", out, *flags)
+    assert (outcome.exit_code, outcome.out) == (0, f"{out} holds a finished run: nothing to do\n")
+
+
+@pytest.mark.usefixtures("begun_anew")
+def test_it_does_not_go_on_with_the_run_that_it_was_to_overwrite(
+    command: Command, tiny: tuple[str, ...], finished_run: Path, tmp_path: Path
+) -> None:
+    out = shutil.copytree(finished_run, tmp_path / "run")
+    outcome = command("vqae.train", *tiny, "--image-size", 8, "--epochs", 1, "--out", out, "--overwrite")
+    assert outcome.exit_code == 0, outcome.err
+    assert [line["epoch"] for line in load(out / "last.pt")["history"]] == [1]
+
+
+@pytest.mark.usefixtures("begun_anew")
+def test_without_a_checkpoint_it_starts_anew(command: Command, tiny: tuple[str, ...], tmp_path: Path) -> None:
+    outcome = command("vqae.train", *tiny, "--image-size", 8, "--epochs", 1, "--out", tmp_path / "run")
+    assert outcome.exit_code == 0, outcome.err
+    assert "the run starts anew, with the settings given here" in outcome.err
+
+
+# -- refused before anything is computed
+
+
+@pytest.mark.parametrize(
+    ("changes", "arguments", "message"),
+    [
+        ({"MASTER_ADDR": None}, (), "one of several processes, but not MASTER_ADDR: start them with torchrun"),
+        ({"LOCAL_RANK": "two"}, (), "LOCAL_RANK must be a number, got 'two'"),
+        ({"RANK": "2"}, (), "RANK must be below WORLD_SIZE"),
+        ({"WORLD_SIZE": "32"}, (), "--batch-size must be at least 32, a picture for each process, got 16"),
+        ({}, ("--device", "cuda:0"), "--device cuda:0 is one GPU for 2 processes: give --device cuda"),
+        ({}, ("--device", "cuda"), "2 processes need a GPU each, but this machine has 1: give --nproc-per-node 1"),
+        ({}, (), "2 processes need gloo, which this torch does not have"),
+    ],
+)
+def test_a_job_that_cannot_be_is_refused(
+    command: Command,
+    tiny: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, str | None],
+    arguments: tuple[str, ...],
+    message: str,
+) -> None:
+    job = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": "1"}
+    for name, value in {**job, "MASTER_ADDR": "localhost", **changes}.items():
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.distributed, "is_gloo_available", lambda: False)
+    outcome = command("vqae.train", *tiny, "--out", tmp_path / "run", *arguments)
+    assert outcome.exit_code == 2
+    assert message in outcome.err
+    assert outcome.err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_second_process_of_a_machine_leaves_it_to_the_first_to_complain(
+    command: Command, tiny: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    outcome = command("vqae.train", *tiny, "--out", tmp_path / "run", "--lr", "-1")
+    assert (outcome.exit_code, outcome.err) == (2, "")
+
+
+def test_a_job_of_one_process_is_a_process_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert Launch.from_environment() == Launch()

@@ -1,0 +1,100 @@
+"""Weights made from pictures: what encoder and decoder are worth before the first step."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from vqae import VQAE
+from vqae.checkpoint import build_model
+from vqae.config import Config
+from vqae.picture_init import begin_from_pictures
+
+
+def smooth_pictures(count: int, size: int = 32, rank: int = 6) -> Tensor:
+    """[count, 3, size, size] uint8: mixtures of a few smooth patterns, the first the strongest, and a little noise."""
+    generator = torch.Generator().manual_seed(0)
+    patterns = F.interpolate(torch.randn(rank, 3, 3, 3, generator=generator), size=(size, size), mode="bilinear")
+    weights = torch.randn(count, rank, generator=generator) / torch.arange(1, rank + 1)
+    pictures = 127 + 40 * torch.einsum("nr,rchw->nchw", weights, patterns)
+    return (pictures + torch.randn(pictures.shape, generator=generator)).clamp(0, 255).to(torch.uint8)
+
+
+def begun(pictures: Tensor, seed: int = 0, code_dim: int = 8, hidden_dims: Sequence[int] = (32,)) -> VQAE:
+    torch.manual_seed(seed)
+    config = Config(num_codes=16, code_dim=code_dim, hidden_dims=tuple(hidden_dims))
+    model = build_model(config, (pictures.shape[2], pictures.shape[3]))
+    begin_from_pictures(model, pictures)
+    return model.eval()
+
+
+@torch.no_grad()
+def unexplained(model: VQAE, pictures: Tensor) -> float:
+    """The error of decoding the embeddings themselves, as a share of the pictures' variance."""
+    x = model.normalise(pictures)
+    error = (model.decoder(model.encoder(x)) - x).square().mean()
+    return float(error / (x - x.mean(0)).square().mean())
+
+
+@torch.no_grad()
+def distance_ratios(model: VQAE, pictures: Tensor) -> Tensor:
+    """Distances between embeddings over those between their pictures, a number for each pair of neighbours in a row."""
+    x = model.normalise(pictures)
+    return model.encoder(x).diff(dim=0).norm(dim=1) / x.flatten(1).diff(dim=0).norm(dim=1)
+
+
+def test_distances_between_embeddings_are_those_between_pictures() -> None:
+    pictures = smooth_pictures(400)
+    ratios = distance_ratios(begun(pictures[:300]), pictures[300:])
+    assert ratios.std() / ratios.mean() < 0.1
+    torch.manual_seed(0)
+    at_random = distance_ratios(build_model(Config(num_codes=16, code_dim=8), (32, 32)).eval(), pictures[300:])
+    assert at_random.std() / at_random.mean() > 0.2
+
+
+@pytest.mark.parametrize(("code_dim", "hidden_dims"), [(8, (32,)), (8, ()), (8, (24, 16)), (512, (1024,))])
+def test_the_decoder_draws_new_pictures_from_their_embeddings(code_dim: int, hidden_dims: tuple[int, ...]) -> None:
+    pictures = smooth_pictures(600)
+    assert unexplained(begun(pictures[:500], code_dim=code_dim, hidden_dims=hidden_dims), pictures[500:]) < 0.1
+
+
+def test_embeddings_are_as_large_as_random_codes() -> None:
+    pictures = smooth_pictures(300)
+    model = begun(pictures)
+    with torch.no_grad():
+        embeddings = model.encoder(model.normalise(pictures))
+    assert float(embeddings.square().mean()) == pytest.approx(1, abs=0.1)
+
+
+def test_all_of_the_network_can_learn_from_there() -> None:
+    pictures = smooth_pictures(64)
+    model = begun(pictures).train()
+    output = model(model.normalise(pictures))
+    F.mse_loss(output.reconstruction, model.normalise(pictures)).backward()
+    still = [name for name, weight in model.named_parameters() if weight.grad is None or not weight.grad.any()]
+    # A branch that begins at zero gives its own weights no gradient until its last BatchNorm has moved.
+    assert all(
+        ".conv" in name or ".bn1." in name or ".downsample.0." in name for name in still if "codebook" not in name
+    )
+    assert not any(name.endswith("bn2.weight") for name in still)
+
+
+@pytest.mark.parametrize("size", [1, 5, 32, 40])
+@pytest.mark.parametrize("count", [1, 2, 70])
+def test_weights_are_finite_however_few_and_small_the_pictures(size: int, count: int) -> None:
+    for pictures in (smooth_pictures(count, size), torch.full((count, 3, size, size), 9, dtype=torch.uint8)):
+        state = begun(pictures).state_dict()
+        assert all(tensor.isfinite().all() for tensor in state.values())
+
+
+def test_the_seed_decides_and_the_mode_stays() -> None:
+    pictures = smooth_pictures(100)
+    first, again, other = (begun(pictures, seed).state_dict() for seed in (3, 3, 4))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["decoder.0.weight"], other["decoder.0.weight"])
+    model = build_model(Config(num_codes=4, code_dim=4), (32, 32)).train()
+    begin_from_pictures(model, pictures)
+    assert model.training
+    assert all(weight.requires_grad for weight in model.parameters())

@@ -1,0 +1,179 @@
+"""What each of two processes does in test_distributed.py, and, where it is to be compared, what one process does."""
+
+import contextlib
+import io
+import itertools
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+from vqae import clock, train
+from vqae.batches import EpochOrder, in_order
+from vqae.checkpoint import build_model
+from vqae.config import Config
+from vqae.distributed import Agreement, check_same, from_first, in_all, in_any, is_first
+from vqae.errors import UsageError
+from vqae.evaluation import Evaluation, evaluate
+from vqae.interrupt import Interrupted, SignalHandler
+from vqae.trainer import Trainer
+
+WORLD = 2
+CPU = torch.device("cpu")
+STOP_AFTER = 5  # steps of the run that is stopped
+SMALL = {"num_codes": 24, "code_dim": 64, "hidden_dims": (32,), "restart_after": 3, "checkpoint_minutes": 1e6}
+PRECISIONS: dict[str, tuple[torch.dtype, int, Config]] = {  # dtype, steps, settings
+    "float64": (torch.float64, 20, Config(batch_size=17, codebook_init="data", embedding_norm="batch", **SMALL)),
+    "float32": (torch.float32, 1, Config(batch_size=16, encoder_start=0.0, **SMALL)),
+}
+EVALUATED = ((7, 3), (8, 4), (3, 1), (1, 5), (30, 1000))  # pictures, and how many at a time
+
+
+def noise(count: int, side: int = 8) -> Tensor:
+    """Pictures [count, 3, side, side] uint8."""
+    return torch.randint(256, (count, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(count))
+
+
+def make_trainer(config: Config, num_pictures: int, dtype: torch.dtype = torch.float32) -> Trainer:
+    pictures = noise(num_pictures)
+    torch.manual_seed(config.seed)
+    model = build_model(config, (8, 8)).to(dtype)
+    for name, parameter in model.named_parameters():
+        if name.endswith(".bias") and not parameter.any():  # see test_two_ranks_reach_the_weights_of_one_process
+            torch.nn.init.normal_(parameter, std=0.1)
+    return Trainer(config, model, pictures, pictures[:0], pictures[:1], "noise", CPU, SignalHandler())
+
+
+def weights_after_training(precision: str) -> dict[str, Tensor]:
+    """The state dict after the steps, all of one epoch."""
+    dtype, steps, config = PRECISIONS[precision]
+    trainer = make_trainer(config, steps * config.batch_size, dtype)
+    trainer.train_steps(steps)
+    return trainer.model.state_dict()
+
+
+def evaluations() -> list[Evaluation]:
+    torch.manual_seed(0)
+    model = build_model(Config(num_codes=16, code_dim=64, hidden_dims=(16,)), (8, 8))
+    return [evaluate(model, noise(count), batch_size, CPU) for count, batch_size in EVALUATED]
+
+
+def learning_rates() -> list[float]:
+    """Of the steps of a run in a time box, which ends before its epoch does; at every look 4 s have gone by."""
+    with mock.patch.object(clock, "elapsed_s", side_effect=itertools.count(0 if is_first() else 20, 4)):
+        trainer = make_trainer(Config(batch_size=4, max_minutes=1.0, **SMALL), 400)
+        rates, schedule_step = [], trainer.schedule.step
+
+        def step() -> None:
+            schedule_step()
+            rates.append(trainer.optimizer.param_groups[0]["lr"])
+
+        with mock.patch.object(trainer.schedule, "step", step):
+            trainer.train_steps(trainer.steps_per_epoch)
+    return rates
+
+
+def complaint(do: Callable[[], object]) -> str | None:
+    """The message of the UsageError that it raises."""
+    try:
+        do()
+    except UsageError as error:
+        return str(error)
+    return None
+
+
+def agreements(rank: int) -> dict[str, Any]:
+    def fails_on(failing: int) -> Callable[[], int]:
+        def do() -> int:
+            if rank == failing:
+                raise UsageError(f"rank {rank} cannot")
+            return rank
+
+        return do
+
+    signals = SignalHandler()
+    signals._received = signal.SIGTERM if rank == 1 else 0
+    agreement = Agreement(signals)
+    share = agreement.exchange(0.25 * rank)
+    try:
+        agreement.poll()
+        stopped_by = ""
+    except Interrupted as interrupted:
+        stopped_by = str(interrupted)
+    return {
+        "from first": from_first(lambda: rank),
+        "first fails": complaint(lambda: from_first(fails_on(0))),
+        "in all": in_all(lambda: rank),
+        "second fails": complaint(lambda: in_all(fails_on(1))),
+        "in any": (in_any(False), in_any(rank == 1)),
+        "same": complaint(lambda: check_same("seven", 7)),
+        "not the same": complaint(lambda: check_same("the rank", rank)),
+        "share": share,
+        "stopped by": stopped_by,
+    }
+
+
+def refuse(*_: object) -> None:
+    raise AssertionError("only the first process may write")
+
+
+def stopped_run(rank: int, arguments: list[str]) -> dict[str, Any]:
+    """A run that a signal stops, which comes to the last process alone, and which the first one alone may write."""
+    signals = SignalHandler()
+    signals.install()
+    original = Trainer._train_step
+
+    def train_step(self: Trainer, pictures: Tensor) -> None:
+        if self._global_step() + 1 == STOP_AFTER and rank == WORLD - 1:
+            signal.raise_signal(signal.SIGTERM)
+        original(self, pictures)
+
+    out, err, stopped_by = io.StringIO(), io.StringIO(), ""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(Trainer, "_train_step", train_step))
+        if rank:
+            stack.enter_context(mock.patch.multiple(os, replace=refuse, unlink=refuse, fsync=refuse))
+        for context in (contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), signals.raising()):
+            stack.enter_context(context)
+        try:
+            train._train(train.parse(arguments), CPU, signals)
+        except Interrupted as interrupted:
+            stopped_by = str(interrupted)
+    return {"stopped by": stopped_by, "out": out.getvalue(), "err": err.getvalue()}
+
+
+def run(rank: int, folder: str, arguments: list[str]) -> None:
+    """All of it; save what is found."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=WORLD)
+    order = EpochOrder(20, 7, flip=False, seed=0, epoch=0)
+    numbers = torch.arange(20).view(20, 1, 1, 1)
+    found = {
+        "weights": {precision: weights_after_training(precision) for precision in PRECISIONS},
+        "evaluations": [evaluation._asdict() for evaluation in evaluations()],
+        "learning rates": learning_rates(),
+        "agreements": agreements(rank),
+        "batches": [order.batch(numbers, step, CPU).flatten().tolist() for step in range(2)],
+        "in order": [batch.flatten().tolist() for batch in in_order(numbers, 7, CPU)],
+        "stopped run": stopped_run(rank, arguments),
+    }
+    torch.save(found, Path(folder) / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def largest_difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """The largest difference within a tensor, relative to the largest number in it; of the worst tensor."""
+    worst = 0.0
+    for name, value in expected.items():
+        if value.is_floating_point():
+            difference = (found[name].double() - value.double()).abs().max() / value.double().abs().max()
+            worst = max(worst, difference.item())
+        else:
+            assert torch.equal(found[name], value), name
+    return worst

@@ -1,0 +1,180 @@
+"""Weights to begin with, made from pictures: embeddings that are principal components, and a decoder that inverts them.
+
+Straight-through gradients teach a fresh ResNet-18 little beyond a picture's few largest components, and nearest codes
+in such a space are not nearest pictures. So every layer on the way begins as principal components of what it sees, in
+pairs of opposite sign, since ReLU(v) - ReLU(-v) = v lets a component through whole; every other branch of the network
+begins at zero; and the last linear layer reads the pictures' own components off the features. The codebook stays
+random.
+
+Sources: data-dependent initialisation, Krähenbühl et al. 2016, arXiv:1511.06856; filters that are principal components
+of patches, Chan et al. 2015, arXiv:1404.3606; residual branches that begin at zero, Goyal et al. 2017,
+arXiv:1706.02677.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+from torchvision.models import ResNet
+from torchvision.models.resnet import BasicBlock
+
+from vqae.model import VQAE, Decoder, Encoder
+
+_PICTURES = 8192  # to fit the linear maps to
+_NUMBERS = 2**25  # in these pictures at most, where they are large
+_STAGE_PICTURES = 4096  # of them, to fit the convolutions and their BatchNorms to
+_PATCHES = 10_000  # of a convolution's input
+_RIDGE = 1e-2  # of the ridge regressions, in units of the mean variance
+_BATCH = 256
+
+
+@torch.no_grad()
+def begin_from_pictures(model: VQAE, pictures: Tensor) -> None:
+    """Set the encoder's and the decoder's weights by what pictures look like; torch's generator draws which ones.
+
+    Args:
+        model: its pixel statistics set; on the CPU.
+        pictures: [N, 3, H, W] uint8.
+    """
+    num_chosen = max(2, min(_PICTURES, _NUMBERS // pictures[0].numel()))
+    chosen = model.normalise(pictures[torch.randperm(pictures.shape[0])[:num_chosen]])
+    was_training = model.training
+    model.eval()
+    _init_features(model.encoder.features, chosen[:_STAGE_PICTURES])
+    _init_projection(model.encoder, chosen)
+    _init_decoder(model.decoder, _in_batches(model.encoder, chosen), chosen)
+    model.train(was_training)
+
+
+def _init_features(features: ResNet, x: Tensor) -> None:
+    """The convolutions of a ResNet in eval mode, for normalised pictures [N, 3, H, W]."""
+    _init_filters(features.conv1, x)
+    y = _in_batches(features.conv1, x)
+    _centre(features.bn1, y)
+    x = features.maxpool(F.relu(features.bn1(y)))
+    for stage in (features.layer1, features.layer2, features.layer3, features.layer4):
+        for block in stage:
+            x = _init_block(block, x)
+
+
+def _init_block(block: BasicBlock, x: Tensor) -> Tensor:
+    """Let a block pass its input [N, C, H, W] on, as it is or, where its shape changes, as components; its output."""
+    changes_shape = block.downsample is not None
+    if changes_shape:
+        _init_filters(block.conv1, x)
+        nn.init.dirac_(block.conv2.weight)
+    y = _in_batches(block.conv1, x)
+    _measure(block.bn1, y)
+    if changes_shape:
+        _centre(block.bn1, y)
+    y = _in_batches(block.conv2, F.relu(block.bn1(y)))
+    _measure(block.bn2, y)
+    if not changes_shape:
+        nn.init.zeros_(block.bn2.weight)
+        return x
+    block.bn2.weight.copy_(_std(block.bn2))
+    block.bn2.bias.copy_(block.bn2.running_mean)
+    shortcut_conv, shortcut_norm = block.downsample
+    _measure(shortcut_norm, _in_batches(shortcut_conv, x))
+    nn.init.zeros_(shortcut_norm.weight)
+    return F.relu(block.bn2(y))
+
+
+def _init_filters(conv: nn.Conv2d, x: Tensor) -> None:
+    """Filters from the principal components of patches of the input [N, C, H, W], each with both signs."""
+    unfold = nn.Unfold(conv.kernel_size, padding=tuple(map(int, conv.padding)), stride=conv.stride)
+    positions = unfold(x[:1]).shape[2]
+    patches = unfold(x[: -(-_PATCHES // positions)])
+    patches = patches.transpose(1, 2).flatten(0, 1)  # [patches, C·kernel²]
+    components = _principal_components(patches, conv.out_channels // 2)
+    filters = torch.cat([components, -components]).view(-1, *conv.weight.shape[1:])
+    nn.init.zeros_(conv.weight)
+    conv.weight[: filters.shape[0]] = filters
+
+
+def _init_projection(encoder: Encoder, x: Tensor) -> None:
+    """The last linear layer, where there is one: from features to the D first components of the pictures themselves.
+
+    Scaled to a mean square of 1, as random codes have; their proportions are kept, so that distances between embeddings
+    are distances between pictures.
+    """
+    features = _in_batches(encoder.features, x)
+    if isinstance(encoder.project, nn.Linear):
+        pixels = x.flatten(1)
+        pixels = pixels - pixels.mean(0)
+        targets = pixels @ _principal_components(pixels, encoder.project.out_features).T  # [N, D or fewer]
+        targets *= (encoder.project.out_features / targets.square().sum(1).mean().clamp(min=1e-12)).sqrt()
+        nn.init.zeros_(encoder.project.weight)
+        weight, bias = _ridge_regression(features, targets)
+        encoder.project.weight[: weight.shape[0]] = weight
+        nn.init.zeros_(encoder.project.bias)
+        encoder.project.bias[: weight.shape[0]] = bias
+    if isinstance(encoder.norm, _BatchNorm):
+        _measure(encoder.norm, encoder.project(features))
+
+
+def _init_decoder(decoder: Decoder, embeddings: Tensor, pictures: Tensor) -> None:
+    """The linear map from embeddings [N, D] to pictures [N, 3, H, W], passed through the hidden layers as pairs."""
+    *hidden, last = [layer for layer in decoder if isinstance(layer, nn.Linear)]
+    weight, bias = _ridge_regression(embeddings, pictures.flatten(1))
+    num_passed = min([weight.shape[1], *(layer.out_features // 2 for layer in hidden)])
+    identity = torch.eye(num_passed)
+    pairs = torch.cat([identity, -identity])  # [2·passed, passed]
+    for depth, layer in enumerate(hidden):
+        layer.weight[: 2 * num_passed] = 0
+        layer.bias[: 2 * num_passed] = 0
+        incoming = pairs if depth == 0 else torch.cat([pairs, -pairs], 1)
+        layer.weight[: 2 * num_passed, : incoming.shape[1]] = incoming
+    nn.init.zeros_(last.weight)
+    weight = weight[:, :num_passed]
+    outgoing = torch.cat([weight, -weight], 1) if hidden else weight
+    last.weight[:, : outgoing.shape[1]] = outgoing
+    last.bias.copy_(bias)
+
+
+def _principal_components(rows: Tensor, count: int) -> Tensor:
+    """[at most count, P] of rows [N, P], orthonormal, the largest first; fewer where N or P are smaller."""
+    _, _, components = torch.pca_lowrank(rows, q=min(count, *rows.shape), niter=2)
+    return components.T
+
+
+def _ridge_regression(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """(weight [Q, P], bias [Q]) with weight·x + bias near y, for x [N, P] and y [N, Q]."""
+    x_mean, y_mean = x.mean(0), y.mean(0)
+    x, y = x - x_mean, y - y_mean
+    covariance = (x.T @ x / x.shape[0]).double()
+    ridge = _RIDGE * covariance.diagonal().mean().clamp(min=1e-12)
+    covariance.diagonal().add_(ridge)
+    weight = torch.linalg.solve(covariance, (x.T @ y / x.shape[0]).double()).T.to(x.dtype)
+    return weight, y_mean - weight @ x_mean
+
+
+def _measure(norm: _BatchNorm, y: Tensor) -> None:
+    """Set a BatchNorm's running statistics to those of y [N, C, ...]."""
+    axes = [axis for axis in range(y.dim()) if axis != 1]
+    mean, variance = _statistics(norm)
+    mean.copy_(y.mean(axes))
+    variance.copy_(y.var(axes))
+
+
+def _centre(norm: _BatchNorm, y: Tensor) -> None:
+    """Make a BatchNorm y [N, C, H, W] -> (y - its mean) / s, with one s for all channels, by which it spreads by 1."""
+    _measure(norm, y)
+    spread = _statistics(norm)[1].mean().clamp(min=norm.eps).sqrt()
+    norm.weight.copy_(_std(norm) / spread)
+    nn.init.zeros_(norm.bias)
+
+
+def _std(norm: _BatchNorm) -> Tensor:
+    return (_statistics(norm)[1] + norm.eps).sqrt()
+
+
+def _statistics(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
+    """The running mean and variance, [C] each, which ResNets have."""
+    if norm.running_mean is None or norm.running_var is None:
+        raise ValueError("norm must keep running statistics")
+    return norm.running_mean, norm.running_var
+
+
+def _in_batches(module: nn.Module, x: Tensor) -> Tensor:
+    return torch.cat([module(part) for part in torch.split(x, _BATCH)])
