@@ -95,4 +95,5 @@ def search_with_plan(
             launch_merge(rows, codebook, plan, states, written, lists)
         if lists is not None:
             launch_resolve(rows, codebook, written, lists, statistics, multiprocessors)
+        lists = states = None  # free for the next round, which would else allocate its own beside them
     return *outputs, statistics

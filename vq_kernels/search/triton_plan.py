@@ -14,13 +14,17 @@ from vq_kernels.search.triton_prepare import prepared_nbytes, row_pitch
 
 # Tiles that one program folds: 7 bits of tile and 1 of parity cost 2**-15 relative, beside 2**-12 of fp16's rounding.
 MAX_TILES_PER_SPLIT = 128
-# One split's state of one row: 4 values, 4 codes, the best score not among them.
-_STATE_NBYTES = 36
-# A row's places on the two lists: row and 4 candidates on the one, row on the other.
-_LIST_NBYTES = 24
-# A row's ratio and margin, kept where they are not made by the program that uses them.
-_MARGIN_NBYTES = 8
+# Bytes of a row in each buffer: 4 candidates and its number on the one list, its number on the other.
+_LIST_NBYTES = (16, 4, 4)
+# Of a row's state in each split: the best 4 scores and the best one not among them, 4 codes.
+_STATE_NBYTES = (20, 16)
+# Of a row's ratio and its margin, kept where they are not made by the program that uses them.
+_MARGIN_NBYTES = (4, 4)
 _WORKSPACE_CEILING = 256 * 2**20
+_SMALL_NBYTES = 2**13  # for what does not grow with a search: bounds, exponent, counters, the rounding of each
+# PyTorch's allocator counts as a buffer's own what is left of the block that it lies in, up to so much; buffers no
+# larger than this have blocks of their size.
+_UNSPLIT_NBYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -143,14 +147,18 @@ def workspace_limit(n: int, k: int, d: int) -> int:
 
 def plan_search(n: int, k: int, d: int, config: ScanConfig, properties: DeviceProperties) -> SearchPlan:
     """Splits that fill the device and keep the packed bits few, and rows a launch that keep within the memory limit."""
-    available = min(workspace_limit(n, k, d) - prepared_nbytes(k, d), _WORKSPACE_CEILING)
-    row_nbytes = _LIST_NBYTES + _MARGIN_NBYTES + (0 if config.resident else 2 * row_pitch(d))
+    available = workspace_limit(n, k, d) - prepared_nbytes(k, d) - 4 * d - _SMALL_NBYTES
+    available = min(available, _WORKSPACE_CEILING)
+    of_row: tuple[int, ...] = _LIST_NBYTES if config.resident else (*_LIST_NBYTES, *_MARGIN_NBYTES, 2 * row_pitch(d))
     tiles = ceil_div(k, config.block_k)
-    programs = ceil_div(min(n, available // row_nbytes), config.block_n)
+    programs = ceil_div(min(n, available // sum(of_row)), config.block_n)
     wanted = max(ceil_div(tiles, MAX_TILES_PER_SPLIT), properties.multiprocessors // max(programs, 1))
     tiles_per_split = ceil_div(tiles, min(wanted, tiles)) if wanted > 1 else tiles
     splits = ceil_div(tiles, tiles_per_split)
     if splits > 1:
-        row_nbytes += splits * _STATE_NBYTES
-    rows_per_launch = max(available // row_nbytes // config.block_n, 1) * config.block_n
-    return SearchPlan(config, splits, tiles_per_split, rows_per_launch)
+        of_row += tuple(splits * nbytes for nbytes in _STATE_NBYTES) + (_MARGIN_NBYTES[:1] if config.resident else ())
+    rows = min(n, available // sum(of_row))
+    buffers = (2 * k * row_pitch(d), 4 * k, *(nbytes * rows for nbytes in of_row))
+    large = sum(nbytes > _UNSPLIT_NBYTES for nbytes in buffers)
+    rows_per_launch = (available - large * _UNSPLIT_NBYTES) // sum(of_row) // config.block_n * config.block_n
+    return SearchPlan(config, splits, tiles_per_split, max(rows_per_launch, config.block_n))

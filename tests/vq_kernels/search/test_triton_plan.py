@@ -1,8 +1,15 @@
 """The choice of tiles and the cut into launches, both pure functions."""
 
+import weakref
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from vq_kernels.search import triton_backend, triton_prepare, triton_resolve, triton_rows, triton_scan
 from vq_kernels.search.triton_common import ceil_div
 from vq_kernels.search.triton_plan import (
     CONFIGS,
@@ -12,7 +19,7 @@ from vq_kernels.search.triton_plan import (
     plan_search,
     workspace_limit,
 )
-from vq_kernels.search.triton_prepare import CODE_PADDING, prepared_nbytes, row_pitch
+from vq_kernels.search.triton_prepare import CODE_PADDING, row_pitch
 
 A100, H100, B200 = (DeviceProperties(*p) for p in (((8, 0), 108), ((9, 0), 132), ((10, 0), 148)))
 SHAPES = [
@@ -25,6 +32,15 @@ SHAPES = [
     (1, 1 << 20, 1),
     (7, 1 << 20, 4_096),
     (1 << 26, 512, 3),
+]
+SEVERAL_ROUNDS = [
+    (1_048_576, 512, 16),
+    (1_048_576, 512, 64),
+    (2_097_152, 256, 64),
+    (1_048_576, 256, 128),
+    (65_536, 8_192, 256),
+    (1_048_576, 4_096, 256),
+    (1_048_576, 4_096, 512),
 ]
 
 
@@ -45,18 +61,52 @@ def test_plans_are_sound(shape: tuple[int, int, int], properties: DeviceProperti
     assert plan.rows_per_launch >= config.block_n
 
 
+class Allocations(TorchDispatchMode):
+    """The bytes of all tensors that are made inside, as PyTorch's allocator may count them, and the most at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, Tensor) and func._schema.returns[0].alias_info is None:
+            self._add(made.nbytes + (2**20 if made.nbytes > 2**20 else 512))  # what is left of a block is its own
+            weakref.finalize(made, self._add, -(made.nbytes + (2**20 if made.nbytes > 2**20 else 512)))
+        return made
+
+    def _add(self, nbytes: int) -> None:
+        self.live += nbytes
+        self.most = max(self.most, self.live)
+
+
+class NoKernel:
+    def __getitem__(self, grid: object) -> Callable[..., None]:
+        return lambda *arguments, **options: None
+
+
 @pytest.mark.parametrize("properties", [A100, H100, B200])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_the_workspace_keeps_within_its_limit(shape: tuple[int, int, int], properties: DeviceProperties):
-    """Everything a search allocates beside inputs and outputs, added up here from the launchers' allocations."""
+@pytest.mark.parametrize("shape", [*SHAPES, *SEVERAL_ROUNDS])
+def test_a_search_keeps_within_its_memory(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int, int], properties: DeviceProperties
+):
+    """All launches of a search, on tensors without data: what it holds at a time beyond inputs and outputs."""
     n, k, d = shape
-    config = pick_config(n, k, d, torch.float32, properties)
-    plan = plan_search(n, k, d, config, properties)
-    rows = min(n, plan.rows_per_launch)
-    lists = rows * 4 * (1 + 4 + 1)
-    states = plan.splits * rows * 4 * (5 + 4) if plan.splits > 1 else 0
-    rounded_rows = 0 if config.resident else ceil_div(rows, config.block_n) * config.block_n * 2 * row_pitch(d)
-    assert prepared_nbytes(k, d) + lists + states + rounded_rows + 8 * rows <= workspace_limit(n, k, d)
+    for module in (triton_prepare, triton_rows, triton_scan, triton_resolve):
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            monkeypatch.setattr(module, name, NoKernel())
+    monkeypatch.setattr(triton_backend, "device_properties", lambda device: properties)
+    x, codebook = (torch.empty(rows, d, device="meta") for rows in (n, k))
+    with Allocations() as allocations:
+        found = triton_backend.search(x, codebook, [], "exact")
+        assert allocations.most - allocations.live <= workspace_limit(n, k, d)
+    assert found[0].shape == (n,)
+
+
+@pytest.mark.parametrize("shape", SEVERAL_ROUNDS)
+def test_some_searches_take_several_rounds(shape: tuple[int, int, int]):
+    config = pick_config(*shape, torch.float32, H100)
+    assert plan_search(*shape, config, H100).rows_per_launch < shape[0]
 
 
 def test_few_rows_fill_the_device_by_splitting_the_codebook():
