@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from child_processes import stopped_with_parent
 from torch import Tensor
 
 from vqae import VQAE
@@ -25,7 +26,7 @@ def run_training(config: Config) -> None:
     """`python -m vqae.train` with these settings, begun, or gone on with where config.out holds a part of the run.
 
     It is a process of its own, since --max-minutes counts from a process's start. When this process is interrupted, the
-    run saves itself and ends first.
+    run saves itself and ends first; when it is killed, the run saves itself too.
 
     Raises:
         DivergedError: it ended with that.
@@ -35,7 +36,9 @@ def run_training(config: Config) -> None:
     write_whole(settings, json.dumps(config.to_dict()).encode())
     command = [sys.executable, "-m", "vqae.train", "--config", str(settings), "--resume"]
     # In a session of its own a terminal's Ctrl-C does not reach it: a second signal would end it unsaved.
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=stopped_with_parent
+    ) as process:
         try:
             error = _forward_errors(process)
             exit_code = process.wait()

@@ -1,7 +1,8 @@
 """The parts of `gpu_pass.py`: what has to be shown on a real GPU, and the tables made of it.
 
 stage, results              what a stage is given, and the lines it writes; begin here
-ring                        stage "tests"
+commands, provisions        what stages run, and what the machine may lack
+ring, ring_plugin           stage "tests"
 exactness                   stage "exactness"; its rows in exactness_data, its float64 answers in reference
 sanitizers                  stage "sanitizers"
 search                      stage "search"; clocks and bare rates in timing

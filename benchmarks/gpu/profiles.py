@@ -9,12 +9,17 @@ import sys
 from io import StringIO
 
 import torch
+from child_processes import killed_with_parent
 from torch.profiler import ProfilerActivity, profile
 
+from gpu.commands import run_command, tail
 from gpu.results import Results
 from gpu.search import Shape, draw
-from gpu.stage import Context, run_command, tail
+from gpu.stage import Context
 from vq_kernels import PreparedCodebook, nearest_code
+
+COUNTERS_S = 75.0
+"""What Nsight Compute may take for a shape: where it hangs, the stage goes on."""
 
 _CALLS = 5
 _COLUMNS = ("Section Name", "Metric Name", "Metric Unit", "Metric Value")
@@ -61,7 +66,7 @@ def profile_counters(results: Results, context: Context, shape: Shape) -> None:
     command = [tool, "--clock-control", "none", "--kernel-name", "regex:_scan_kernel", "--launch-skip", "1"]
     command += ["--launch-count", "1", *(part for section in _SECTIONS for part in ("--section", section))]
     command += ["--csv", "--page", "details", sys.executable, "-m", "gpu.profiles", *map(str, shape)]
-    finished = run_command(command, seconds=context.left_s() - 5)
+    finished = run_command(command, seconds=min(context.left_s() - 5, COUNTERS_S))
     figures = read_counters(finished.output)
     status = {"status": "ok"} if figures else {"status": "failed", "output": tail(finished.output, 1500)}
     results.add(op="counters", **size, **status, figures=figures)
@@ -80,6 +85,7 @@ def read_counters(output: str) -> dict[str, str]:
 
 def main() -> int:
     """The first search compiles."""
+    killed_with_parent()
     num_rows, num_codes, code_dim = map(int, sys.argv[1:])
     x, codebook = (torch.randn(rows, code_dim, device="cuda") for rows in (num_rows, num_codes))
     for _ in range(3):

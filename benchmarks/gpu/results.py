@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 NO_GPU = "no GPU (rehearsal)"
 """Stands for the GPU's name in lines that were not measured on one."""
 
-_SAME = ("gpu", "sources", "rehearsal")  # what a line must share with this run to count as done
+_SAME = ("sources", "rehearsal")  # what a line must share with this run to count as done, beside the GPU
 _PEERS = ("flash-kmeans", "numpy", "torchvision")
 
 
@@ -31,12 +31,14 @@ class Results:
     Args:
         file: made with the first line.
         header: the entries that every line gets; see `make_header`.
+        on_any_gpu: lines of another GPU count too.
     """
 
-    def __init__(self, file: Path, header: Mapping[str, Any]) -> None:
+    def __init__(self, file: Path, header: Mapping[str, Any], *, on_any_gpu: bool = False) -> None:
         self.file, self.header = file, header
         kept = read_lines(file)
-        self.lines: list[Line] = [line for line in kept if all(line.get(name) == header[name] for name in _SAME)]
+        same = _SAME if on_any_gpu else (*_SAME, "gpu")
+        self.lines: list[Line] = [line for line in kept if all(line.get(name) == header[name] for name in same)]
         if file.exists() and not file.read_bytes().endswith(b"\n"):  # a line that was being written when a run died
             file.write_text("".join(json.dumps(line) + "\n" for line in kept))
 

@@ -15,16 +15,19 @@ from typing import Any
 from unittest import mock
 
 import torch
+from child_processes import killed_with_parent
 from torch import Tensor
 
-from gpu.stage import FINISHED, Context, Finished, run_command, tail
+from gpu.commands import Finished, run_command, tail
+from gpu.stage import FINISHED, Context
 from vq_kernels.gradient import triton_gradient
 from vq_kernels.search import triton_prepare, triton_resolve, triton_rows, triton_scan
 from vq_kernels.search.triton_backend import device_properties, search_with_plan
 from vq_kernels.search.triton_common import ceil_div
 from vq_kernels.search.triton_plan import SearchPlan, pick_config
 
-TOOLS = {"memcheck": ("--padding", "64"), "racecheck": ()}
+# An error that an API returns and the caller deals with, as PyTorch does when it asks what is there, is no finding.
+TOOLS = {"memcheck": ("--padding", "64", "--report-api-errors", "no"), "racecheck": ()}
 
 _MODULES = (triton_prepare, triton_rows, triton_scan, triton_resolve, triton_gradient)
 _ERRORS_FOUND = 9  # exit code
@@ -35,10 +38,10 @@ _DIMS = (16, 50, 200)  # aligned, not aligned, and too long for a tile of x' to 
 
 def run(context: Context) -> str:
     """Run the cases without a tool, which compiles the kernels, and then with each tool that has no clean line yet."""
-    results = context.results("sanitizers")
+    results = context.results("checks")
     cases = [sys.executable, "-m", "gpu.sanitizers"]
     if not results.has(tool="none", status="clean"):
-        results.add(tool="none", **read(run_command(cases, seconds=context.left_s() - 5)))
+        results.add(op="sanitizer", tool="none", **read(run_command(cases, seconds=context.left_s() - 5)))
     if not results.has(tool="none", status="clean"):
         return f"failed: the cases do not run without a sanitizer; see {results.file.name}"
     sanitizer = shutil.which("compute-sanitizer")
@@ -51,7 +54,7 @@ def run(context: Context) -> str:
         command += ["--error-exitcode", str(_ERRORS_FOUND), "--target-processes", "application-only", *cases]
         # Without the cache every tensor is an allocation of its own, so that a read past one is seen.
         finished = run_command(command, seconds=context.left_s() - 5, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-        results.add(tool=tool, **read(finished))
+        results.add(op="sanitizer", tool=tool, **read(finished))
     unclean = [tool for tool in TOOLS if not results.has(tool=tool, status="clean")]
     return FINISHED if not unclean else f"failed: {', '.join(unclean)} not clean; see {results.file.name}"
 
@@ -121,6 +124,7 @@ class _Noted:
 
 def main() -> int:
     """Run the cases on the GPU, else interpreted."""
+    killed_with_parent()
     has_gpu = torch.cuda.is_available()
     kernels = {name: module for module in _MODULES for name in vars(module) if name.endswith("_kernel")}
     launched: set[str] = set()

@@ -5,7 +5,7 @@ The file search.jsonl gets a line a piece, told apart by "op":
     rate            what the GPU reaches on a copy and on bare products (timing.py)
     nearest_code    a contender of `argmin_bench.py` at a shape: verified, timed with the L2 cache flushed, weighed
     memory          what a search takes beyond inputs and outputs, and what it may take
-    replay          a call as a CUDA graph's replay, in microseconds, at the small shapes
+    replay          a call as a CUDA graph's replay, in microseconds, where launches outweigh the work of a plain call
     vector_quantize forward and backward, beside the same in plain PyTorch
 """
 
@@ -20,13 +20,14 @@ from search_data import SearchData
 from search_timing import is_out_of_memory, peak_mib
 from search_verification import checked_rows
 from torch import Tensor
+from torch.utils import deterministic as deterministic_settings
 
 from gpu.exactness_data import Kind, Part, drawn_blocks
 from gpu.plain_model import plain_quantize
 from gpu.precompile import Case, precompile
 from gpu.results import Results
-from gpu.stage import FINISHED, Context
-from gpu.timing import measure_rates, quantiles_ms, replay_us
+from gpu.stage import FINISHED, Context, Pace
+from gpu.timing import extra_mib, measure_rates, quantiles_ms, replay_us
 from vq_kernels import nearest_code, vector_quantize
 from vq_kernels.search.triton_plan import workspace_limit
 
@@ -41,6 +42,8 @@ OTHERS: tuple[Shape, ...] = (
 )
 DATA: tuple[tuple[str, Kind, float], ...] = (("clustered", "clustered", 0.0), ("offset-1000", "offset", 1000.0))
 """Data sets beyond Gaussian, at one shape; their offset."""
+REPLAYED: tuple[Shape, ...] = (*SMALL, (65_536, 1_024, 64), (1_048_576, 1_024, 8))
+"""Where Python's launches take longer than the kernels, or nearly so."""
 DTYPES = (torch.float16, torch.bfloat16)
 """Beyond float32, at one shape."""
 REHEARSED: tuple[Shape, ...] = ((24, 40, 16),)
@@ -49,7 +52,7 @@ _MAIN = ("cdist", "addmm", "addmm-chunked", "flash-kmeans", "triton", "triton-pr
 _CEILINGS = ("gemm", "gemm-tf32", "gemm-16bit")
 _IN_GRAPHS = ("triton", "triton-prepared", "flash-kmeans", "addmm", "gemm", "gemm-16bit")
 _COMPILED = (*BARS, OTHERS[0])  # where addmm-compiled runs: a compilation each
-_CHECK_BUDGET = 1e11  # float64 subtractions of brute force at each shape
+_CHECK_BUDGET = 1e10  # float64 subtractions of brute force at each shape
 _MIB = 1 << 20
 
 
@@ -57,19 +60,19 @@ def run(context: Context) -> str:
     """Do what pieces the results do not hold yet."""
     results = context.results("search")
     bars, small, others = (BARS, SMALL, OTHERS) if not context.rehearse else (REHEARSED, REHEARSED, ())
+    replayed = REHEARSED if context.rehearse else REPLAYED
     data_sets, dtypes = (DATA, DTYPES) if not context.rehearse else (DATA[:1], DTYPES[:1])
     precompile([Case(shape) for shape in (*bars, *small, *others)], context)
-    pieces: list[Callable[[], None]] = [partial(measure_rates, results, context)]
-    pieces += [partial(replay, results, context, shape) for shape in small]
+    pieces = [partial(measure_rates, results, context)]
+    pieces += [partial(replay, results, context, shape) for shape in replayed]
     pieces += [partial(bench, results, context, shape) for shape in (*bars, *small, *others)]
-    pieces += [partial(quantize, results, context, shape) for shape in (*bars[:2], *others[:2], *small[:1])]
+    pieces += [partial(quantize, results, context, shape) for shape in (*bars, *others[:2], *small[:1])]
     pieces += [partial(bench, results, context, bars[0], *data) for data in data_sets]
     pieces += [partial(bench, results, context, bars[0], dtype=dtype) for dtype in dtypes]
-    for number, piece in enumerate(pieces):
-        if context.left_s() < 15:
-            return f"{len(pieces) - number} of {len(pieces)} pieces left: no time left"
-        piece()
-        context.synchronize()
+    pace = Pace(context)
+    left = [piece for piece in pieces if not pace.do(piece, piece.func)]
+    if left:
+        return f"{len(left)} of {len(pieces)} pieces left: no time left"
     wrong = [line for line in results.lines if line.get("status") == "WRONG" or line.get("within") is False]
     return f"failed: {len(wrong)} lines are wrong or beyond the memory limit" if wrong else FINISHED
 
@@ -138,13 +141,12 @@ def bench(
 
 def extra_memory(data: SearchData, shape: Shape, device: torch.device) -> dict[str, float | bool | None]:
     """What a search takes beyond inputs and outputs, and whether that is within the limit of `workspace_limit`."""
-    limit = workspace_limit(*shape)
-    outputs = sum(tensor.nbytes for tensor in nearest_code(*data, backend="triton"))
-    peak = peak_mib(lambda: nearest_code(*data, backend="triton"), device)
-    if peak is None or device.type != "cuda":  # a process's pages are no measure of what the kernels allocate
-        return {"extra_mib": None, "limit_mib": limit / _MIB, "within": None}
-    extra = peak - outputs / _MIB
-    return {"extra_mib": extra, "limit_mib": limit / _MIB, "within": extra <= limit / _MIB}
+    limit_mib = workspace_limit(*shape) / _MIB
+    nearest_code(*data, backend="triton")  # compiles
+    if device.type != "cuda":  # a process's pages are no measure of what the kernels allocate
+        return {"extra_mib": None, "requested_mib": None, "limit_mib": limit_mib, "within": None}
+    extra, requested = extra_mib(lambda: nearest_code(*data, backend="triton"))
+    return {"extra_mib": extra, "requested_mib": requested, "limit_mib": limit_mib, "within": extra <= limit_mib}
 
 
 def replay(results: Results, context: Context, shape: Shape) -> None:
@@ -161,6 +163,11 @@ def replay(results: Results, context: Context, shape: Shape) -> None:
             except Exception as error:  # a contender that cannot be captured is a result
                 status = f"failed: {type(error).__name__}: {str(error)[:200]}"
         results.add(op="replay", contender=contender.name, **size, status=status, **times)
+
+
+def fills_memory(value: bool) -> None:
+    """Whether deterministic algorithms fill new memory with NaN, as they do unless told otherwise."""
+    deterministic_settings.fill_uninitialized_memory = value  # type: ignore[attr-defined]
 
 
 def quantize(results: Results, context: Context, shape: Shape) -> None:
@@ -181,6 +188,7 @@ def quantize(results: Results, context: Context, shape: Shape) -> None:
         if results.has(op="vector_quantize", contender=name, **size):
             continue
         torch.use_deterministic_algorithms(deterministic)
+        fills_memory(False)  # which is for debugging: all that is read has been written
         try:
             low, middle, high = quantiles_ms(call, context.device, count=2 if context.rehearse else 15)
             times = {"p20_ms": low, "p50_ms": middle, "p80_ms": high, "peak_mib": peak_mib(call, context.device)}
@@ -189,4 +197,5 @@ def quantize(results: Results, context: Context, shape: Shape) -> None:
             status, times = "out of memory" if is_out_of_memory(error) else f"failed: {str(error)[:200]}", {}
         finally:
             torch.use_deterministic_algorithms(False)
+            fills_memory(True)
         results.add(op="vector_quantize", contender=name, **size, status=status, **times)

@@ -1,17 +1,14 @@
 """What a stage of the GPU pass is given, and what the pass knows of each stage."""
 
-import os
-import signal
-import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from gpu.results import ROOT, Results
+from gpu.results import Results
 
 FINISHED = "finished"
 """What a stage returns when nothing of it is left to do; anything else says what is left, or why it cannot be done."""
@@ -27,6 +24,8 @@ class Stage:
         minutes: what it may take at most; it stops by itself.
         folders: those of the checkout that its results depend on.
         shows: in a few words, for the log.
+        needs: modules beyond PyTorch without which it does not run.
+        on_any_gpu: its results hold on every GPU, so those of another need not be done again.
     """
 
     name: str
@@ -34,19 +33,26 @@ class Stage:
     minutes: float
     folders: tuple[str, ...]
     shows: str
+    needs: tuple[str, ...] = ()
+    on_any_gpu: bool = False
 
 
 _SEARCH = ("vq_kernels/search", "vq_kernels/gradient")
 _MODEL = ("vq_kernels", "vqae")
+_RING = (*_SEARCH, "tests/vq_kernels/search", "tests/vq_kernels/gradient")
+_TESTS = ("pytest", "pytest_timeout", "hypothesis")
+_PICTURES = ("numpy", "PIL", "torchvision")
+_COMMANDS = ("typing_extensions", "typeguard", "docstring_parser", "tyro", "rich", "matplotlib")
+_TRAINING = (*_PICTURES, *_COMMANDS, "tqdm", "tensorboard")
 
 STAGES = (
-    Stage("tests", "gpu.ring", 3.0, (*_SEARCH, "tests/vq_kernels/search"), "the tests that need a GPU"),
-    Stage("exactness", "gpu.exactness", 5.5, _SEARCH, "10^9 rows against float64"),
-    Stage("sanitizers", "gpu.sanitizers", 4.0, _SEARCH, "memcheck and racecheck of every kernel"),
-    Stage("search", "gpu.search", 5.0, _SEARCH, "times and memory beside other searches"),
-    Stage("tiles", "gpu.tiles", 5.0, _SEARCH, "the choice of tiles, and where the time goes"),
-    Stage("training", "gpu.training", 4.0, _MODEL, "seconds to the target, pictures a second"),
-    Stage("sweep", "gpu.sweep", 7.5, _MODEL, "the model beside K-means of the pixels, by K"),
+    Stage("tests", "gpu.ring", 4.0, _RING, "the tests that need a GPU", _TESTS, on_any_gpu=True),
+    Stage("exactness", "gpu.exactness", 5.5, _SEARCH, "10^9 rows against float64", _PICTURES),
+    Stage("sanitizers", "gpu.sanitizers", 4.0, _SEARCH, "memcheck, racecheck of every kernel", on_any_gpu=True),
+    Stage("search", "gpu.search", 5.0, _SEARCH, "times and memory beside other searches", (*_PICTURES, *_COMMANDS)),
+    Stage("tiles", "gpu.tiles", 5.0, _SEARCH, "the choice of tiles, where the time goes", (*_PICTURES, *_COMMANDS)),
+    Stage("training", "gpu.training", 4.0, _MODEL, "seconds to the target, pictures a second", _TRAINING),
+    Stage("sweep", "gpu.sweep", 7.5, _MODEL, "the model beside K-means of the pixels, by K", _TRAINING),
 )
 """All stages, the most important first."""
 
@@ -61,6 +67,7 @@ class Context:
         header: the entries of every result line.
         deadline: of `time.monotonic`; the stage stops before it.
         rehearse: run in small, on the CPU, with the kernels interpreted.
+        on_any_gpu: see `Stage`.
         data_dir: CIFAR-10 as an image folder, where it is given.
         checkpoint: a model of vqae.train, where it is given.
     """
@@ -70,6 +77,7 @@ class Context:
     header: Mapping[str, Any]
     deadline: float
     rehearse: bool
+    on_any_gpu: bool = False
     data_dir: Path | None = None
     checkpoint: Path | None = None
 
@@ -89,54 +97,28 @@ class Context:
 
     def results(self, name: str) -> Results:
         """The results in the file `name`.jsonl."""
-        return Results(self.out / f"{name}.jsonl", self.header)
+        return Results(self.out / f"{name}.jsonl", self.header, on_any_gpu=self.on_any_gpu)
 
 
-class Finished(NamedTuple):
-    """A command that has ended.
+class Pace:
+    """Does pieces of a stage one after the other while there is time for one more of their kind.
 
-    Attributes:
-        exit_code: None where it was stopped at its time limit.
-        output: what it wrote to both streams.
-        seconds: how long it took.
+    Args:
+        context: of the stage.
+        first_s: what the first piece of a kind may take; the others take no more than 1.5 times the longest so far.
     """
 
-    exit_code: int | None
-    output: str
-    seconds: float
+    def __init__(self, context: Context, first_s: float = 60.0) -> None:
+        self._context, self._first_s = context, first_s
+        self._longest: dict[object, float] = {}
 
-
-def child_environment(**entries: str) -> dict[str, str]:
-    """The environment of a process of this pass: the checkout's packages are found."""
-    paths = [str(ROOT), str(ROOT / "benchmarks"), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-    found = os.pathsep.join(dict.fromkeys(path for path in paths if path))
-    return {**os.environ, "PYTHONPATH": found, "PYTHONUNBUFFERED": "1", **entries}
-
-
-def run_command(command: Sequence[str | Path], *, seconds: float, **environment: str) -> Finished:
-    """Run a command in the checkout, and end it, with all that it has started, after so many seconds."""
-    start = time.monotonic()
-    with subprocess.Popen(
-        [str(part) for part in command],
-        cwd=ROOT,
-        env=child_environment(**environment),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,  # a group of its own, which can be ended as a whole
-    ) as process:
-        try:
-            output, _ = process.communicate(timeout=max(seconds, 0.1))
-        except BaseException as error:
-            os.killpg(process.pid, signal.SIGKILL)
-            output, _ = process.communicate()
-            if not isinstance(error, subprocess.TimeoutExpired):
-                raise
-            return Finished(None, output, time.monotonic() - start)
-    return Finished(process.returncode, output, time.monotonic() - start)
-
-
-def tail(text: str, characters: int = 3000) -> str:
-    """The end of a command's output, for a result line."""
-    return text if len(text) <= characters else "..." + text[-characters:]
+    def do(self, piece: Callable[[], object], kind: object) -> bool:
+        """Do one piece and wait for the device; False, and nothing done, where there is no time for its kind."""
+        start = time.monotonic()
+        needed = 1.5 * self._longest[kind] + 5 if kind in self._longest else self._first_s
+        if self._context.left_s() < needed:
+            return False
+        piece()
+        self._context.synchronize()
+        self._longest[kind] = max(self._longest.get(kind, 0.0), time.monotonic() - start)
+        return True

@@ -25,7 +25,7 @@ from gpu.precompile import Case, precompile
 from gpu.profiles import profile_counters, profile_kernels
 from gpu.results import Results
 from gpu.search import BARS, REHEARSED, SMALL, Shape, draw
-from gpu.stage import FINISHED, Context
+from gpu.stage import FINISHED, Context, Pace
 from gpu.timing import median_ms, replay_us
 from vq_kernels.search.autotune import candidates
 from vq_kernels.search.triton_backend import device_properties, prepare, search_with_plan
@@ -79,13 +79,12 @@ def run(context: Context) -> str:
     pieces = [partial(profile_kernels, results, context, shape) for shape in shapes]
     pieces += [partial(profile_counters, results, context, shape) for shape in shapes[: len(BARS)]]
     pieces += [partial(sweep, results, context, shape) for shape in shapes]
-    for number, piece in enumerate(pieces):
-        if context.left_s() < 30 and not context.rehearse:
-            return f"{len(pieces) - number} of {len(pieces)} pieces left: no time left"
-        piece()
-        context.synchronize()
+    pace = Pace(context, first_s=30.0)  # a sweep looks at the clock itself, and writes line by line
+    left = [piece for piece in pieces if not pace.do(piece, piece.func)]
     unfinished = [shape for shape in shapes if not results.has(op="choice", **_size(shape))]
-    return f"{len(unfinished)} shapes left: no time left" if unfinished else FINISHED
+    if left or unfinished:
+        return f"{len(left)} of {len(pieces)} pieces and {len(unfinished)} shapes left: no time left"
+    return FINISHED
 
 
 def sweep(results: Results, context: Context, shape: Shape) -> None:

@@ -44,6 +44,26 @@ def quantiles_ms(call: Callable[[], object], device: torch.device, *, count: int
     return low, middle, high
 
 
+def extra_mib(call: Callable[[], object]) -> tuple[float, float]:
+    """The most that a call holds of a GPU's memory at a time beyond what it returns, in MiB; it has run before.
+
+    Returns:
+        As PyTorch's allocator counts, and as it was asked: to a buffer above 1 MiB it adds up to 1 MiB of its block.
+    """
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    returned = call()
+    torch.cuda.synchronize()
+    stats = torch.cuda.memory_stats()
+    del returned  # held until here: what is allocated now is what was before, and this
+    counted, asked = (
+        (stats[f"{name}_bytes.all.peak"] - stats[f"{name}_bytes.all.current"]) / (1 << 20)
+        for name in ("allocated", "requested")
+    )
+    return counted, asked
+
+
 def replay_us(call: Callable[[], Tensor], device: torch.device) -> dict[str, float]:
     """What a call takes as part of a CUDA graph, in microseconds.
 

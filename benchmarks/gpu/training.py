@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gpu.commands import Finished, run_command, tail
 from gpu.pictures import load_pictures, picture_flags
 from gpu.plain_model import PlainTraining
 from gpu.results import ROOT, Line, Results
-from gpu.stage import FINISHED, Context, Finished, run_command, tail
+from gpu.stage import FINISHED, Context
 from gpu.timing import quantiles_ms
 from vqae import VQAE
 from vqae.checkpoint import build_model

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-_BUFFER_ELEMENTS = 1 << 18  # of the [rows, K] distances held at a time: they stay in a core's caches
+# Of the [rows, K] distances held at a time: on a CPU they stay in a core's caches, a GPU needs work for each launch.
+_BUFFER_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}
 
 
 def brute_force_nearest(x: Tensor, codebook: Tensor) -> Tensor:
@@ -20,7 +21,7 @@ def brute_force_nearest(x: Tensor, codebook: Tensor) -> Tensor:
     numbers = torch.arange(codebook.shape[0], device=x.device)
     unusable = ~wide_codes.isfinite().all(dim=1)  # [K]
     indices = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
-    rows = max(1, _BUFFER_ELEMENTS // codebook.shape[0])
+    rows = max(1, _BUFFER_ELEMENTS.get(x.device.type, 1 << 18) // codebook.shape[0])
     for start in range(0, x.shape[0], rows):
         block = x[start : start + rows].double()
         distances = torch.zeros(block.shape[0], codebook.shape[0], dtype=torch.float64, device=x.device)

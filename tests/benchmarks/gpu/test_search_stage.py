@@ -1,5 +1,6 @@
 """The search stage: who runs where, that pieces are gone on with, and what fails the stage."""
 
+import dataclasses
 import time
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from gpu import search
 from gpu.results import make_header
-from gpu.search import BARS, OTHERS, REHEARSED, SMALL, contenders, extra_memory
+from gpu.search import BARS, OTHERS, REHEARSED, REPLAYED, SMALL, contenders, extra_memory
 from gpu.stage import FINISHED, Context
 from gpu.timing import quantiles_ms, replay_us
 from search_data import SearchData
@@ -42,12 +43,10 @@ def test_no_shape_is_measured_twice() -> None:
 @pytest.mark.parametrize(("extra_mib", "within"), [(15.9, True), (16.1, False)])
 def test_memory_is_held_against_the_limit(monkeypatch: pytest.MonkeyPatch, extra_mib: float, within: bool) -> None:
     data = SearchData(torch.zeros(24, 16), torch.zeros(40, 16))
-    outputs_mib = (24 * 8 + 24 * 16 * 4 + 24 * 4) / 2**20
-    monkeypatch.setattr(search, "nearest_code", lambda x, codebook, backend: (
-        torch.zeros(24, dtype=torch.int64), torch.zeros(24, 16), torch.zeros(24)))  # fmt: skip
-    monkeypatch.setattr(search, "peak_mib", lambda call, device: outputs_mib + extra_mib)
+    monkeypatch.setattr(search, "nearest_code", lambda x, codebook, backend: None)
+    monkeypatch.setattr(search, "extra_mib", lambda call: (extra_mib, 15.5))
     found = extra_memory(data, REHEARSED[0], torch.device("cuda"))
-    assert found["extra_mib"] == pytest.approx(extra_mib)
+    assert (found["extra_mib"], found["requested_mib"]) == (extra_mib, 15.5)
     assert found["limit_mib"] == workspace_limit(*REHEARSED[0]) / 2**20 == pytest.approx(16, abs=0.01)
     assert found["within"] is within
     assert extra_memory(data, REHEARSED[0], CPU)["within"] is None
@@ -73,6 +72,30 @@ def test_the_stage_stops_in_time(tmp_path: Path, without_searches: pytest.Monkey
     header = make_header((), "abc", rehearse=True)
     late = Context(out=tmp_path, work=tmp_path, header=header, deadline=time.monotonic() + 10, rehearse=True)
     assert search.run(late).endswith("pieces left: no time left")
+
+
+def test_forward_and_backward_are_timed_at_every_bar(context: Context, without_searches: pytest.MonkeyPatch) -> None:
+    seen = {"quantize": [], "replay": []}
+    for name, shapes in seen.items():
+        without_searches.setattr(search, name, lambda results, context, shape, to=shapes: to.append(shape))
+    without_searches.setattr(Context, "synchronize", lambda context: None)
+    search.run(dataclasses.replace(context, rehearse=False))
+    assert set(BARS) <= set(seen["quantize"])
+    assert seen["replay"] == list(REPLAYED)
+
+
+def test_the_deterministic_step_fills_no_memory(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    filled = []
+
+    def note(call: object, device: torch.device, count: int) -> tuple[float, float, float]:
+        filled.append(torch.utils.deterministic.fill_uninitialized_memory)
+        return 1.0, 1.0, 1.0
+
+    monkeypatch.setattr(search, "quantiles_ms", note)
+    monkeypatch.setattr(search, "peak_mib", lambda call, device: None)
+    search.quantize(context.results("search"), context, REHEARSED[0])
+    assert filled == [False] * 3
+    assert torch.utils.deterministic.fill_uninitialized_memory is True
 
 
 def test_a_search_that_cannot_be_captured_is_a_line(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:

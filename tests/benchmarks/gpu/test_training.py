@@ -1,5 +1,6 @@
 """The training stage: what a run's lines say, which run comes next, and that the plain model learns."""
 
+import dataclasses
 import time
 from pathlib import Path
 from typing import Any
@@ -7,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 from gpu import sweep, training
+from gpu.commands import Finished
 from gpu.pictures import load_pictures, picture_folder
 from gpu.plain_model import PlainTraining, plain_quantize
-from gpu.results import Results, make_header
-from gpu.stage import FINISHED, Context, Finished
+from gpu.results import Results, make_header, read_lines
+from gpu.stage import FINISHED, Context
 from gpu.training import best_of, next_run, read_run
 
 from vq_kernels import vector_quantize
@@ -132,15 +134,37 @@ def test_a_sweep_goes_on_with_its_lines(tmp_path: Path, monkeypatch: pytest.Monk
     seen = []
 
     def run_command(command: list[str], seconds: float) -> Finished:
+        assert seconds < here.left_s() - 20, "a run that is stopped has to save itself"
         file = Path(command[command.index("--out") + 1]) / "results.jsonl"
-        seen.append(file.read_text())
-        file.write_text(seen[0] + '{"method": "model"}\n')
+        seen.append([(line["method"], line["num_codes"]) for line in read_lines(file)])
+        number = command[command.index("--num-codes") + 1]
+        with file.open("a") as stream:
+            stream.write(f'{{"method": "model", "num_codes": {number}, "seed": 0}}\n')
         return Finished(None if len(seen) == 1 else 0, "", 1.0)
 
     monkeypatch.setattr(sweep, "run_command", run_command)
-    kept = tmp_path / "rate_distortion.jsonl"
-    kept.write_text('{"method": "kmeans"}\n')
-    assert sweep.run(context(tmp_path)) == f"2 of {2 * len(sweep.NUM_CODES)} pieces done: no time left"
-    assert sweep.run(context(tmp_path)) == FINISHED
-    assert seen == ['{"method": "kmeans"}\n', '{"method": "kmeans"}\n{"method": "model"}\n']
-    assert kept.read_text().endswith('{"method": "model"}\n')
+    here = context(tmp_path)
+    kept = here.results("rate_distortion")
+    kept.add(method="kmeans", num_codes=2, seed=0)
+    Results(kept.file, {**kept.header, "sources": "older"}).add(method="kmeans", num_codes=16, seed=0)
+    assert sweep.run(here) == "2 of 2 pieces done: no time left"
+    assert sweep.run(here) == FINISHED
+    assert seen == [[("kmeans", 2)]]
+    assert [(line["method"], line["rehearsal"]) for line in read_lines(kept.file)] == [
+        ("kmeans", True), ("kmeans", True), ("model", True)]  # fmt: skip
+
+
+def test_a_sweep_does_one_k_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = []
+
+    def run_command(command: list[str], seconds: float) -> Finished:
+        done.append(int(command[command.index("--num-codes") + 1]))
+        return Finished(0, "", 1.0)
+
+    monkeypatch.setattr(sweep, "run_command", run_command)
+    monkeypatch.setattr(sweep, "picture_flags", lambda context: [])
+    assert sweep.run(context(tmp_path, rehearse=False, data_dir=tmp_path)) == FINISHED
+    assert done == list(sweep.NUM_CODES)
+    late = dataclasses.replace(context(tmp_path, rehearse=False, data_dir=tmp_path), deadline=time.monotonic() + 60)
+    assert sweep.run(late) == "0 of 12 pieces done: no time left"
+    assert len(done) == len(sweep.NUM_CODES)
