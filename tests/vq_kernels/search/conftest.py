@@ -6,12 +6,18 @@ from contextlib import ExitStack
 
 import numpy as np
 import pytest
+import torch
 
 from tests.vq_kernels.search.exactness import BACKENDS_HERE, INTERPRETED, poisoned_allocations, require_backend
 from tests.vq_kernels.search.steps import TOTALS, Totals, counted_steps
 
 # Where the kernels cannot run there is nothing to skip: test_triton_search.py runs it all in the interpreter.
 collect_ignore = [] if "triton" in BACKENDS_HERE else ["test_triton_bound.py"]
+
+
+# On a GPU the sums of the scores are rounded as the matrix units do it, which nothing else shows.
+_ON_GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))
+_BACKENDS = BACKENDS_HERE if INTERPRETED else ("torch", pytest.param("triton", marks=_ON_GPU))
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -35,9 +41,9 @@ def steps() -> Counter[str]:
     return Counter()
 
 
-@pytest.fixture(params=BACKENDS_HERE)
+@pytest.fixture(params=_BACKENDS)
 def backend(request: pytest.FixtureRequest, steps: Counter[str], totals: Totals) -> Iterator[str]:
-    """Each backend that this process can test."""
+    """Each backend; Triton's where there is a GPU, or interpreted."""
     name: str = request.param
     require_backend(name)
     with ExitStack() as contexts:

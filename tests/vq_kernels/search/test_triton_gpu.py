@@ -1,14 +1,16 @@
 """What only a GPU can show of the Triton search."""
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
+from vq_kernels import PreparedCodebook, VectorQuantizer, nearest_code, vector_quantize
 from vq_kernels.gradient.triton_gradient import codebook_gradient
 from vq_kernels.search import triton_backend
-from vq_kernels.search.triton_plan import workspace_limit
+from vq_kernels.search.triton_plan import pick_config, plan_search, workspace_limit
 
 pytestmark = [
     pytest.mark.gpu,
@@ -46,6 +48,33 @@ def test_exact(dims: tuple[int, int, int], offset: float, dtype: torch.dtype):
 
 
 @pytest.mark.parametrize(
+    "dims",
+    [(1, 1, 1), (1000, 1, 64), (1000, 300, 1), (300, 200, 4096), (2000, 40_000, 64), (300, 20_000, 200)],
+)
+@pytest.mark.parametrize("offset", [0.0, 1000.0])
+def test_the_smallest_and_the_largest_sizes(dims: tuple[int, int, int], offset: float):
+    """20,000 codes and more are searched in parts."""
+    x, codebook = make(*dims, offset=offset)
+    assert torch.equal(triton_backend.search(x, codebook, [], "exact")[0], nearest(x, codebook))
+
+
+@pytest.mark.parametrize("dims", [(4096, 1024, 64), (1000, 600, 512)])
+def test_a_prepared_codebook(dims: tuple[int, int, int]):
+    x, codebook = make(*dims, offset=3.0)
+    prepared = PreparedCodebook.from_codebook(codebook, backend="triton")
+    for found, expected in zip(nearest_code(x, prepared), nearest_code(x, codebook, backend="triton"), strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("dims", [(4096, 1024, 64), (1000, 600, 512)])
+def test_fast_is_nearly_right(dims: tuple[int, int, int]):
+    x, codebook = make(*dims)
+    indices, codes, _ = nearest_code(x, codebook, backend="triton", precision="fast")
+    assert (indices == nearest(x, codebook)).float().mean() > 0.97
+    assert torch.equal(codes, codebook[indices])
+
+
+@pytest.mark.parametrize(
     "view",
     [
         lambda x: torch.cat([x, x[:, :1]], dim=1)[:, : x.shape[1]],
@@ -64,8 +93,13 @@ def test_views(dims: tuple[int, int, int], view: Callable[[Tensor], Tensor]):
 @pytest.mark.parametrize("d", [64, 512])
 def test_offsets_beyond_int32(d: int):
     """N * D passes 2**31: the last rows are where a 32-bit offset would wrap."""
-    x, codebook = make(2**31 // d + 1000, 100, d, torch.float16)
-    indices, codes, _, _ = triton_backend.search(x, codebook, [], "exact")
+    dims = (2**31 // d + 1000, 100, d)
+    x, codebook = make(*dims, torch.float16)
+    properties = triton_backend.device_properties(x.device)
+    plan = plan_search(*dims, pick_config(*dims, x.dtype, properties), properties)
+    # In one launch: `search` would cut it into several, each with small offsets of its own.
+    plan = dataclasses.replace(plan, rows_per_launch=2**31)
+    indices, codes, _, _ = triton_backend.search_with_plan(x, codebook, [], "exact", plan)
     for part in (slice(0, 2000), slice(-2000, None)):
         assert torch.equal(indices[part], nearest(x[part], codebook))
         assert torch.equal(codes[part], codebook[indices[part]])
@@ -115,14 +149,19 @@ def test_a_cuda_graph_holds_a_search(dims: tuple[int, int, int]):
     assert torch.equal(indices, nearest(x, codebook))
 
 
-@pytest.mark.parametrize("dims", [(262_144, 1024, 64), (65_536, 1024, 512), (1_048_576, 1024, 8)])
+@pytest.mark.parametrize(
+    "dims",
+    [(262_144, 1024, 64), (65_536, 1024, 512), (1_048_576, 1024, 8), (1_048_576, 512, 64), (65_536, 8192, 256)],
+)
 def test_memory(dims: tuple[int, int, int]):
     x, codebook = make(*dims)
+    triton_backend.search(x, codebook, [], "exact")
+    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    results = triton_backend.search(x, codebook, [], "exact")
-    extra = torch.cuda.max_memory_allocated() - before - sum(result.nbytes for result in results)
-    assert extra <= workspace_limit(*dims)
+    found = triton_backend.search(x, codebook, [], "exact")
+    torch.cuda.synchronize()
+    assert torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated() <= workspace_limit(*dims)
+    assert found[0].shape == (dims[0],)
 
 
 def test_a_short_last_batch_compiles_nothing():
@@ -133,3 +172,73 @@ def test_a_short_last_batch_compiles_nothing():
     compiled = sum(len(cache[0]) for cache in _scan_kernel.device_caches.values())
     triton_backend.search(x[:60_001], codebook, [], "exact")
     assert sum(len(cache[0]) for cache in _scan_kernel.device_caches.values()) == compiled
+
+
+# -- beyond the search
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.parametrize("dims", [(1, 1, 1), (5000, 7, 3), (3000, 500, 64), (20_000, 64, 200)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_against_float64(dims: tuple[int, int, int], dtype: torch.dtype, deterministic: bool):
+    x, codebook = make(*dims, dtype, offset=100.0)
+    indices = torch.randint(dims[1], (dims[0],), generator=torch.Generator("cuda").manual_seed(1), device="cuda")
+    sums, counts = codebook_gradient(x, codebook, indices, deterministic)
+    difference = codebook.double()[indices] - x.double()
+    expected, magnitude = torch.zeros(2, *codebook.shape, dtype=torch.float64, device="cuda")
+    expected.index_add_(0, indices, difference)
+    magnitude.index_add_(0, indices, difference.abs())
+    assert torch.equal(counts, torch.bincount(indices, minlength=dims[1]))
+    # The deterministic form rounds once; additions in float32 round as often as a code has rows.
+    allowed = expected.abs() if deterministic else (2.0 + counts[:, None]) * magnitude
+    assert ((sums - expected).abs() <= allowed * 2.0**-23 + 1e-12 * magnitude).all()
+    if deterministic:
+        assert torch.equal(sums, codebook_gradient(x, codebook, indices, True)[0])
+
+
+def test_vector_quantize_and_its_gradients():
+    x, codebook = (tensor.requires_grad_() for tensor in make(3000, 500, 64))
+    weights = torch.randn_like(x)
+    quantized, indices, loss = vector_quantize(x, codebook, backend="triton")
+    assert torch.equal(indices, nearest(x.detach(), codebook.detach()))
+    assert torch.equal(quantized, codebook[indices])
+    torch.autograd.backward((quantized * weights).sum() + loss)
+    assert x.grad is not None
+    assert codebook.grad is not None
+    assert torch.equal(x.grad, weights)
+    difference = codebook.detach().double()[indices] - x.detach().double()
+    expected = torch.zeros_like(codebook, dtype=torch.float64).index_add_(0, indices, difference) * (2 / x.numel())
+    torch.testing.assert_close(codebook.grad, expected.float(), rtol=1e-4, atol=1e-8)
+    torch.testing.assert_close(loss, difference.square().mean().float(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning:torch")
+def test_the_module_compiles_and_keeps_its_gradients():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    modules = [VectorQuantizer(200, 64, backend="triton").cuda() for _ in range(2)]
+    modules[1].load_state_dict(modules[0].state_dict())
+    x = make(1000, 1, 64)[0]
+    found = []
+    for module, call in zip(modules, (modules[0], torch.compile(modules[1], fullgraph=True)), strict=True):
+        rows = x.clone().requires_grad_()
+        quantized, indices, loss = call(rows)
+        torch.autograd.backward(quantized.square().sum() + loss)
+        found.append((quantized.detach(), indices, loss.detach(), rows.grad, module.codebook.grad))
+    for eager, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-7)
+
+
+def test_steps_of_training_bring_codes_to_their_rows():
+    torch.manual_seed(0)
+    x = make(4096, 1, 32)[0]
+    quantizer = VectorQuantizer(64, 32, init="data", backend="triton").cuda()
+    optimizer = torch.optim.SGD(quantizer.parameters(), lr=0.5 * quantizer.num_codes * quantizer.code_dim / 2)
+    losses = []
+    for _ in range(10):
+        optimizer.zero_grad()
+        losses.append(quantizer(x).loss)
+        torch.autograd.backward(losses[-1])
+        optimizer.step()
+    assert torch.stack(losses).isfinite().all()
+    assert losses[-1] < 0.8 * losses[0]
