@@ -52,12 +52,16 @@ def pass_gradients(
     Returns:
         quantized [N, D] in x's dtype, and the loss [], 0 where nothing counts.
     """
-    quantized, loss = _PassGradients.apply(x, codebooks, *choice, commitment_weight, complete, backend)
-    return quantized, loss
+    quantized, loss, pull = _PassGradients.apply(x, codebooks, *choice, commitment_weight > 0, complete, backend)
+    return quantized, loss + commitment_weight * pull if commitment_weight > 0 else loss
 
 
 class _PassGradients(torch.autograd.Function):
-    """(x [N, D], codebooks [Q, K, D], the parts of a `Choice`) -> quantized [N, D], loss []."""
+    """(x [N, D], codebooks [Q, K, D], the parts of a `Choice`) -> quantized [N, D], loss [], pull [].
+
+    `loss` and `pull` are one number, the mean of (r_q - c_q)²: the first moves the codes, the second moves x. They are
+    weighted outside, since a graph with dynamic shapes may hold the weight as an input of its own.
+    """
 
     @staticmethod
     def forward(
@@ -66,27 +70,27 @@ class _PassGradients(torch.autograd.Function):
         indices: Tensor,
         codes: Tensor,
         sq_distances: Tensor,
-        commitment_weight: float,
+        pulls: bool,
         complete: bool,
         backend: str,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         if not complete:
             sq_distances = sq_distances.masked_fill(indices == LEFT_OUT, 0)
-        loss = (1 + commitment_weight) * sq_distances.sum() / _num_numbers(x, indices, complete)
-        return codes.clone(), loss
+        loss = sq_distances.sum() / _num_numbers(x, indices, complete)
+        return codes.clone(), loss, loss.clone()
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, codebooks, indices, _, _, ctx.commitment_weight, ctx.complete, ctx.backend = inputs
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, codebooks, indices, _, _, ctx.pulls, ctx.complete, ctx.backend = inputs
         ctx.save_for_backward(x, codebooks, indices)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        grad_quantized, grad_loss = grad_outputs
+        grad_quantized, grad_loss, grad_pull = grad_outputs
         x, codebooks, indices = ctx.saved_tensors
         x_needs_it, codebooks_need_it = ctx.needs_input_grad[:2]
-        scale = 2 * grad_loss / _num_numbers(x, indices, ctx.complete)
-        pulls = bool(x_needs_it and ctx.commitment_weight)
+        num_numbers = _num_numbers(x, indices, ctx.complete)
+        pulls = x_needs_it and ctx.pulls
         residual, left_over, grad_codebooks = x, None, []
         for stage, (codebook, chosen) in enumerate(zip(codebooks, indices, strict=True), start=1):
             if not ctx.complete:  # at its code, a row adds nothing to the sums, and leaves nothing over
@@ -95,14 +99,14 @@ class _PassGradients(torch.autograd.Function):
                 residual = torch.where(left_out[:, None], codebook[chosen], residual)
             if codebooks_need_it:
                 difference_sums, _ = codebook_gradient_op(residual, codebook, chosen, ctx.backend)
-                grad_codebooks.append((scale * difference_sums).to(codebook.dtype))
+                grad_codebooks.append((2 * grad_loss / num_numbers * difference_sums).to(codebook.dtype))
             if pulls or stage < len(indices):
                 residual = residual - codebook[chosen]
             if pulls:
                 left_over = residual if left_over is None else left_over + residual
         grad_x = grad_quantized if x_needs_it else None
         if left_over is not None:
-            grad_x = grad_quantized + (ctx.commitment_weight * scale * left_over).to(grad_quantized.dtype)
+            grad_x = grad_quantized + (2 * grad_pull / num_numbers * left_over).to(grad_quantized.dtype)
         return grad_x, torch.stack(grad_codebooks) if grad_codebooks else None, *[None] * 6
 
 
