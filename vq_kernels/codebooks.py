@@ -8,12 +8,14 @@ from torch import Tensor, nn
 from vq_kernels.cosine import unit
 from vq_kernels.ema import RowSums, mean_codes, move_averages_, row_sums
 from vq_kernels.layout import HeadLayout
+from vq_kernels.passes import copy_to_search, unless_second_pass
 from vq_kernels.quantize import METRICS, Metric
 from vq_kernels.ranks import rank_and_world, sum_over_ranks
 from vq_kernels.restart_rows import spread_rows
 from vq_kernels.search.backend import BACKENDS, Backend
 from vq_kernels.search.checks import check_choice
 from vq_kernels.stages import LEFT_OUT
+from vq_kernels.straight_through import straight_through
 
 Init = Literal["normal", "uniform", "data"]
 INITS = ("normal", "uniform", "data")
@@ -123,16 +125,27 @@ class LearnedCodebooks(nn.Module):
             changed["separate_codebooks"] = True
         return ", ".join([shown, *(f"{name}={value!r}" for name, value in changed.items())])
 
-    def _searched(self) -> Tensor:
-        """[P, K, D], the codebooks that this forward pass searches, as they are held."""
-        again = self.ema_decay is not None and is_second_pass()
-        return _flat(self.searched_codebook if again else self.codebook, 2)
+    @property
+    def _changes(self) -> bool:
+        """Whether the codebooks may change between a forward pass and its backward."""
+        return self.training and (self.restart_after > 0 or self.init == "data" or self.ema_decay is not None)
 
-    def _differentiable(self) -> Tensor:
-        """[P, K, D], the codebooks for the gradients: a copy, where they may change before the backward."""
-        changes = self.training and (self.restart_after > 0 or self.init == "data" or self.ema_decay is not None)
-        codebooks = self._searched()
-        return self._as_codes(codebooks.clone() if changes else codebooks)
+    def _to_search(self, place: int) -> Tensor:
+        """[K, D], one codebook for this forward pass to search, as it is held; a copy, where it may change."""
+        codebook = _flat(self.codebook.detach(), 2)[place]
+        if not self._changes:
+            return codebook
+        last = self.codebook.detach() if self.ema_decay is None else self.searched_codebook
+        copy: Tensor = copy_to_search(codebook, _flat(last, 2)[place])
+        return copy
+
+    def _differentiable(self, searched: list[Tensor]) -> Tensor:
+        """[P, K, D], the codebooks for the gradients, of which `searched` holds what was searched, [K, D] each."""
+        codebooks = _flat(self.codebook, 2)
+        if self._changes:
+            copies = torch.stack(searched) if len(searched) > 1 else searched[0][None]
+            codebooks = straight_through(codebooks, copies) if self.ema_decay is None else copies
+        return self._as_codes(codebooks)
 
     def _as_codes(self, codebooks: Tensor) -> Tensor:
         """Codebooks [..., D] as they are searched: for the cosine, of length 1."""
@@ -160,14 +173,11 @@ class LearnedCodebooks(nn.Module):
             dtype=codebook.dtype,
             synchronise=self.synchronise,
         )
-        if is_second_pass():
-            return
-        finite = targets.isfinite().all(dim=1)
-        due = due & finite
+        due = unless_second_pass(due & targets.isfinite().all(dim=1))
         codebook.copy_(torch.where(due[:, None], targets, codebook))
-        self.restarts += torch.where(needs_data, 0, due.sum())
+        self.restarts.add_(torch.where(needs_data, 0, due.sum()))
         steps_unused.masked_fill_(due, 0)
-        needs_data.logical_and_(~finite.any())
+        needs_data.logical_and_(~due.any())
         if self.ema_decay is not None:  # a restarted code is the mean of one row
             sizes, sums = _flat(self.cluster_sizes, 1)[place], _flat(self.cluster_sums, 2)[place]
             sizes.masked_fill_(due, 1)
@@ -179,15 +189,16 @@ class LearnedCodebooks(nn.Module):
 
         Args:
             indices: [P, N] int64, in [0, K), or LEFT_OUT.
-            active: [P] bool, codebooks that took part in the step; None: all.
+            active: [P] bool, codebooks that learn from it; None: all.
         """
         chosen = indices != LEFT_OUT
         first = torch.arange(indices.shape[0], device=indices.device)[:, None] * self.num_codes
         slots = (indices.masked_fill(~chosen, 0) + first).flatten()
         counts = self.batch_counts.new_zeros(self.batch_counts.numel()).index_add_(0, slots, chosen.flatten().long())
         self.batch_counts.copy_(sum_over_ranks(counts, self.synchronise).view_as(self.batch_counts))
-        self.usage_counts += self.batch_counts
-        _flat(self.steps_unused, 1).add_(1 if active is None else active[:, None].long())
+        learned = 1 if active is None else active[:, None].long()
+        _flat(self.usage_counts, 1).add_(_flat(self.batch_counts, 1) * learned)
+        _flat(self.steps_unused, 1).add_(learned)
         self.steps_unused.masked_fill_(self.batch_counts > 0, 0)
 
     def _row_sums(self, rows: Tensor, codebook: Tensor, indices: Tensor, row_mask: Tensor | None) -> RowSums:
@@ -197,9 +208,16 @@ class LearnedCodebooks(nn.Module):
         return row_sums(rows, codebook, indices, counted, synchronise=self.synchronise, backend=self.backend)
 
     @torch.no_grad()
-    def _follow(self, batches: list[RowSums], decay: float, active: Tensor | None) -> None:
-        """Move the averages by what a batch said about each codebook, and the codes too; for `active` see `_count`."""
-        self.searched_codebook.copy_(self.codebook)
+    def _follow(self, searched: list[Tensor], batches: list[RowSums], decay: float, active: Tensor | None) -> None:
+        """Move the averages by what a batch said about each codebook, and the codes too.
+
+        Args:
+            searched: [K, D] each, the codebooks as the batch found them, kept for its second pass.
+            batches: what the batch said about each.
+            decay: see `vq_kernels.ema`.
+            active: as for `_count`.
+        """
+        _flat(self.searched_codebook, 2).copy_(torch.stack(searched))
         codebooks, sizes, sums = _flat(self.codebook, 2), _flat(self.cluster_sizes, 1), _flat(self.cluster_sums, 2)
         counts, row_totals = (torch.stack(parts) for parts in zip(*batches, strict=True))  # [P, K], [P, K, D]
         if active is not None:  # the averages of the others are moved to themselves
@@ -231,11 +249,6 @@ def perplexity(counts: Tensor) -> Tensor:
     total = counts.sum(dim=-1)
     entropy: Tensor = torch.special.entr(counts.double() / total.clamp(min=1)[..., None]).sum(dim=-1)
     return entropy.exp() * (total > 0)
-
-
-def is_second_pass() -> bool:
-    """Whether a backward is running: this forward pass is then the second of gradient checkpointing."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _flat(tensor: Tensor, num_kept: int) -> Tensor:

@@ -155,7 +155,7 @@ class VectorQuantizer(StagedQuantizer):
         """
         positions, _ = self._positions(x, None)
         rows = self._as_searched(self._layout.split(positions))  # [C, M, D]
-        each = zip(rows, self._as_codes(self._searched()), strict=True)
+        each = zip(rows, self._by_head(self._as_codes(self.codebook))[:, 0], strict=True)
         found = [choose_topk(head, codebook, k, metric=self.metric) for head, codebook in each]
         joined = (self._join_ranks(torch.stack(parts), positions.shape[:-1]) for parts in zip(*found, strict=True))
         return NearestCodes(*joined)

@@ -5,10 +5,11 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from vq_kernels.codebooks import LearnedCodebooks, is_second_pass
+from vq_kernels.codebooks import LearnedCodebooks
 from vq_kernels.cosine import unit
 from vq_kernels.ema import RowSums
 from vq_kernels.layout import check_mask
+from vq_kernels.passes import is_second_pass, unless_second_pass
 from vq_kernels.quantize import Quantized, choose
 from vq_kernels.search.checks import check_dtype
 from vq_kernels.stages import LEFT_OUT, Choice, pass_gradients
@@ -36,19 +37,19 @@ class StagedQuantizer(LearnedCodebooks):
         leading = positions.shape[:-1]
         rows = self._as_searched(self._layout.split(positions))
         left_out = self._left_out(rows.shape[1], row_mask, active)  # [Q, M]
-        choices, batches = self._choose(rows.detach(), row_mask, left_out)
+        choices, searched, batches = self._choose(rows.detach(), row_mask, left_out)
         indices = torch.stack([choice.indices for choice in choices])  # [C, Q, M]
         passed = [
             pass_gradients(
                 *head, commitment_weight=self.commitment_weight, complete=left_out is None, backend=self.backend
             )
-            for head in zip(rows, self._by_head(self._differentiable()), choices, strict=True)
+            for head in zip(rows, self._by_head(self._differentiable(searched)), choices, strict=True)
         ]
         if self.training and not is_second_pass():
-            codebooks_active = None if active is None else active.repeat(len(choices))  # [C·Q]
-            self._count(indices.flatten(0, 1), codebooks_active)
+            learning = self._learning(active)
+            self._count(indices.flatten(0, 1), learning)
             if self.ema_decay is not None:
-                self._follow(batches, self.ema_decay, codebooks_active)
+                self._follow(searched, batches, self.ema_decay, learning)
         codes = torch.stack([codes for codes, _ in passed]) if len(passed) > 1 else passed[0][0][None]
         return Quantized(
             self._restore(self._layout.join(codes.to(x.dtype), leading)),
@@ -58,7 +59,7 @@ class StagedQuantizer(LearnedCodebooks):
 
     def _choose(
         self, rows: Tensor, row_mask: Tensor | None, left_out: Tensor | None
-    ) -> tuple[list[Choice], list[RowSums]]:
+    ) -> tuple[list[Choice], list[Tensor], list[RowSums]]:
         """Search for each head, stage after stage, without a gradient; codes that are due restart before.
 
         Args:
@@ -67,16 +68,17 @@ class StagedQuantizer(LearnedCodebooks):
             left_out: [Q, M] bool, the rows that a stage leaves out, padding too.
 
         Returns:
-            What each head's stages choose, [C]; and, if codes follow the means of their rows, what the batch says about
-            each codebook, [C·Q], or nothing.
+            What each head's stages choose, [C]; the codebooks that were searched, [C·Q], as they are held; and, if
+            codes follow the means of their rows, what the batch says about each, [C·Q], or nothing.
         """
-        choices, batches = [], []
+        choices, searched, batches = [], [], []
         for head, residual in enumerate(rows):
             indices, sq_distances, total = [], [], residual.new_zeros(())
             for stage in range(self._num_stages):
                 place = head * self._num_stages + stage
                 self._restart(place, residual, row_mask)
-                codebook = self._as_codes(self._searched().detach()[place])
+                searched.append(self._to_search(place))
+                codebook = self._as_codes(searched[place])
                 chosen, codes, distances = choose(residual, codebook, metric=self.metric, backend=self.backend)
                 if self.training and self.ema_decay is not None and not is_second_pass():
                     batches.append(self._row_sums(residual, codebook, chosen[0], row_mask))
@@ -89,7 +91,14 @@ class StagedQuantizer(LearnedCodebooks):
                 indices.append(chosen)
                 sq_distances.append(distances)
             choices.append(Choice(torch.cat(indices), total, torch.cat(sq_distances)))
-        return choices, batches
+        return choices, searched, batches
+
+    def _learning(self, active: Tensor | None) -> Tensor | None:
+        """[C·Q] bool: the codebooks that learn from a batch; None: all. For `active` see `_quantize`."""
+        if active is None and not torch.compiler.is_compiling():
+            return None
+        active = torch.ones_like(self.needs_data) if active is None else active.expand_as(self.needs_data)
+        return unless_second_pass(active.flatten())
 
     def _left_out(self, num_rows: int, row_mask: Tensor | None, active: Tensor | None) -> Tensor | None:
         """[Q, M] bool: the rows that each stage leaves out; None: no stage leaves out any."""
@@ -104,7 +113,7 @@ class StagedQuantizer(LearnedCodebooks):
         leading = indices.shape[:-1] if self.heads == 1 else indices.shape[:-2]
         by_head = torch.stack([self._layout.split_indices(stage) for stage in indices.unbind(-1)], dim=1)  # [C, q, M]
         sums = []
-        for codebooks, stages in zip(self._by_head(self._as_codes(self._searched())), by_head, strict=True):
+        for codebooks, stages in zip(self._by_head(self._as_codes(self.codebook)), by_head, strict=True):
             first_stages = zip(codebooks, stages, strict=False)  # and no more than have indices
             sums.append(reduce(torch.add, (_codes_at(*stage) for stage in first_stages)))
         return self._restore(self._layout.join(torch.stack(sums), leading))
@@ -139,8 +148,8 @@ class StagedQuantizer(LearnedCodebooks):
         return unit(rows.to(wide)) if self.metric == "cosine" else rows.to(wide)
 
     def _by_head(self, codebooks: Tensor) -> Tensor:
-        """codebooks [C·Q, K, D] as [C, Q, K, D]."""
-        return codebooks.view(-1, self._num_stages, *codebooks.shape[1:])
+        """codebooks [C·Q, K, D], or as they are held, as [C, Q, K, D]."""
+        return codebooks.view(-1, self._num_stages, *codebooks.shape[-2:])
 
 
 def _codes_at(codebook: Tensor, indices: Tensor) -> Tensor:

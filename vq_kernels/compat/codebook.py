@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vq_kernels.codebooks import is_second_pass
 from vq_kernels.cosine import most_similar_code, unit
 from vq_kernels.draw import draw_lots, draw_replacements
-from vq_kernels.ema import mean_codes, move_averages_, row_sums, smoothed_sizes
+from vq_kernels.ema import RowSums, mean_codes, move_averages_, row_sums, smoothed_sizes
 from vq_kernels.kmeans import kmeans_if_needed
+from vq_kernels.passes import copy_to_search, is_second_pass, of_first_pass, unless_second_pass
 from vq_kernels.search import nearest_code
 from vq_kernels.search.backend import Backend
 from vq_kernels.straight_through import straight_through
@@ -122,10 +122,9 @@ class Codebook(nn.Module):
         """
         if not learns or self.last_searched is None:
             return self.embed
-        if is_second_pass():
-            return straight_through(self.embed, self.last_searched)
-        self.last_searched.copy_(self.embed.detach())
-        return self.embed
+        codes = copy_to_search(self.embed.detach(), self.last_searched)
+        self.last_searched.copy_(codes)
+        return straight_through(self.embed, codes) if self.learnable else codes
 
     def forward(self, rows: Tensor, codes: Tensor) -> Chosen:
         """Choose one of codes [C, K, D] for each of rows [C, M, D], float32 or float64, without a gradient."""
@@ -161,9 +160,11 @@ class Codebook(nn.Module):
                 synchronise=self.synchronise,
                 backend=self.backend,
             )
-            move_averages_(self.cluster_size[head], self.embed_avg[head], batch, self.decay)
+            averages = RowSums(self.cluster_size[head], self.embed_avg[head])
+            batch = RowSums(*(of_first_pass(new, held) for new, held in zip(batch, averages, strict=True)))
+            move_averages_(*averages, batch, self.decay)
             if self.ema:
-                self.embed[head].copy_(self._means(head))
+                self.embed[head].copy_(of_first_pass(self._means(head), self.embed[head]))
             if self.dead_below:
                 self.replace_dead_codes(head, rows[head], counted)
 
@@ -177,7 +178,7 @@ class Codebook(nn.Module):
     @torch.no_grad()
     def replace_dead_codes(self, head: int, rows: Tensor, counted: Tensor) -> None:
         """Put the dead codes of one codebook at random rows of [M, D], of those counted [M] bool."""
-        dead = self.cluster_size[head] < self.dead_below
+        dead = unless_second_pass(self.cluster_size[head] < self.dead_below)
         lots = draw_lots(rows.shape[0], rows.device)
         drawn, replaced = draw_replacements(dead, rows, counted, lots, synchronise=self.synchronise)
         drawn = drawn.to(self.embed.dtype)

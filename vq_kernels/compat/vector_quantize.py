@@ -122,6 +122,10 @@ class VectorQuantize(nn.Module):
         self.codebook_size = codebook_size
         self.heads = heads
         self.separate_codebook_per_head = separate_codebook_per_head
+        self.eps = eps
+        self.channel_last = channel_last
+        self.accept_image_fmap = accept_image_fmap
+        self.accept_3d_fmap = accept_3d_fmap
         self.freeze_codebook = freeze_codebook
         self.use_cosine_sim = use_cosine_sim
         self.learnable_codebook = bool(learnable_codebook)
@@ -243,9 +247,12 @@ class VectorQuantize(nn.Module):
         """positions [..., dim] as rows [C, M, D], as the codebook searches them; padding is 0 before the projection."""
         if mask is not None:
             positions = positions.masked_fill(~mask[..., None], 0)
-        rows = self._layout.split(self.project_in(positions))
-        rows = unit(rows) if self.use_cosine_sim else rows
-        return rows.to(torch.promote_types(rows.dtype, torch.float32))
+        return self._as_searched(self._layout.split(self.project_in(positions)))
+
+    def _as_searched(self, rows: Tensor) -> Tensor:
+        """rows [C, M, D] in float32 at least, and then, for the cosine, of length 1."""
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        return unit(rows) if self.use_cosine_sim else rows
 
     @property
     def codebook(self) -> Tensor:
@@ -292,7 +299,6 @@ class VectorQuantize(nn.Module):
         """In training mode, put dead codes at random rows of x [..., heads·D], which is past `project_in`."""
         if not self.training or not self._codebook.dead_below:
             return
-        rows = self._layout.split(x.detach())
-        rows = unit(rows) if self.use_cosine_sim else rows
+        rows = self._as_searched(self._layout.split(x.detach()))
         for head in range(self._layout.num_codebooks):
             self._codebook.replace_dead_codes(head, rows[head], rows[head].isfinite().all(dim=1))

@@ -43,18 +43,21 @@ def make(mode: str) -> VectorQuantize:
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("mode", ["default", "learnable", "heads"])
+@pytest.mark.parametrize("mode", ["default", "learnable", "heads", "cosine", "heads, projection, cosine"])
 def test_autocast_searches_the_same_values_as_float32(mode: str, dtype: torch.dtype) -> None:
     layer, before = make(mode).eval(), nn.Linear(DIM, DIM)
     x = 10 * draw(3, 200, DIM)
     with torch.autocast("cpu", dtype):
         half = before(x)
+        rows = layer.project_in(half)
         found = layer(half)
         cross_entropy = layer(half, indices=found[1])[1]
-    assert half.dtype == dtype
+    assert half.dtype == rows.dtype == dtype
+    layer.project_in.register_forward_hook(lambda *_: rows.float())  # the projection itself is autocast's affair
     expected = layer(half.float())
     assert torch.equal(found[1], expected[1])
-    assert torch.equal(found[0], expected[0].to(dtype))
+    if not layer.has_projections:
+        assert torch.equal(found[0], expected[0].to(dtype))
     assert torch.equal(cross_entropy, layer(half.float(), indices=found[1])[1])
 
 

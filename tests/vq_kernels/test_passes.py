@@ -1,0 +1,133 @@
+"""A quantizer in training leaves the same numbers compiled, checkpointed, and both, as it does eagerly."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from vq_kernels import ResidualVectorQuantizer, VectorQuantize, VectorQuantizer
+
+AVERAGES = {"ema_decay": 0.5, "commitment_weight": 0.25}
+RESTARTS = {"restart_after": 1, "init": "data"}
+MODULES: dict[str, Callable[[], nn.Module]] = {
+    "averages": lambda: VectorQuantizer(20, 6, **AVERAGES),
+    "averages, cosine": lambda: VectorQuantizer(20, 6, metric="cosine", **AVERAGES),
+    "averages, residual": lambda: ResidualVectorQuantizer(2, 20, 6, **AVERAGES),
+    "averages, restarts": lambda: VectorQuantizer(20, 6, **AVERAGES, **RESTARTS),
+    "restarts": lambda: VectorQuantizer(20, 6, commitment_weight=0.25, **RESTARTS),
+    "drop-in": lambda: VectorQuantize(6, 20),
+    "drop-in, cosine, dead codes": lambda: VectorQuantize(6, 20, use_cosine_sim=True, threshold_ema_dead_code=2),
+    "drop-in, learnable, dead codes": lambda: VectorQuantize(
+        6, 20, learnable_codebook=True, ema_update=False, threshold_ema_dead_code=2
+    ),
+}
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning:torch"
+)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def draw(seed: int) -> Tensor:
+    return torch.randn(30, 6, generator=torch.Generator().manual_seed(seed))
+
+
+def steps(name: str, way: str = "eager", backend: str = "aot_eager") -> dict[str, Tensor]:
+    """What two training steps leave: losses, gradients, state."""
+
+    def compiled(function: Any) -> Any:
+        return torch.compile(function, fullgraph=True, backend=backend)
+
+    torch.manual_seed(0)
+    module = MODULES[name]()
+    call = compiled(module) if way in ("compiled", INSIDE) else module
+
+    def block(x: Tensor) -> Tensor:
+        quantized, _, loss = call(x)
+        total: Tensor = quantized.square().sum() + 100 * loss
+        return total
+
+    def checkpointed(x: Tensor) -> Tensor:
+        total: Tensor = checkpoint(block, x, use_reentrant=False)
+        return total
+
+    model = checkpointed if "checkpoint" in way else block
+    model = compiled(model) if way == AROUND else model
+    left: dict[str, Tensor] = {}
+    for step in range(2):
+        torch.manual_seed(step)
+        x = draw(step).requires_grad_()
+        module.zero_grad()
+        loss = model(x)
+        loss.backward()
+        assert x.grad is not None
+        found = {"loss": loss.detach(), "x": x.grad, **module.state_dict()}
+        found |= {f"gradient of {key}": value.grad for key, value in module.named_parameters()}
+        left |= {f"{key}, step {step}": value.clone() for key, value in found.items()}
+    return left
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for key, value in found.items():
+        torch.testing.assert_close(
+            value, expected[key], rtol=1e-5, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}"
+        )
+
+
+INSIDE, AROUND = "compiled in a checkpoint", "a checkpoint, compiled"
+
+
+@pytest.mark.parametrize("name", ["averages, cosine", "averages, residual"])
+def test_a_compiler_keeps_the_codes_that_were_searched_for_the_backward(name: str) -> None:
+    assert_same(steps(name, "compiled"), steps(name))
+
+
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        ("averages, residual", INSIDE),
+        ("averages, residual", AROUND),
+        ("averages, restarts", INSIDE),
+        ("restarts", INSIDE),
+        ("restarts", AROUND),
+        ("drop-in", AROUND),
+        ("drop-in, cosine, dead codes", INSIDE),
+        ("drop-in, learnable, dead codes", AROUND),
+    ],
+)
+def test_a_compiled_second_pass_repeats_the_first_and_learns_nothing(name: str, way: str) -> None:
+    assert_same(steps(name, way), steps(name))
+
+
+@pytest.mark.parametrize("way", [INSIDE, AROUND])
+def test_the_default_compiler_does_the_same(way: str) -> None:
+    assert_same(steps("averages", way, backend="inductor"), steps("averages"))
+
+
+@pytest.mark.parametrize("cosine", [False, True])
+def test_a_second_pass_in_eval_mode_searches_the_codebook_as_it_is(cosine: bool) -> None:
+    quantizer = VectorQuantizer(20, 6, metric="cosine" if cosine else "euclidean", **AVERAGES)
+    quantizer(draw(0))
+    quantizer.eval()
+    gradients = []
+    for checkpointed in (False, True):
+        x = draw(1).requires_grad_()
+
+        def block(x: Tensor) -> Tensor:
+            quantized, _, loss = quantizer(x)
+            total: Tensor = quantized.square().sum() + loss
+            return total
+
+        (checkpoint(block, x, use_reentrant=False) if checkpointed else block(x)).backward()
+        gradients.append(x.grad)
+    assert torch.equal(*gradients)
