@@ -116,8 +116,10 @@ def _train(command: Command, device: torch.device, signals: SignalHandler) -> No
         f"{pictures.dataset}: {split.train.shape[0]} pictures to train on, {split.val.shape[0]} to validate, "
         f"{pictures.test.shape[0]} to test, {image_size[0]} x {image_size[1]}, on {where}"
     )
-    if state is None and config.network_init == "pictures":
-        begin_from_pictures(model, split.train)
+    if state is None:
+        if config.network_init == "pictures":
+            begin_from_pictures(model, split.train)
+        model.load_state_dict(from_first(model.state_dict))  # unlike machines do not round alike
     Trainer(config, model.to(device), *split, pictures.test, pictures.dataset, device, signals, state).run()
     names = dict.fromkeys(file.relative_to(folder.path).parts[0] for file in folder.files())
     _say(f"results in {folder.path}: {', '.join(names)}")

@@ -17,14 +17,14 @@ import torch.multiprocessing
 from tests.vqae import doomed_rank
 from tests.vqae.commands import Outcome, assert_equal, files_in, load
 from tests.vqae.two_ranks import (
+    CASES,
     EVALUATED,
-    PRECISIONS,
     STOP_AFTER,
     WORLD,
     evaluations,
     largest_difference,
     run,
-    weights_after_training,
+    weights_after,
 )
 
 Command = Callable[..., Outcome]
@@ -47,27 +47,42 @@ def ranks(tiny: tuple[str, ...], stopped: Path, tmp_path_factory: pytest.TempPat
 # -- training
 
 
-def test_two_ranks_reach_the_weights_of_one_process(ranks: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("name", CASES)
+def test_two_ranks_reach_the_weights_of_one_process(ranks: list[dict[str, Any]], name: str) -> None:
     """The rounding of float64 stays small for 20 steps; that of float32 only for one.
 
     In float32 each gradient is good to about 1e-5 of itself, in one process as in two. So a bias that begins at 0 would
     after its first step be good to no more, being nothing but a gradient; here they begin elsewhere.
     """
-    for precision, limit in (("float64", 1e-9), ("float32", 1e-5)):
-        expected = weights_after_training(precision)
-        dtype, steps, config = PRECISIONS[precision]
-        assert expected["encoder.features.conv1.weight"].dtype == dtype
-        for rank in ranks:
-            assert largest_difference(rank["weights"][precision], expected) < limit, precision
-        assert expected["quantizer.batch_counts"].sum() == config.batch_size
-        assert (expected["quantizer.restarts"] > 0) == (steps > config.restart_after)
+    case, beginning = CASES[name], weights_after(name, 0)
+    expected = weights_after(name, case.steps)
+    for rank in ranks:
+        assert largest_difference(rank["weights"][name], expected) < case.limit
+    for part in ("encoder.features.conv1.weight", "encoder.features.bn1.running_mean", "decoder.0.weight"):
+        assert expected[part].dtype == case.dtype
+        assert not torch.equal(expected[part], beginning[part]), part
+    assert expected["quantizer.batch_counts"].sum() == case.config.batch_size
+    assert (expected["quantizer.restarts"] > 0) == (case.steps > case.config.restart_after)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_both_ranks_hold_the_same_bits(ranks: list[dict[str, Any]], precision: str) -> None:
-    first, second = (rank["weights"][precision] for rank in ranks)
-    for name, value in first.items():
-        assert torch.equal(value, second[name]), name
+def test_the_encoder_that_wakes_slept_before() -> None:
+    beginning, half_way = (weights_after("waking", steps) for steps in (0, CASES["waking"].steps // 2))
+    for name, value in half_way.items():
+        if name.startswith("encoder."):
+            assert torch.equal(value, beginning[name]), name
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_both_ranks_hold_the_same_bits(ranks: list[dict[str, Any]], name: str) -> None:
+    first, second = (rank["weights"][name] for rank in ranks)
+    for part, value in first.items():
+        assert torch.equal(value, second[part]), part
+
+
+def test_both_begin_as_the_first_one_though_the_second_rounds_otherwise(ranks: list[dict[str, Any]]) -> None:
+    first, second = (rank["stopped run"]["begun with"] for rank in ranks)
+    assert first["encoder.features.bn1.running_mean"].any()
+    assert_equal(second, first)
 
 
 def test_a_batch_is_shared_without_a_picture_twice(ranks: list[dict[str, Any]]) -> None:
@@ -81,7 +96,10 @@ def test_a_time_box_has_one_schedule(ranks: list[dict[str, Any]]) -> None:
     first, second = (rank["learning rates"] for rank in ranks)
     assert first == second
     assert 4 < len(first) < 12
-    assert first[-1] == pytest.approx(0, abs=1e-9)
+    assert first[-1] == pytest.approx([0, 0, 0], abs=1e-9)
+    encoder, decoder, codebook = map(max, zip(*first, strict=True))
+    assert 0 < encoder < decoder
+    assert 0 < codebook < decoder
 
 
 # -- evaluation

@@ -7,7 +7,7 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -22,15 +22,37 @@ from vqae.distributed import Agreement, check_same, from_first, in_all, in_any, 
 from vqae.errors import UsageError
 from vqae.evaluation import Evaluation, evaluate
 from vqae.interrupt import Interrupted, SignalHandler
+from vqae.model import VQAE
 from vqae.trainer import Trainer
 
 WORLD = 2
 CPU = torch.device("cpu")
 STOP_AFTER = 5  # steps of the run that is stopped
 SMALL = {"num_codes": 24, "code_dim": 64, "hidden_dims": (32,), "restart_after": 3, "checkpoint_minutes": 1e6}
-PRECISIONS: dict[str, tuple[torch.dtype, int, Config]] = {  # dtype, steps, settings
-    "float64": (torch.float64, 20, Config(batch_size=17, codebook_init="data", embedding_norm="batch", **SMALL)),
-    "float32": (torch.float32, 1, Config(batch_size=16, encoder_start=0.0, **SMALL)),
+
+
+class Case(NamedTuple):
+    """A training whose weights are compared: `steps` steps, all of one epoch.
+
+    Attributes:
+        limit: of the largest relative difference between two processes and one.
+    """
+
+    dtype: torch.dtype
+    steps: int
+    limit: float
+    config: Config
+
+
+CASES = {
+    "float64": Case(
+        torch.float64,
+        20,
+        1e-9,
+        Config(batch_size=17, encoder_start=0.0, codebook_init="data", embedding_norm="batch", **SMALL),
+    ),
+    "float32": Case(torch.float32, 1, 1e-5, Config(batch_size=16, encoder_start=0.0, **SMALL)),
+    "waking": Case(torch.float64, 6, 1e-9, Config(batch_size=17, epochs=1, encoder_start=0.5, **SMALL)),
 }
 EVALUATED = ((7, 3), (8, 4), (3, 1), (1, 5), (30, 1000))  # pictures, and how many at a time
 
@@ -50,10 +72,10 @@ def make_trainer(config: Config, num_pictures: int, dtype: torch.dtype = torch.f
     return Trainer(config, model, pictures, pictures[:0], pictures[:1], "noise", CPU, SignalHandler())
 
 
-def weights_after_training(precision: str) -> dict[str, Tensor]:
-    """The state dict after the steps, all of one epoch."""
-    dtype, steps, config = PRECISIONS[precision]
-    trainer = make_trainer(config, steps * config.batch_size, dtype)
+def weights_after(name: str, steps: int) -> dict[str, Tensor]:
+    """The state dict after so many steps of a case."""
+    case = CASES[name]
+    trainer = make_trainer(case.config, case.steps * case.config.batch_size, case.dtype)
     trainer.train_steps(steps)
     return trainer.model.state_dict()
 
@@ -64,15 +86,18 @@ def evaluations() -> list[Evaluation]:
     return [evaluate(model, noise(count), batch_size, CPU) for count, batch_size in EVALUATED]
 
 
-def learning_rates() -> list[float]:
-    """Of the steps of a run in a time box, which ends before its epoch does; at every look 4 s have gone by."""
+def learning_rates() -> list[list[float]]:
+    """Of encoder, decoder and codebook, in the steps of a run in a time box, which ends before its epoch does.
+
+    At every look at the clock 4 s have gone by.
+    """
     with mock.patch.object(clock, "elapsed_s", side_effect=itertools.count(0 if is_first() else 20, 4)):
         trainer = make_trainer(Config(batch_size=4, max_minutes=1.0, **SMALL), 400)
         rates, schedule_step = [], trainer.schedule.step
 
         def step() -> None:
             schedule_step()
-            rates.append(trainer.optimizer.param_groups[0]["lr"])
+            rates.append([group["lr"] for group in trainer.optimizer.param_groups])
 
         with mock.patch.object(trainer.schedule, "step", step):
             trainer.train_steps(trainer.steps_per_epoch)
@@ -124,18 +149,33 @@ def refuse(*_: object) -> None:
 
 
 def stopped_run(rank: int, arguments: list[str]) -> dict[str, Any]:
-    """A run that a signal stops, which comes to the last process alone, and which the first one alone may write."""
+    """A run that a signal stops, which comes to the last process alone, and which the first one alone may write.
+
+    The last process rounds otherwise where it begins from the pictures, as another machine may.
+    """
     signals = SignalHandler()
     signals.install()
-    original = Trainer._train_step
+    train_step_of, trainer, begin_from_pictures = Trainer._train_step, train.Trainer, train.begin_from_pictures
+    begun_with: dict[str, Tensor] = {}
+
+    def begin(model: VQAE, pictures: Tensor) -> None:
+        begin_from_pictures(model, pictures)
+        for value in model.state_dict().values() if rank == WORLD - 1 else ():
+            if value.is_floating_point():
+                value.mul_(1 + 1e-6)
+
+    def trainer_of(config: Config, model: VQAE, *arguments: Any) -> Trainer:
+        begun_with.update({name: value.clone() for name, value in model.state_dict().items()})
+        return trainer(config, model, *arguments)
 
     def train_step(self: Trainer, pictures: Tensor) -> None:
         if self._global_step() + 1 == STOP_AFTER and rank == WORLD - 1:
             signal.raise_signal(signal.SIGTERM)
-        original(self, pictures)
+        train_step_of(self, pictures)
 
     out, err, stopped_by = io.StringIO(), io.StringIO(), ""
     with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.multiple(train, begin_from_pictures=begin, Trainer=trainer_of))
         stack.enter_context(mock.patch.object(Trainer, "_train_step", train_step))
         if rank:
             stack.enter_context(mock.patch.multiple(os, replace=refuse, unlink=refuse, fsync=refuse))
@@ -145,7 +185,7 @@ def stopped_run(rank: int, arguments: list[str]) -> dict[str, Any]:
             train._train(train.parse(arguments), CPU, signals)
         except Interrupted as interrupted:
             stopped_by = str(interrupted)
-    return {"stopped by": stopped_by, "out": out.getvalue(), "err": err.getvalue()}
+    return {"begun with": begun_with, "stopped by": stopped_by, "out": out.getvalue(), "err": err.getvalue()}
 
 
 def run(rank: int, folder: str, arguments: list[str]) -> None:
@@ -155,7 +195,7 @@ def run(rank: int, folder: str, arguments: list[str]) -> None:
     order = EpochOrder(20, 7, flip=False, seed=0, epoch=0)
     numbers = torch.arange(20).view(20, 1, 1, 1)
     found = {
-        "weights": {precision: weights_after_training(precision) for precision in PRECISIONS},
+        "weights": {name: weights_after(name, case.steps) for name, case in CASES.items()},
         "evaluations": [evaluation._asdict() for evaluation in evaluations()],
         "learning rates": learning_rates(),
         "agreements": agreements(rank),
