@@ -1,14 +1,15 @@
 """Weights to begin with, made from pictures: embeddings that are principal components, and a decoder that inverts them.
 
 Straight-through gradients teach a fresh ResNet-18 little beyond a picture's few largest components, and nearest codes
-in such a space are not nearest pictures. So every layer on the way begins as principal components of what it sees, in
-pairs of opposite sign, since ReLU(v) - ReLU(-v) = v lets a component through whole; every other branch of the network
-begins at zero; and the last linear layer reads the pictures' own components off the features. The codebook stays
-random.
+in such a space are not nearest pictures. So the first convolution begins as principal components of patches; each later
+one that halves the map begins as what it takes to predict the pixels under each position, of which it keeps the
+principal components; every other branch of the network begins at zero; and the last linear layer reads the components
+of the whole picture off the features. All of them stand in pairs of opposite sign, since ReLU(v) - ReLU(-v) = v lets a
+component through whole. The codebook stays random.
 
 Sources: data-dependent initialisation, Krähenbühl et al. 2016, arXiv:1511.06856; filters that are principal components
-of patches, Chan et al. 2015, arXiv:1404.3606; residual branches that begin at zero, Goyal et al. 2017,
-arXiv:1706.02677.
+of patches, Chan et al. 2015, arXiv:1404.3606; components of a prediction, Izenman 1975, "Reduced-rank regression for
+the multivariate linear model"; residual branches that begin at zero, Goyal et al. 2017, arXiv:1706.02677.
 """
 
 import torch
@@ -20,10 +21,10 @@ from torchvision.models.resnet import BasicBlock
 
 from vqae.model import VQAE, Decoder, Encoder
 
-_PICTURES = 8192  # to fit the linear maps to
+_PICTURES = 8192  # to fit everything to
 _NUMBERS = 2**25  # in these pictures at most, where they are large
-_STAGE_PICTURES = 4096  # of them, to fit the convolutions and their BatchNorms to
-_PATCHES = 10_000  # of a convolution's input
+_PATCHES = 20_000  # of a convolution's input
+_STEM_BIAS = 3.0  # of the first BatchNorm, in standard deviations
 _RIDGE = 1e-2  # of the ridge regressions, in units of the mean variance
 _BATCH = 256
 
@@ -40,28 +41,31 @@ def begin_from_pictures(model: VQAE, pictures: Tensor) -> None:
     chosen = model.normalise(pictures[torch.randperm(pictures.shape[0])[:num_chosen]])
     was_training = model.training
     model.eval()
-    _init_features(model.encoder.features, chosen[:_STAGE_PICTURES])
+    _init_features(model.encoder.features, chosen)
     _init_projection(model.encoder, chosen)
     _init_decoder(model.decoder, _in_batches(model.encoder, chosen), chosen)
     model.train(was_training)
 
 
-def _init_features(features: ResNet, x: Tensor) -> None:
+def _init_features(features: ResNet, pictures: Tensor) -> None:
     """The convolutions of a ResNet in eval mode, for normalised pictures [N, 3, H, W]."""
-    _init_filters(features.conv1, x)
-    y = _in_batches(features.conv1, x)
-    _centre(features.bn1, y)
-    x = features.maxpool(F.relu(features.bn1(y)))
+    conv, norm = features.conv1, features.bn1
+    patches = _patches(conv, pictures[: _num_maps(conv, pictures)])
+    _set_filters(conv, _principal_components(patches, conv.out_channels // 2))
+    _centre(norm, _in_batches(conv, pictures))
+    # So that hardly any value meets the ReLU at 0: the largest of v and of -v in a window then say where v lies there.
+    norm.bias.copy_(_STEM_BIAS * norm.weight)
+    x = _in_batches(nn.Sequential(conv, norm, nn.ReLU(), features.maxpool), pictures)
     for stage in (features.layer1, features.layer2, features.layer3, features.layer4):
         for block in stage:
-            x = _init_block(block, x)
+            x = _init_block(block, x, pictures)
 
 
-def _init_block(block: BasicBlock, x: Tensor) -> Tensor:
+def _init_block(block: BasicBlock, x: Tensor, pictures: Tensor) -> Tensor:
     """Let a block pass its input [N, C, H, W] on, as it is or, where its shape changes, as components; its output."""
     changes_shape = block.downsample is not None
     if changes_shape:
-        _init_filters(block.conv1, x)
+        _set_filters(block.conv1, _predicting_filters(block.conv1, x, pictures))
         nn.init.dirac_(block.conv2.weight)
     y = _in_batches(block.conv1, x)
     _measure(block.bn1, y)
@@ -73,23 +77,47 @@ def _init_block(block: BasicBlock, x: Tensor) -> Tensor:
         nn.init.zeros_(block.bn2.weight)
         return x
     block.bn2.weight.copy_(_std(block.bn2))
-    block.bn2.bias.copy_(block.bn2.running_mean)
+    block.bn2.bias.copy_(_statistics(block.bn2)[0])
     shortcut_conv, shortcut_norm = block.downsample
     _measure(shortcut_norm, _in_batches(shortcut_conv, x))
     nn.init.zeros_(shortcut_norm.weight)
     return F.relu(block.bn2(y))
 
 
-def _init_filters(conv: nn.Conv2d, x: Tensor) -> None:
-    """Filters from the principal components of patches of the input [N, C, H, W], each with both signs."""
+def _predicting_filters(conv: nn.Conv2d, x: Tensor, pictures: Tensor) -> Tensor:
+    """[C'/2 or fewer, C·kernel²]: the components, largest first, of what patches of x [N, C, H, W] tell of the pixels.
+
+    Each position of the output is to tell of its tile, the part of the picture that is nearer to it than to any other.
+    """
+    num_maps = _num_maps(conv, x)
+    patches = _patches(conv, x[:num_maps])  # [M, C·kernel²]
+    height, width = conv(x[:1]).shape[2:]
+    tile = (max(1, pictures.shape[2] // height), max(1, pictures.shape[3] // width))
+    covered = F.interpolate(pictures[:num_maps], (height * tile[0], width * tile[1]))  # as they are, if sizes divide
+    tiles = F.unfold(covered, tile, stride=tile).transpose(1, 2).flatten(0, 1)  # [M, 3·tile]
+    weight, _ = _ridge_regression(patches, tiles)
+    predictions = patches @ weight.T
+    return _principal_components(predictions - predictions.mean(0), conv.out_channels // 2) @ weight
+
+
+def _num_maps(conv: nn.Conv2d, x: Tensor) -> int:
+    """How many of the maps x [N, C, H, W] have as many patches as are wanted."""
+    height, width = conv(x[:1]).shape[2:]
+    return -(-_PATCHES // int(height * width))
+
+
+def _patches(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """What each output position of a convolution sees of x [N, C, H, W]: [N·H'·W', C·kernel²]."""
     unfold = nn.Unfold(conv.kernel_size, padding=tuple(map(int, conv.padding)), stride=conv.stride)
-    positions = unfold(x[:1]).shape[2]
-    patches = unfold(x[: -(-_PATCHES // positions)])
-    patches = patches.transpose(1, 2).flatten(0, 1)  # [patches, C·kernel²]
-    components = _principal_components(patches, conv.out_channels // 2)
-    filters = torch.cat([components, -components]).view(-1, *conv.weight.shape[1:])
+    patches: Tensor = unfold(x)
+    return patches.transpose(1, 2).flatten(0, 1)
+
+
+def _set_filters(conv: nn.Conv2d, filters: Tensor) -> None:
+    """Take filters [at most C'/2, C·kernel²], each with both signs; others are zero."""
+    pairs = torch.cat([filters, -filters]).view(-1, *conv.weight.shape[1:])
     nn.init.zeros_(conv.weight)
-    conv.weight[: filters.shape[0]] = filters
+    conv.weight[: pairs.shape[0]] = pairs
 
 
 def _init_projection(encoder: Encoder, x: Tensor) -> None:
@@ -154,13 +182,13 @@ def _measure(norm: _BatchNorm, y: Tensor) -> None:
     axes = [axis for axis in range(y.dim()) if axis != 1]
     mean, variance = _statistics(norm)
     mean.copy_(y.mean(axes))
-    variance.copy_(y.var(axes))
+    variance.copy_(y.var(axes, correction=0))
 
 
 def _centre(norm: _BatchNorm, y: Tensor) -> None:
     """Make a BatchNorm y [N, C, H, W] -> (y - its mean) / s, with one s for all channels, by which it spreads by 1."""
     _measure(norm, y)
-    spread = _statistics(norm)[1].mean().clamp(min=norm.eps).sqrt()
+    spread = _std(norm).square().mean().sqrt()
     norm.weight.copy_(_std(norm) / spread)
     nn.init.zeros_(norm.bias)
 
