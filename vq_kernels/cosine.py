@@ -45,10 +45,11 @@ def most_similar_code(x: Tensor, codebook: Tensor, *, backend: Backend = "auto")
 
     and the nearest of those is the code with the largest x·c_k. ‖c_k‖² is a float64 sum of exact squares, off by at
     most D·2⁻⁵³·M. a_k has three coordinates of x's own dtype, each the square root of what the ones before left over,
-    rounded down: less than 2⁻⁶⁵·M of the length² is missing. So two codes are told apart wherever their dot products
-    differ by more than D·2⁻⁵³·M, which is what a float64 dot product's own rounding may come to: closer ones count as
-    equal, and either may be given. Two kinds of ties are none of rounding, and give the lowest index: identical codes,
-    and a row of zeros.
+    rounded down by up to 3·2⁻²⁴ of itself: less than 2⁻⁶⁴·M of the length² is missing. The search tells distances apart
+    down to float64's rounding of them, D·2⁻⁵³ of up to 4·M for an x as long as the codes. So two codes are told apart
+    wherever their dot products differ by more than about 4·D·2⁻⁵³·M, a few times what a float64 dot product's own
+    rounding may come to: closer ones count as equal, and either may be given. Two kinds of ties are none of rounding,
+    and give the lowest index: identical codes, and a row of zeros.
 
     Args:
         x: [..., D], float32, float16, bfloat16 or float64.
@@ -81,7 +82,7 @@ def most_similar_code(x: Tensor, codebook: Tensor, *, backend: Backend = "auto")
 def _missing_length(codes: Tensor) -> Tensor:
     """[K, 3]: coordinates that bring all finite codes [K, D] to the length of the longest; NaN for the others."""
     sq_norms = codes.double().square().sum(dim=1)
-    missing = torch.where(sq_norms.isfinite(), sq_norms, 0.0).amax() - sq_norms
+    missing = torch.where(sq_norms.isfinite(), sq_norms, 0.0).amax(dim=0) - sq_norms
     missing = torch.where(sq_norms.isfinite(), missing, torch.nan)
     steps = []
     for _ in range(_STEPS):

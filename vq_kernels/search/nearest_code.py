@@ -45,7 +45,8 @@ def nearest_code(
 
     The same indices as a float64 brute-force search over the same values; the lowest index on a tie. (Where two
     distances agree to within float64's own rounding, 1e-13 relative, either may be given.) Neither autocast nor the
-    switches for float32 matrix products change a result. The [N, K] distances are never stored.
+    switches for float32 matrix products change a result. The [N, K] distances are never stored. A model that holds
+    a search can be exported to ONNX, where it is as exact: see `vq_kernels.search.onnx_export`.
 
     Args:
         x: [..., D], float32, float16, bfloat16 or float64, any strides.

@@ -3,17 +3,18 @@
 import torch
 from torch import Tensor
 
+from vq_kernels.search import onnx_export
 from vq_kernels.search.backend import select_backend
 from vq_kernels.search.prepared import backend_module
 
 
 @torch.library.custom_op("vq_kernels::nearest_code", mutates_args=())
-def nearest_code_op(
+def _operator(
     x: Tensor, codebook: Tensor, operands: list[Tensor], backend: str, precision: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x [N, D], codebook [K, D], operands of the backend (or none) -> indices, codes, sq_distances, statistics."""
     if x.device.type == "mps":  # has no float64; the search is exact on the CPU instead
-        found = nearest_code_op(x.cpu(), codebook.cpu(), [operand.cpu() for operand in operands], backend, precision)
+        found = _operator(x.cpu(), codebook.cpu(), [operand.cpu() for operand in operands], backend, precision)
         indices, codes, sq_distances, statistics = (result.to(x.device) for result in found)
         return indices, codes, sq_distances, statistics
     name, _ = select_backend(x, codebook, backend)
@@ -21,7 +22,7 @@ def nearest_code_op(
     return indices, codes, sq_distances, statistics
 
 
-@nearest_code_op.register_fake
+@_operator.register_fake
 def _(
     x: Tensor, codebook: Tensor, operands: list[Tensor], backend: str, precision: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -32,3 +33,13 @@ def _(
         x.new_empty(num_rows, dtype=torch.float32),
         x.new_empty(3, dtype=torch.int64),
     )
+
+
+def nearest_code_op(
+    x: Tensor, codebook: Tensor, operands: list[Tensor], backend: str, precision: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The operator, and what takes its place while a module is exported to ONNX; arguments and results are its own."""
+    if torch.onnx.is_in_onnx_export():
+        return onnx_export.search(x, codebook)
+    indices, codes, sq_distances, statistics = _operator(x, codebook, operands, backend, precision)
+    return indices, codes, sq_distances, statistics
