@@ -3,7 +3,8 @@
     python benchmarks/train_bench.py
 
 The bare loop has no quantizer, no losses for it, no data pipeline, no checkpoints: what it does not reach, no trainer
-of this model does. Both take the same number of steps in turns, in one process, and the ratio of their medians counts.
+of this model does. The encoder learns in both from the first step on, so that every step is a whole one. Both take the
+same number of steps in turns, in one process, and the ratio of their medians counts.
 It prints one JSON line, such as
 
     {"trainer_images_per_s": ..., "bare_images_per_s": ..., "ratio": ..., "device": "cpu", ...}
@@ -71,7 +72,14 @@ def main(options: Options) -> None:
     num_steps = options.steps * (options.turns + 1)
     pictures = torch.randint(256, (num_steps * options.batch_size, 3, 32, 32), dtype=torch.uint8)
     with tempfile.TemporaryDirectory() as folder:
-        config = Config(out=Path(folder), batch_size=options.batch_size, epochs=1, checkpoint_minutes=1e6, lr=1e-3)
+        config = Config(
+            out=Path(folder),
+            batch_size=options.batch_size,
+            epochs=1,
+            checkpoint_minutes=1e6,
+            lr=1e-3,
+            encoder_start=0.0,
+        )
         model = build_model(config, (32, 32)).to(device)
         empty = pictures[:0]
         trainer = Trainer(config, model, pictures, empty, pictures[:1], "random", device, SignalHandler())
