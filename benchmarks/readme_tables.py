@@ -5,8 +5,9 @@
 
 The results lie in benchmarks/results/cpu: train.json (a run's last line of metrics.jsonl, with the command and the
 machine), train_bench.jsonl, argmin.jsonl (argmin_bench.py), exactness_soak.jsonl, ablation.jsonl (recipe_ablation.py)
-and rate_distortion.jsonl (the results.jsonl of rate_distortion.py). Those of a GPU lie in benchmarks/results/h200, as
-gpu_pass.py leaves them. A table stands between `<!-- begin NAME -->` and `<!-- end NAME -->`.
+and rate_distortion.jsonl (the results.jsonl of rate_distortion.py). Those of a GPU lie in a folder named after it, such
+as benchmarks/results/h200, as gpu_pass.py leaves them. A table stands between `<!-- begin NAME -->` and
+`<!-- end NAME -->`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from gpu import tables as gpu_tables
-from gpu.results import read_lines as read_gpu_lines
+from gpu.measured import results as gpu_results
+from gpu.measured import searches as gpu_searches
 from learning_tables import ablation_table, rate_distortion_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -87,9 +89,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
     },
     "docs/performance.md": {
         **gpu_tables.TABLES,
-        "gpu-rate-distortion": lambda: rate_distortion_table(
-            read_gpu_lines(gpu_tables.RESULTS / "rate_distortion.jsonl")
-        ),
+        "gpu-rate-distortion": lambda: rate_distortion_table(gpu_results("rate_distortion")),
     },
 }
 """How each file's tables are made, by their names."""
@@ -119,7 +119,7 @@ def main(arguments: list[str]) -> int:
             print(f"{name} is up to date" if before == after else f"{name} differs from the results")
         else:
             file.write_text(after)
-    if arguments != ["--check"] and gpu_tables.searches():
+    if arguments != ["--check"] and gpu_searches():
         gpu_tables.plot_throughput(ROOT / "docs" / "images" / "gpu_search.png")
     return int(changed and arguments == ["--check"])
 

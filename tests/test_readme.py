@@ -110,7 +110,7 @@ def finish_rehearsal(folder: Path) -> None:
     """All stages of a GPU pass as finished; what a pass does is tested by tests/benchmarks/gpu/test_gpu_pass.py."""
     for stage in STAGES:
         header = gpu.results.make_header(stage.folders, None, rehearse=True)
-        gpu.results.Results(folder / "stages.jsonl", header).add(stage=stage.name, outcome=FINISHED)
+        gpu.results.Results(folder / "checks.jsonl", header).add(op="stage", stage=stage.name, outcome=FINISHED)
 
 
 @pytest.fixture

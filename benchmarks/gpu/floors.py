@@ -25,8 +25,11 @@ class Rates:
     source: str
 
 
-PUBLISHED = Rates(4.8, 989.0, "published: NVIDIA H200 datasheet, SXM, dense")
-"""The datasheet gives the matrix rate with sparsity, 1,979; dense is half of it."""
+PUBLISHED = {
+    "h200": Rates(4.8, 989.0, "published: NVIDIA H200 datasheet, SXM, dense"),
+    "h100": Rates(3.35, 989.0, "published: NVIDIA H100 datasheet, SXM, dense"),
+}
+"""By the folder of a GPU's results. The datasheets give the matrix rate with sparsity, 1,979; dense is half of it."""
 
 
 def measured_rates(lines: Iterable[dict[str, Any]]) -> Rates | None:

@@ -1,7 +1,7 @@
 """The auto-encoder as people write it in plain PyTorch: the baseline of the training stage.
 
 Layers and optimiser are the same: torchvision's ResNet-18 as it is, cdist and argmin, an MLP; pictures come from a
-DataLoader that makes a tensor of each, as with torchvision's data sets.
+DataLoader that makes a tensor of each, as with torchvision's data sets. Its encoder learns from the first step on.
 """
 
 from collections.abc import Iterator
@@ -37,7 +37,8 @@ class PlainModel(nn.Module):
         super().__init__()
         features = resnet18(weights=None)
         features.fc = nn.Identity() if config.code_dim == FEATURE_DIM else nn.Linear(FEATURE_DIM, config.code_dim)
-        self.encoder = nn.Sequential(features, nn.BatchNorm1d(config.code_dim, affine=False))
+        norm = nn.BatchNorm1d(config.code_dim, affine=False) if config.embedding_norm == "batch" else nn.Identity()
+        self.encoder = nn.Sequential(features, norm)
         self.codebook = nn.Parameter(torch.randn(config.num_codes, config.code_dim))
         self.decoder = Decoder(config.code_dim, config.hidden_dims, image_size)
 

@@ -36,7 +36,7 @@ MULTIPROCESSORS = 132
 CLOCK_GHZ = 1.83
 """On which the published matrix rate rests: 132 multiprocessors times 4,096 operations a clock."""
 
-_H200 = DeviceProperties((9, 0), MULTIPROCESSORS)
+H200 = DeviceProperties((9, 0), MULTIPROCESSORS)
 _REGISTERS, _SHARED_BYTES = 65_536, 227 * 1024  # of a multiprocessor
 _L2_TBS = 5.5
 _LAUNCH_US = 2.0
@@ -44,7 +44,7 @@ _UNPROVED = 0.05
 _CANDIDATES = 4
 _PREPARE_LAUNCHES = 5  # 3 kernels, the fills of their maxima and of the statistics
 _PART_LAUNCHES = 4  # the counters' fill, scan, resolve, drain
-_MADE = ("triton", "commit", "sources", "date")
+MADE = ("triton", "commit", "sources", "date")
 
 
 def compiled(lines: list[Line], config: ScanConfig, d: int, split: bool) -> Line:
@@ -63,8 +63,8 @@ def compiled(lines: list[Line], config: ScanConfig, d: int, split: bool) -> Line
 def predict(shape: Shape, lines: list[Line]) -> Line:
     """The line of one shape."""
     n, k, d = shape
-    config = pick_config(n, k, d, torch.float32, _H200)
-    plan = plan_search(n, k, d, config, _H200)
+    config = pick_config(n, k, d, torch.float32, H200)
+    plan = plan_search(n, k, d, config, H200)
     made = compiled(lines, config, d, plan.splits > 1)
     sharing = programs_a_multiprocessor(config, made)
     columns = ceil_div(row_pitch(d), config.columns(d)) * config.columns(d)
@@ -118,13 +118,13 @@ def _rest_ms(shape: Shape, plan: SearchPlan) -> float:
     read = 4 * n * d if plan.config.resident else 0
     decided = _UNPROVED * n * 4 * d * (2 + _CANDIDATES)
     moved = stored + read + n * (4 * d + 12) + decided + 4 * 4 * k * d
-    return 1e-9 * moved / PUBLISHED.memory_tbs + 1e-3 * _LAUNCH_US * launches(n, plan)
+    return 1e-9 * moved / PUBLISHED["h200"].memory_tbs + 1e-3 * _LAUNCH_US * launches(n, plan)
 
 
 def main() -> int:
     """Print a line a shape."""
     lines = read_lines(Path(sys.argv[1]))
-    made = {name: entry for name, entry in make_header(("vq_kernels/search",), None, True).items() if name in _MADE}
+    made = {name: entry for name, entry in make_header(("vq_kernels/search",), None, True).items() if name in MADE}
     for shape in SHAPES:
         print(json.dumps({**predict(shape, lines), **made}))
     return 0

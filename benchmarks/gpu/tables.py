@@ -1,19 +1,23 @@
-"""The tables and the plot of docs/performance.md and the README, from the results of a GPU. Tables need no package.
+"""The tables and the plot of docs/performance.md and the README, from the results of a GPU. Tables need no package."""
 
-Lines of a rehearsal are no results, and of several lines of one thing the last counts.
-"""
-
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from gpu.floors import PUBLISHED, Shape, byte_floor_ms, measured_rates, operation_floor_ms
-from gpu.results import ROOT, Line, read_lines
-
-RESULTS = ROOT / "benchmarks" / "results" / "h200"
-PREDICTIONS = ROOT / "benchmarks" / "results" / "predictions.jsonl"
-
-NOT_YET = "not measured yet"
+from gpu.floors import PUBLISHED, byte_floor_ms, measured_rates, operation_floor_ms
+from gpu.measured import (
+    PREDICTIONS,
+    SIZE,
+    TRAINING_PREDICTIONS,
+    flash_kmeans,
+    latest,
+    measured_gpu,
+    of_one_source,
+    replays,
+    results,
+    searches,
+)  # fmt: skip
+from gpu.results import Line, read_lines
+from gpu.table_form import NOT_YET, markdown, milliseconds, size_of, where
 
 SHOWN = {
     "triton": "this library, exact",
@@ -29,64 +33,6 @@ SHOWN = {
 }
 _BAR_ROWS, _BAR_CODES = 1_048_576, 4_096
 _BARS = {64: 1.8, 128: 2.3, 256: 2.5, 512: 3.5}  # D, and how many times flash-kmeans' throughput is asked for
-_SIZE = ("N", "K", "D")
-
-
-# -- the lines
-
-
-def results(stage: str, op: str | None = None) -> list[Line]:
-    """The measured lines in a stage's file, of one op where it is named."""
-    lines = [line for line in read_lines(RESULTS / f"{stage}.jsonl") if line.get("rehearsal") is False]
-    return [line for line in lines if op is None or line["op"] == op]
-
-
-def latest(lines: Iterable[Line], *names: str) -> dict[tuple[Any, ...], Line]:
-    """The last line for each combination of these entries."""
-    return {tuple(line.get(name) for name in names): line for line in lines}
-
-
-def searches() -> dict[tuple[str, Shape], Line]:
-    """The timed searches of float32 normal data, by contender and shape."""
-    lines = (line for line in results("search", "nearest_code") if line["status"] == "ok")
-    usual = (line for line in lines if (line["dtype"], line["data"]) == ("float32", "gaussian"))
-    return {(key[0], (key[1], key[2], key[3])): line for key, line in latest(usual, "contender", *_SIZE).items()}
-
-
-def of_one_source(lines: list[Line]) -> list[Line]:
-    """Those that were made of the same sources as the last one."""
-    return [line for line in lines if line["sources"] == lines[-1]["sources"]]
-
-
-# -- their form
-
-
-def markdown(rows: Sequence[Sequence[object]], note: str = "") -> str:
-    """A table whose first row holds the headings, and a line below it."""
-    first, *others = ("| " + " | ".join(map(str, row)) + " |" for row in rows)
-    return "\n".join([first, "|---" * len(rows[0]) + "|", *others, *(["", note] if note else [])])
-
-
-def where(lines: Iterable[Line]) -> str:
-    """GPUs, versions, commits and dates of the lines, each only once."""
-    parts = []
-    for line in lines:
-        peers = "".join(f", {name} {version}" for name, version in line["peers"].items() if version)
-        parts.append(
-            f"{line['gpu']}, driver {line['driver']}, CUDA {line['cuda']}; Python {line['python']}, torch "
-            f"{line['torch']}, triton {line['triton']}{peers}; commit {line['commit']}; {line['date']}"
-        )
-    return " / ".join(dict.fromkeys(parts))
-
-
-def size_of(line: Line) -> str:
-    """N × K × D of a line."""
-    return f"{line['N']:,} × {line['K']:,} × {line['D']}"
-
-
-def milliseconds(value: float) -> str:
-    """Three digits of it."""
-    return f"{value:.3g}" if value < 100 else f"{value:.0f}"
 
 
 # -- the tables
@@ -102,7 +48,8 @@ def readme_table() -> str:
         lines = [found.get((contender, (_BAR_ROWS, _BAR_CODES, code_dim))) for code_dim in _BARS]
         if any(lines):
             rows.append([shown, *(_throughput(line) for line in lines)])
-    return markdown(rows, f"2·N·K·D over the median time, float32 in; {where(found.values())}.")
+    note = f"2·N·K·D over the median time, float32 in; {where(found.values())}."
+    return markdown(rows, f"{note}\n\n![Throughput of the searches on a GPU by D](docs/images/gpu_search.png)")
 
 
 def _throughput(line: Line | None) -> str:
@@ -114,11 +61,12 @@ def _throughput(line: Line | None) -> str:
 
 def rates_table() -> str:
     """The rates that the floors stand on."""
+    given = PUBLISHED[measured_gpu()]
     published = {
-        "copy": f"{PUBLISHED.memory_tbs} TB/s",
+        "copy": f"{given.memory_tbs} TB/s",
         "copy within L2": "",
-        "gemm float16": f"{PUBLISHED.matrix_tflops:.0f} TFLOP/s",
-        "gemm bfloat16": f"{PUBLISHED.matrix_tflops:.0f} TFLOP/s",
+        "gemm float16": f"{given.matrix_tflops:.0f} TFLOP/s",
+        "gemm bfloat16": f"{given.matrix_tflops:.0f} TFLOP/s",
         "gemm TF32": "494 TFLOP/s",
         "gemm float32": "67 TFLOP/s",
         "gemm float64": "67 TFLOP/s",
@@ -133,17 +81,24 @@ def rates_table() -> str:
 
 def floors_table() -> str:
     """The two floors of each shape, the prediction, and what was measured."""
-    rates = measured_rates(results("search")) or PUBLISHED
-    found = searches()
-    rows = [["N × K × D", "bytes, ms", "operations, ms", "predicted, ms", "measured, ms", "over the larger floor"]]
+    rates = measured_rates(results("search")) or PUBLISHED[measured_gpu()]
+    found, replayed = searches(), replays()
+    rows = [
+        ["N × K × D", "bytes, ms", "operations, ms", "predicted, ms", "measured, ms", "over the larger floor",
+         "as a graph replay, ms"],
+    ]  # fmt: skip
     for prediction in read_lines(PREDICTIONS):
         shape = (prediction["N"], prediction["K"], prediction["D"])
         floors = byte_floor_ms(shape, rates), operation_floor_ms(shape, rates)
         predicted = [milliseconds(prediction[name]) for name in ("low_ms", "high_ms")]
         line = found.get(("triton", shape))
         measured = [milliseconds(line["p50_ms"]), f"{line['p50_ms'] / max(floors):.2f}"] if line else [NOT_YET, ""]
+        replay = replayed.get(("triton", shape), {}).get("cold_us")
+        measured.append("" if replay is None else milliseconds(1e-3 * replay))
         rows.append([size_of(prediction), *map(milliseconds, floors), " to ".join(dict.fromkeys(predicted)), *measured])
-    return markdown(rows, f"Rates {rates.source}.")
+    return markdown(
+        rows, f"Rates {rates.source}. A replay's time has no launches by Python in it; L2 is flushed in both."
+    )
 
 
 def predictions_table() -> str:
@@ -166,26 +121,42 @@ def bars_table() -> str:
     """What is asked for, and what was reached."""
     found = searches()
     rows = [["asked for", "reached"], ["10⁹ rows against float64: 0 wrong", _exactness_sum()]]
-    sanitizers = latest(results("sanitizers"), "tool")
+    sanitizers = latest(results("checks", "sanitizer"), "tool")
     for tool in ("memcheck", "racecheck"):
         rows.append([f"{tool} clean", sanitizers.get((tool,), {"status": NOT_YET})["status"]])
     for code_dim, times in _BARS.items():
         shape = (_BAR_ROWS, _BAR_CODES, code_dim)
         asked = f"at D = {code_dim} at least {times} × flash-kmeans' float32 throughput"
-        rows.append([asked, _ratio(found.get(("triton", shape)), found.get(("flash-kmeans", shape)))])
+        rows.append([asked, _ratio(found.get(("triton", shape)), flash_kmeans(found, shape))])
         if code_dim <= 128:
             gemm = _ratio(found.get(("triton", shape)), found.get(("gemm-16bit", shape)))
             rows.append([f"at D = {code_dim} faster than the bare float16 GEMM that writes its N × K result", gemm])
-    replays = latest(results("search", "replay"), "contender", *_SIZE)
-    rows.append(["256 × 512 × 512 under 10 µs as a graph replay", _replayed(replays.get(("triton", 256, 512, 512)))])
-    memory = latest(results("search", "memory"), *_SIZE, "dtype", "data").values()
+    replay = replays().get(("triton", (256, 512, 512)))
+    rows.append(["256 × 512 × 512 under 10 µs as a graph replay", _replayed(replay)])
+    memory = latest(results("search", "memory"), *SIZE, "dtype", "data").values()
     within = sum(bool(line["within"]) for line in memory)
     rows.append(["extra memory within the limit at every shape", f"{within} of {len(memory)}" if memory else NOT_YET])
     rows.append(["test MSE ≤ 0.0300 within 60 s of training", _target(results("training", "run"))])
+    rows.append(["a training step at least 3 × as fast as plain PyTorch's", _faster()])
+    gpus = dict.fromkeys(f"{line['gpu']}; commit {line['commit']}" for line in (*found.values(), *memory))
+    return markdown(rows, f"{' / '.join(gpus)}." if gpus else "")
+
+
+def _faster() -> str:
+    """How much faster a step is: in a run of the usual settings beside the plain loop, and alone."""
+    runs = [line for line in results("training", "run") if line["status"] == "ok" and not line["flags"]]
+    loops = results("training", "loop")
     steps = latest(results("training", "step"), "model", "amp")
-    step = _ratio(steps.get(("this library", False)), steps.get(("plain", False)))
-    rows.append(["a training step at least 3 × as fast as plain PyTorch's", step])
-    return markdown(rows)
+    shown = []
+    if runs and loops:
+        for name in ("learning", "resting"):
+            rate = runs[-1][f"{name}_images_per_s"]
+            if rate is not None:
+                shown.append(f"{rate / loops[-1]['images_per_s']:.2f} × with the encoder {name}")
+    alone = _ratio(steps.get(("this library", False)), steps.get(("plain", False)))
+    if alone != NOT_YET:
+        shown.append(f"{alone} for a step alone, its batch on the GPU")
+    return ", ".join(shown) or NOT_YET
 
 
 def _ratio(ours: Line | None, theirs: Line | None) -> str:
@@ -205,6 +176,10 @@ def _target(runs: list[Line]) -> str:
         best = min(reached, key=lambda line: float(line["seconds_to_target"]))
         return f"{best['seconds_to_target']:.1f} s, {best['epochs']} epochs {best['flags']}".strip()
     return f"not reached; {min(line['test_mse'] for line in finished):.4f}" if finished else NOT_YET
+
+
+def _rate(value: float | None) -> str:
+    return "" if value is None else f"{value:,.0f}"
 
 
 def _exactness_sum() -> str:
@@ -234,13 +209,13 @@ def contenders_table() -> str:
     found = searches()
     if not found:
         return f"{NOT_YET}."
-    memory = latest((line for line in results("search", "memory") if line["data"] == "gaussian"), *_SIZE, "dtype")
+    memory = latest((line for line in results("search", "memory") if line["data"] == "gaussian"), *SIZE, "dtype")
     rows = [["N × K × D", *(f"{shown}, ms" for shown in SHOWN.values()), "extra MiB, of at most"]]
     for shape in dict.fromkeys(shape for _, shape in found):
         lines = [found.get((contender, shape)) for contender in SHOWN]
         extra = memory.get((*shape, "float32"))
         weighed = f"{extra['extra_mib']:.1f} of {extra['limit_mib']:.1f}" if extra else ""
-        size = size_of(dict(zip(_SIZE, shape, strict=True)))
+        size = size_of(dict(zip(SIZE, shape, strict=True)))
         rows.append([size, *(milliseconds(line["p50_ms"]) if line else "" for line in lines), weighed])
     return markdown(rows, f"{where(found.values())}.")
 
@@ -248,7 +223,7 @@ def contenders_table() -> str:
 def steps_table() -> str:
     """Forward and backward of a quantizer, and the memory that a step takes."""
     found = latest(
-        (line for line in results("search", "vector_quantize") if line["status"] == "ok"), *_SIZE, "contender"
+        (line for line in results("search", "vector_quantize") if line["status"] == "ok"), *SIZE, "contender"
     )
     if not found:
         return f"{NOT_YET}."
@@ -260,7 +235,7 @@ def steps_table() -> str:
 
 def tiles_table() -> str:
     """`pick_config`'s choice beside the fastest found."""
-    found = latest(results("tiles", "choice"), *_SIZE)
+    found = latest(results("tiles", "choice"), *SIZE)
     if not found:
         return f"{NOT_YET}."
     rows = [["N × K × D", "`pick_config`'s choice", "ms", "fastest found", "ms", "ratio"]]
@@ -273,7 +248,7 @@ def tiles_table() -> str:
 
 def profiles_table() -> str:
     """The kernels of a search that take the most time, at each shape."""
-    found = latest(results("tiles", "profile"), "name", *_SIZE)
+    found = latest(results("tiles", "profile"), "name", *SIZE)
     if not found:
         return f"{NOT_YET}."
     rows = [["N × K × D", "", "launches", "all, µs", "the longest, µs"]]
@@ -290,13 +265,15 @@ def training_table() -> str:
     if not runs:
         return f"{NOT_YET}."
     rows = [
-        ["epochs", "flags", "test MSE", "seconds to 0.0300", "of steps in all, s", "start to exit, s", "pictures/s"]
-    ]
+        ["epochs", "flags", "test MSE", "seconds to 0.0300", "of steps in all, s", "start to exit, s", "pictures/s",
+         "encoder resting", "learning"],
+    ]  # fmt: skip
     for line in runs.values():
         reached = line["seconds_to_target"]
         rows.append(
             [line["epochs"], line["flags"], f"{line['test_mse']:.4f}", "" if reached is None else f"{reached:.1f}",
-             f"{line['train_s']:.1f}", f"{line['wall_s']:.1f}", f"{line['images_per_s']:,.0f}"]
+             f"{line['train_s']:.1f}", f"{line['wall_s']:.1f}",
+             *(_rate(line[f"{name}images_per_s"]) for name in ("", "resting_", "learning_"))]
         )  # fmt: skip
     steps = latest(results("training", "step"), "model", "amp").values()
     shown = [f"{line['model']}{', amp' if line['amp'] else ''} {milliseconds(line['p50_ms'])} ms" for line in steps]
@@ -305,15 +282,72 @@ def training_table() -> str:
     return markdown(rows, f"A step alone: {'; '.join(shown)}; {where(runs.values())}.")
 
 
+def replays_table() -> str:
+    """Calls as replays of CUDA graphs, in microseconds."""
+    found = replays()
+    if not found:
+        return f"{NOT_YET}."
+    rows = [["N × K × D", "", "shared launch, µs", "L2 flushed, µs"]]
+    for (contender, _), line in found.items():
+        times = [f"{line[name]:.1f}" if name in line else line["status"] for name in ("warm_us", "cold_us")]
+        rows.append([size_of(line), SHOWN.get(contender, contender), *times])
+    return markdown(rows, f"{where(found.values())}.")
+
+
+COUNTERS = {
+    "GPU Speed Of Light Throughput: Duration": "scan",
+    "GPU Speed Of Light Throughput: Compute (SM) Throughput": "SM",
+    "GPU Speed Of Light Throughput: Memory Throughput": "memory",
+    "GPU Speed Of Light Throughput: L2 Cache Throughput": "L2",
+    "GPU Speed Of Light Throughput: DRAM Throughput": "DRAM",
+    "Compute Workload Analysis: Issue Slots Busy": "issue slots",
+    "Occupancy: Achieved Occupancy": "occupancy",
+    "Launch Statistics: Registers Per Thread": "registers",
+}
+"""Of Nsight Compute's figures the shown ones, and their columns."""
+
+
+def counters_table() -> str:
+    """What Nsight Compute counts in the scan."""
+    found = latest(results("tiles", "counters"), *SIZE)
+    if not found:
+        return f"{NOT_YET}."
+    rows = [["N × K × D", *COUNTERS.values(), ""]]
+    for line in found.values():
+        figures = {key.partition(" [")[0]: (value, key) for key, value in line.get("figures", {}).items()}
+        cells = []
+        for name in COUNTERS:
+            value, key = figures.get(name, ("", ""))
+            cells.append(f"{value} {key.partition(' [')[2].rstrip(']')}".strip())
+        rows.append([size_of(line), *cells, "" if line["status"] == "ok" else line["status"]])
+    return markdown(rows, f"{where(found.values())}.")
+
+
+def training_predictions_table() -> str:
+    """What a step of training was predicted to take."""
+    rows = [["a step of 256 pictures", "operations, ms", "bytes, ms", "launches", "predicted, ms", "pictures/s"]]
+    lines = read_lines(TRAINING_PREDICTIONS)
+    for line in lines:
+        rates = [f"{1e3 * line['batch_size'] / line[name]:,.0f}" for name in ("high_ms", "low_ms")]
+        predicted = " to ".join(milliseconds(line[name]) for name in ("low_ms", "high_ms"))
+        floors = [milliseconds(line[name]) for name in ("operations_ms", "bytes_ms")]
+        rows.append([line["model"], *floors, line["launches"], predicted, " to ".join(rates)])
+    made = dict.fromkeys(f"commit {line['commit']}; {line['date']}" for line in lines)
+    return markdown(rows, f"{' / '.join(made)}.")
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "bars": bars_table,
     "rates": rates_table,
     "floors": floors_table,
     "predictions": predictions_table,
+    "training-predictions": training_predictions_table,
     "contenders": contenders_table,
+    "replays": replays_table,
     "steps": steps_table,
     "tiles": tiles_table,
     "profiles": profiles_table,
+    "counters": counters_table,
     "gpu-exactness": exactness_table,
     "gpu-training": training_table,
 }

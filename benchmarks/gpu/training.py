@@ -4,7 +4,8 @@ The file training.jsonl gets a line a piece, told apart by "op":
 
     run         a run of vqae.train on all training pictures: test MSE epoch by epoch, seconds to a test MSE of 0.0300
     step        the time of one step alone, its batch on the GPU: this library's model, and plain_model.py's
-    loop        pictures a second of the plain model with its DataLoader; the trainer's own are in the runs
+    loop        pictures a second of the plain model with its DataLoader; the trainer's own are in the runs, those of
+                the epochs in which its encoder rests apart from those in which it learns, as the plain one always does
     bare loop   what benchmarks/train_bench.py prints
 """
 
@@ -13,6 +14,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from gpu.commands import Finished, run_command, tail
 from gpu.pictures import load_pictures, picture_flags
 from gpu.plain_model import PlainTraining
 from gpu.results import ROOT, Line, Results
-from gpu.stage import FINISHED, Context
+from gpu.stage import FINISHED, Context, Pace
 from gpu.timing import quantiles_ms
 from vqae import VQAE
 from vqae.checkpoint import build_model
@@ -47,8 +49,10 @@ def run(context: Context) -> str:
     pictures = load_pictures(context)
     assert pictures is not None
     failed = train(results, context, 2 if context.rehearse else _FIRST_LENGTH, ())
-    steps(results, context, pictures)
-    loop(results, context, pictures)
+    pace = Pace(context)
+    done = [pace.do(partial(piece, results, context, pictures), piece) for piece in (steps, loop)]
+    if not all(done):
+        return "steps and loop left: no time left"
     if context.rehearse:
         return f"failed: {failed}" if failed else FINISHED
     bare_loop(results, context)
@@ -95,8 +99,8 @@ def train(results: Results, context: Context, epochs: int, flags: tuple[str, ...
         results.add(op="run", status=status, **name, output=tail(finished.output))
         return f"the run of {epochs} epochs {' '.join(flags)} {status}; see {results.file.name}"
     lines = [json.loads(text) for text in (out / "metrics.jsonl").read_text().splitlines()]
-    batch_size = _config(context).batch_size
-    results.add(op="run", status="ok", **name, wall_s=round(finished.seconds, 1), **read_run(lines, batch_size))
+    config = Config.read(out / "config.json")
+    results.add(op="run", status="ok", **name, wall_s=round(finished.seconds, 1), **read_run(lines, config))
     return ""
 
 
@@ -127,10 +131,12 @@ def trained_model(context: Context) -> VQAE:
     return VQAE.load(checkpoint, context.device)
 
 
-def read_run(lines: list[dict[str, Any]], batch_size: int) -> dict[str, Any]:
+def read_run(lines: list[dict[str, Any]], config: Config) -> dict[str, Any]:
     """What the lines of a run's metrics.jsonl say: test MSE by epoch, and when the target was reached.
 
     Returns:
+        images_per_s: of all epochs but the first, which compiles; resting_images_per_s, learning_images_per_s: of those
+            in which the encoder rests all the time, and learns all the time. None where there is none.
         seconds_to_target: of the steps alone, up to the end of the first epoch with a test MSE of at most the target;
             elapsed_to_target: from the process's start, so with reading the pictures and all evaluations. None where
             the target was not reached.
@@ -139,36 +145,47 @@ def read_run(lines: list[dict[str, Any]], batch_size: int) -> dict[str, Any]:
     seconds = elapsed = None
     history = []
     for line in lines:
-        train_s += (line["step"] - step) * batch_size / line["images_per_s"]
+        train_s += (line["step"] - step) * config.batch_size / line["images_per_s"]
         step = line["step"]
         history.append([line["epoch"], round(train_s, 2), line["test_mse"]])
         if seconds is None and line["test_mse"] <= TARGET_MSE:
             seconds, elapsed = train_s, line["elapsed_s"]
     last = lines[-1]
     kept = {name: last[name] for name in ("test_mse", "psnr_db", "perplexity", "codes_used", "elapsed_s")}
-    rates = [line["images_per_s"] for line in lines[1:] or lines]  # the first epoch compiles
+    start = config.encoder_start * config.epochs
+    later = lines[1:] or lines
+    resting = [line for line in later if line["epoch"] <= start]
+    learning = [line for line in later if line["epoch"] - 1 >= start]
     return {
         "target_mse": TARGET_MSE, "seconds_to_target": seconds, "elapsed_to_target": elapsed, **kept,
-        "images_per_s": sum(rates) / len(rates), "train_s": train_s, "history": history,
+        "images_per_s": _mean_rate(later), "resting_images_per_s": _mean_rate(resting),
+        "learning_images_per_s": _mean_rate(learning), "train_s": train_s, "history": history,
     }  # fmt: skip
 
 
+def _mean_rate(lines: list[dict[str, Any]]) -> float | None:
+    """Of epochs with as many pictures each: what their time together makes of them."""
+    return len(lines) / sum(1 / line["images_per_s"] for line in lines) if lines else None
+
+
 def steps(results: Results, context: Context, pictures: Tensor) -> None:
-    """The lines of one step alone, in float32 and under bfloat16 autocast."""
+    """The lines of one whole step alone, in float32 and under bfloat16 autocast."""
     config = _config(context)
     batch = torch.randn(config.batch_size, 3, *pictures.shape[2:], device=context.device)
     for name, amp in (("this library", False), ("plain", False), ("this library", True), ("plain", True)):
         if results.has(op="step", model=name, amp=amp):
             continue
-        step = _our_step(config, batch, amp) if name == "this library" else _plain_step(config, batch, pictures, amp)
+        step = our_step(config, batch, amp) if name == "this library" else _plain_step(config, batch, pictures, amp)
         low, middle, high = quantiles_ms(step, context.device, count=1 if context.rehearse else 100)
         times = {"p20_ms": low, "p50_ms": middle, "p80_ms": high}
         results.add(op="step", model=name, amp=amp, batch_size=batch.shape[0], **times)
 
 
-def _our_step(config: Config, batch: Tensor, amp: bool) -> Callable[[], None]:
-    """A step of the trainer: the model, both losses, the optimiser."""
-    model = build_model(config, (batch.shape[2], batch.shape[3])).to(batch.device).train()
+def our_step(config: Config, batch: Tensor, amp: bool, *, rests: bool = False) -> Callable[[], None]:
+    """A step of the trainer: the model, its encoder at rest or not, both losses, the optimiser."""
+    model = build_model(config, (batch.shape[2], batch.shape[3])).to(batch.device)
+    model.encoder.rest(rests)
+    model.train()
     optimizer = build_optimizer(model, config)
 
     def step() -> None:

@@ -10,12 +10,13 @@ import torch
 from gpu import sweep, training
 from gpu.commands import Finished
 from gpu.pictures import load_pictures, picture_folder
-from gpu.plain_model import PlainTraining, plain_quantize
+from gpu.plain_model import PlainModel, PlainTraining, plain_quantize
 from gpu.results import Results, make_header, read_lines
 from gpu.stage import FINISHED, Context
 from gpu.training import best_of, next_run, read_run
 
 from vq_kernels import vector_quantize
+from vqae.checkpoint import build_model
 from vqae.config import Config
 
 
@@ -32,18 +33,39 @@ def epoch(number: int, test_mse: float, images_per_s: float) -> dict[str, Any]:
 
 
 def test_the_target_is_reached_at_the_end_of_the_first_epoch_below_it() -> None:
-    found = read_run([epoch(1, 0.05, 100.0), epoch(2, 0.03, 200.0), epoch(3, 0.028, 400.0)], batch_size=20)
+    lines = [epoch(1, 0.05, 100.0), epoch(2, 0.03, 200.0), epoch(3, 0.028, 400.0)]
+    found = read_run(lines, Config(batch_size=20, epochs=3))
     assert found["seconds_to_target"] == pytest.approx(200 / 100 + 200 / 200)
     assert found["elapsed_to_target"] == 9.0
     assert found["train_s"] == pytest.approx(3.5)
-    assert found["images_per_s"] == 300.0
+    assert found["images_per_s"] == pytest.approx(2 / (1 / 200 + 1 / 400))
+    assert (found["resting_images_per_s"], found["learning_images_per_s"]) == (None, pytest.approx(400.0))
     assert found["history"] == [[1, 2.0, 0.05], [2, 3.0, 0.03], [3, 3.5, 0.028]]
 
 
 def test_a_target_that_is_missed_is_none() -> None:
-    found = read_run([epoch(1, 0.0301, 100.0)], batch_size=20)
+    found = read_run([epoch(1, 0.0301, 100.0)], Config(batch_size=20, epochs=1))
     assert (found["seconds_to_target"], found["elapsed_to_target"]) == (None, None)
     assert found["images_per_s"] == 100.0
+
+
+def test_epochs_of_a_resting_encoder_are_told_from_those_of_a_learning_one() -> None:
+    rates = (10.0, 300.0, 600.0, 200.0, 80.0, 120.0)
+    lines = [epoch(number, 0.05, rate) for number, rate in enumerate(rates, start=1)]
+    found = read_run(lines, Config(batch_size=20, epochs=6, encoder_start=0.55))  # it begins in the fourth epoch
+    assert found["resting_images_per_s"] == pytest.approx(400.0)
+    assert found["learning_images_per_s"] == pytest.approx(96.0)
+
+
+@pytest.mark.parametrize("norm", ["none", "batch"])
+def test_the_plain_model_has_the_layers_of_the_models(norm: str) -> None:
+    config = Config(num_codes=8, code_dim=8, hidden_dims=(8,), embedding_norm=norm)
+    ours = build_model(config, (8, 8))
+    plain = PlainModel(config, (8, 8))
+    counted = [sorted((*parameter.shape,) for parameter in model.parameters()) for model in (ours, plain)]
+    assert counted[0] == counted[1]
+    norms = [sum(name.endswith("running_mean") for name, _ in model.named_buffers()) for model in (ours, plain)]
+    assert norms[0] == norms[1] == 20 + (norm == "batch")
 
 
 def with_runs(folder: Path, *runs: tuple[int, str, float | None, float]) -> Results:
