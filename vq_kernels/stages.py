@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vq_kernels.gradient import codebook_gradient_op
+from vq_kernels.gradient import difference_sums
 
 LEFT_OUT = -1
 """The index of a row that a stage leaves out: its code is 0, and it counts for nothing."""
@@ -93,15 +93,17 @@ class _PassGradients(torch.autograd.Function):
         pulls = x_needs_it and ctx.pulls
         residual, left_over, grad_codebooks = x, None, []
         for stage, (codebook, chosen) in enumerate(zip(codebooks, indices, strict=True), start=1):
-            if not ctx.complete:  # at its code, a row adds nothing to the sums, and leaves nothing over
-                left_out = chosen == LEFT_OUT
-                chosen = chosen.masked_fill(left_out, 0)
-                residual = torch.where(left_out[:, None], codebook[chosen], residual)
+            left_out = None if ctx.complete else (chosen == LEFT_OUT)[:, None]
+            chosen = chosen if ctx.complete else chosen.clamp(min=0)
             if codebooks_need_it:
-                difference_sums, _ = codebook_gradient_op(residual, codebook, chosen, ctx.backend)
-                grad_codebooks.append((2 * grad_loss / num_numbers * difference_sums).to(codebook.dtype))
+                rows = residual.detach()
+                if left_out is not None:  # at its code, a row adds nothing to the sums
+                    rows = torch.where(left_out, codebook[chosen], rows)
+                sums = difference_sums(rows, codebook, chosen, ctx.backend)
+                grad_codebooks.append((2 * grad_loss / num_numbers * sums).to(codebook.dtype))
             if pulls or stage < len(indices):
-                residual = residual - codebook[chosen]
+                residual = residual - codebook.detach()[chosen]
+                residual = residual if left_out is None else residual.masked_fill(left_out, 0)
             if pulls:
                 left_over = residual if left_over is None else left_over + residual
         grad_x = grad_quantized if x_needs_it else None

@@ -3,8 +3,10 @@
 import pytest
 import torch
 from torch import Tensor
+from torch.func import functional_call
+from torch.nn import functional as F
 
-from vq_kernels import vector_quantize
+from vq_kernels import VectorQuantizer, nearest_code, vector_quantize
 
 
 def random_case(dtype: torch.dtype = torch.float32, *shape: int, num_codes: int = 40) -> tuple[Tensor, Tensor]:
@@ -24,6 +26,28 @@ def test_shapes(shape: tuple[int, ...]) -> None:
     assert loss.shape == ()
     assert loss.item() == pytest.approx((x - codebook[indices]).square().mean().item() if x.numel() else 0.0, rel=1e-5)
     assert torch.equal(quantized, codebook[indices])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_gradients_of_gradients_are_those_of_the_formula(masked: bool) -> None:
+    x, codebook = random_case(torch.float64, 60, 16)
+    quantizer = VectorQuantizer(40, 16, commitment_weight=0.25).eval()
+    counted = torch.arange(60) % 3 > 0 if masked else torch.ones(60, dtype=torch.bool)
+
+    def ours(x: Tensor, codebook: Tensor) -> Tensor:
+        loss: Tensor = functional_call(quantizer, {"codebook": codebook}, (x, counted if masked else None)).loss
+        return loss
+
+    def formula(x: Tensor, codebook: Tensor) -> Tensor:
+        codes, rows = codebook[nearest_code(x, codebook).indices][counted], x[counted]
+        return F.mse_loss(codes, rows.detach()) + 0.25 * F.mse_loss(rows, codes.detach())
+
+    second = []
+    for loss_of in (ours, formula):
+        first = torch.autograd.grad(loss_of(x, codebook), (x, codebook), create_graph=True)
+        directions = sum((part.sin() * part).sum() for part in first)
+        second += [torch.autograd.grad(directions, (x, codebook))]
+    torch.testing.assert_close(*second)
 
 
 def test_x_gets_the_gradient_of_quantized_unchanged_and_nothing_of_the_loss() -> None:
