@@ -17,7 +17,8 @@ def is_second_pass() -> bool:
 def unless_second_pass(condition: Tensor) -> Tensor:
     """condition [...] bool in a first pass, False in a second, in captured graphs too."""
     if torch.compiler.is_compiling():
-        return condition & first_pass_op(condition)
+        in_first: Tensor = first_pass_op(condition)
+        return condition & in_first
     return condition & (not _in_backward())
 
 

@@ -103,8 +103,10 @@ class VectorQuantizer(StagedQuantizer):
         """Quantize x.
 
         In training mode it also restarts codes, moves the averages and keeps the usage statistics. Where gradient
-        checkpointing runs it twice for a batch, the second pass repeats the first, and learns and counts nothing; the
-        backward of a batch must then come before the next batch.
+        checkpointing runs it twice for a batch, the second pass repeats the first, and learns and counts nothing, be it
+        compiled or not; the backward of a batch must then come before the next batch. In `torch.func.grad`, pass
+        buffers that are cloned inside of it by `functional_call`, and a codebook too where codes restart: what it
+        captures may not change.
 
         Args:
             x: heads·D channels in `channel_dim`, of any of the dtypes of `nearest_code`; [...] is its shape without

@@ -2,6 +2,7 @@
 
 import re
 import runpy
+import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,7 +12,9 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
 def run(name: str, capsys: pytest.CaptureFixture[str]) -> str:
+    started = time.process_time()
     runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    assert time.process_time() - started < 60  # of one CPU, as each of them says
     return capsys.readouterr().out
 
 

@@ -229,6 +229,26 @@ def test_functional_gradients_in_eval_mode(name: str) -> None:
         assert torch.equal(of_parameters[key], parameter.grad)
 
 
+@pytest.mark.parametrize("name", ["averages", "residual, averages"])
+def test_functional_gradients_in_training_take_buffers_of_their_own(name: str) -> None:
+    module = make(name)
+    x, _ = draw_for(module)
+
+    def loss_of(x: Tensor, copies: dict[str, Tensor]) -> Tensor:
+        torch.manual_seed(1)
+        quantized, _, loss = functional_call(module, copies, (x,))
+        return quantized.square().sum() + loss
+
+    with pytest.raises(RuntimeError, match="would mutate a captured Tensor"):
+        grad(loss_of)(x, {})
+    before = {key: value.clone() for key, value in module.named_buffers()}
+    of_x = grad(lambda x: loss_of(x, {key: value.clone() for key, value in module.named_buffers()}))(x)
+    assert all(torch.equal(value, before[key]) for key, value in module.named_buffers())
+    x.requires_grad_()
+    loss_of(x, {}).backward()
+    assert torch.equal(of_x, x.grad)
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_export(name: str) -> None:
     module = make(name)

@@ -166,8 +166,8 @@ class VectorQuantize(nn.Module):
     ) -> tuple[Any, ...]:
         """Quantize x; in training mode, let the codebook learn from it afterwards.
 
-        Where gradient checkpointing runs it twice for a batch, the second pass repeats the first and learns nothing;
-        the backward of a batch must then come before the next batch.
+        Where gradient checkpointing runs it twice for a batch, the second pass repeats the first and learns nothing, be
+        it compiled or not; the backward of a batch must then come before the next batch.
 
         Args:
             x: [b, n, dim], [b, dim], or channel first as the layer was made: [b, dim, n], [b, dim, h, w],

@@ -21,9 +21,22 @@ from tests.vq_kernels.compat.beside import (
     step,
 )
 from vq_kernels import VectorQuantize
+from vq_kernels.compat.keywords import AT_CONSTRUCTION
 
 WITH_PLAIN_MASKS = ["default", "straight-through", "learnable", "static", "slow and smooth", "frozen"]
 """Modes in which theirs takes a mask and does right by it."""
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_plain_attributes(mode: str) -> None:
+    ours, theirs = (
+        {name: value for name, value in vars(layer).items() if isinstance(value, bool | int | float)}
+        for layer in pair(**MODES[mode])
+    )
+    theirs = {name: value for name, value in theirs.items() if name[0] != "_" and name not in AT_CONSTRUCTION}
+    unsupported = {"has_commitment_loss", "has_codebook_orthogonal_loss", "has_codebook_diversity_loss"}
+    assert theirs.keys() - ours.keys() == unsupported
+    assert {name: ours[name] for name in theirs.keys() - unsupported}.items() <= theirs.items()
 
 
 def test_the_version_that_we_say() -> None:

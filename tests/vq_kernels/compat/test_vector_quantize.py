@@ -68,6 +68,13 @@ def test_more_dead_codes_than_rows_wait_their_turn() -> None:
     assert replaced.all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_codes_put_at_rows_of_half_precision_have_length_1_in_float32(dtype: torch.dtype) -> None:
+    layer = VectorQuantize(DIM, NUM_CODES, threshold_ema_dead_code=2, use_cosine_sim=True)
+    layer.expire_codes_(draw(1, 60, DIM).to(dtype))
+    assert (layer.codebook.norm(dim=1) - 1).abs().max() < 1e-6
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("keywords", [{}, {"use_cosine_sim": True}])
 def test_other_dtypes_of_x(dtype: torch.dtype, keywords: dict[str, Any]) -> None:
