@@ -39,15 +39,24 @@ RESULTS = Path(__file__).resolve().parent / "results" / "cpu" / "ablation.jsonl"
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     # The default with one ingredient taken away.
+    "encoder and decoder that begin at random": {"network_init": "random", "encoder_start": 0.0, "encoder_lr": 0.3},
     "no restarts": {"restart_after": 0},
     "codes moved by SGD on the loss": {"codebook_step": "plain"},
-    "no BatchNorm before the quantizer": {"embedding_norm": "none"},
+    "no mirrored pictures": {"flip": False},
     "no warm-up": {"warmup": 0.0},
-    "learning rate 0.1": {"lr": 0.1},
     "all of these taken away: the plain specification": RECIPES["plain"],
-    # The default with something added.
+    # When and how fast the encoder learns.
+    "encoder at rest to the end": {"encoder_start": 0.999},
+    "encoder learns from the first step": {"encoder_start": 0.0},
+    "encoder learns ten times as fast": {"encoder_lr": 0.03},
+    # The default with something changed or added.
+    "BatchNorm before the quantizer": {"embedding_norm": "batch"},
+    "D = 512, ResNet-18's features as they are": {"code_dim": 512},
+    "D = 32": {"code_dim": 32},
     "codes from the first batch's embeddings": {"codebook_init": "data"},
-    "mirrored pictures": {"flip": True},
+    "codebook learning rate 0.05": {"codebook_lr": 0.05},
+    "decoder learning rate 0.1": {"lr": 0.1},
+    "weight decay 5e-4": {"weight_decay": 5e-4},
 }
 """Overrides of the default settings, by the variant's name."""
 

@@ -40,5 +40,8 @@ def _option_to_look_at(config: Config) -> str:
     if config.codebook_step == "plain":
         return "--codebook-step share: by plain SGD the codes hardly move"
     if config.embedding_norm == "none":
-        return "--embedding-norm batch, which keeps the embeddings near the codes"
+        return (
+            f"--encoder-lr, now {config.encoder_lr:g}: a slower encoder leaves the embeddings near the codes, "
+            "as --embedding-norm batch does"
+        )
     return f"--restart-after, now {config.restart_after} steps: fewer bring unused codes back sooner"

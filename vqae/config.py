@@ -65,7 +65,7 @@ class Config:
     """Peak learning rate of the decoder."""
     encoder_lr: float = 0.003
     """Peak learning rate of the encoder."""
-    encoder_start: float = 0.5
+    encoder_start: float = 0.75
     """Share of the run after which the encoder begins to learn; before it, decoder and codebook settle on what it gives
     them, in steps that take a third of the time."""
     momentum: float = 0.9

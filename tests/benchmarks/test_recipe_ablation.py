@@ -79,12 +79,12 @@ def test_what_is_finished_is_not_done_again(
     before = (tmp_path / "ablation.jsonl").read_text()
     train_whole, done = recipe_ablation.run_training, []
     monkeypatch.setattr(recipe_ablation, "run_training", lambda config: (done.append(config), train_whole(config)))
-    lines = run("--variants", "default", "mirrored pictures", "default")
+    lines = run("--variants", "default", "no mirrored pictures", "default")
     assert [config.flip for config in done] == [True]
     assert len(lines) == 2
     assert (tmp_path / "ablation.jsonl").read_text().startswith(before)
     monkeypatch.setattr(recipe_ablation, "load_pictures", None)  # would fail: it is not needed
-    assert run("--variants", "default", "mirrored pictures") == lines
+    assert run("--variants", "default", "no mirrored pictures") == lines
     with pytest.raises(UsageError, match=r"variant default, seed 0 with other settings \(epochs was 1, now 2\)"):
         run("--variants", "default", "--epochs", "2")
 

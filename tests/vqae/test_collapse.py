@@ -64,7 +64,7 @@ def test_without_restarts_there_is_nothing_to_wait_for() -> None:
     [
         (RECIPES["plain"], f"look at --restart-after {Config.restart_after}, "),
         ({"codebook_step": "plain"}, "look at --codebook-step share"),
-        ({"codebook_step": "share", "embedding_norm": "none"}, "look at --embedding-norm batch"),
+        ({"codebook_step": "share", "embedding_norm": "none"}, "look at --encoder-lr, now 0.003: "),
         ({"codebook_step": "share", "embedding_norm": "batch"}, "look at --restart-after, now 60 steps"),
     ],
 )

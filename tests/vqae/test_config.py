@@ -73,10 +73,10 @@ def test_the_other_values_cover_every_setting() -> None:
 def test_every_setting_is_a_flag() -> None:
     arguments = []
     for name, value in OTHER.items():
-        if value is not True:
-            arguments += [flag(name), *map(str, value if isinstance(value, list) else [value])]
+        if isinstance(value, bool):
+            arguments.append(flag(name) if value else flag(f"no_{name}"))
         else:
-            arguments.append(flag(name))
+            arguments += [flag(name), *map(str, value if isinstance(value, list) else [value])]
     assert parse(arguments).run == Config.from_dict(OTHER, "the test")
 
 
