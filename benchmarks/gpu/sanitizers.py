@@ -34,6 +34,7 @@ _ERRORS_FOUND = 9  # exit code
 _SUMMARY = re.compile(r"(?:ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard)")
 _ROWS, _CODES = 24, 140  # neither a multiple of a tile; more codes than a tile of any configuration holds
 _DIMS = (16, 50, 200)  # aligned, not aligned, and too long for a tile of x' to stay on the chip
+_REHEARSED_DIMS = (16, 200)
 
 
 def run(context: Context) -> str:
@@ -101,7 +102,7 @@ def plans(x: Tensor) -> Iterator[SearchPlan]:
 def run_cases(device: str) -> int:
     """Launch everything; returns how many searches that were."""
     searches = 0
-    for code_dim in _DIMS:
+    for code_dim in _REHEARSED_DIMS if device == "cpu" else _DIMS:
         x, codebook = make_case(code_dim, device)
         for plan in plans(x):
             indices = search_with_plan(x, codebook, [], "exact", plan)[0]

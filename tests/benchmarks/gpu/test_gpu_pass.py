@@ -17,6 +17,9 @@ from gpu import provisions
 from gpu.results import ROOT, Results, make_header, read_lines
 from gpu.stage import FINISHED, STAGES, Context
 
+from vqae.checkpoint import build_model, save_checkpoint
+from vqae.config import Config
+
 TOLD_APART = {"gpu", "driver", "cuda", "python", "torch", "triton", "peers", "commit", "sources", "date", "rehearsal"}
 
 
@@ -35,7 +38,11 @@ def rehearse(out: Path, work: Path, *arguments: str) -> subprocess.CompletedProc
 def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The results of a rehearsal, every stage in one process."""
     out, work = tmp_path_factory.mktemp("results"), tmp_path_factory.mktemp("work")
-    finished = rehearse(out, work, "--here", "--commit", "abc", "--minutes", "30")
+    model = build_model(Config(num_codes=8, code_dim=8, hidden_dims=(8,)), (12, 12))
+    state = {"config": Config(num_codes=8, code_dim=8, hidden_dims=(8,)).to_dict(), "dataset": "imagefolder"}
+    save_checkpoint(work / "model.pt", {**state, "image_size": [12, 12], "model": model.state_dict()})
+    checkpoint = ("--checkpoint", str(work / "model.pt"))  # spares a run
+    finished = rehearse(out, work, "--here", "--commit", "abc", "--minutes", "30", *checkpoint)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     return out
 
