@@ -97,7 +97,7 @@ def test_an_interruption_ends_the_run_saved(config: Config, picture_folder: Path
 def test_settings_that_two_seeds_of_a_run_share(config: Config) -> None:
     elsewhere = dataclasses.replace(config, out=Path("there"), data_dir=None, device="cuda", seed=3)
     assert compared_settings(elsewhere) == compared_settings(config)
-    for overrides in ({"lr": 0.5}, {"flip": True}, {"dataset": "cifar10"}, {"hidden_dims": (8, 8)}):
+    for overrides in ({"lr": 0.5}, {"flip": False}, {"dataset": "cifar10"}, {"hidden_dims": (8, 8)}):
         assert compared_settings(dataclasses.replace(config, **overrides)) != compared_settings(config)
     assert json.loads(json.dumps(compared_settings(config))) == compared_settings(config)
 
