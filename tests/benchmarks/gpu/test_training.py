@@ -34,7 +34,7 @@ def epoch(number: int, test_mse: float, images_per_s: float) -> dict[str, Any]:
 
 def test_the_target_is_reached_at_the_end_of_the_first_epoch_below_it() -> None:
     lines = [epoch(1, 0.05, 100.0), epoch(2, 0.03, 200.0), epoch(3, 0.028, 400.0)]
-    found = read_run(lines, Config(batch_size=20, epochs=3))
+    found = read_run(lines, Config(batch_size=20, epochs=3, encoder_start=0.5))
     assert found["seconds_to_target"] == pytest.approx(200 / 100 + 200 / 200)
     assert found["elapsed_to_target"] == 9.0
     assert found["train_s"] == pytest.approx(3.5)
