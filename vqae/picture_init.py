@@ -24,6 +24,7 @@ from vqae.model import VQAE, Decoder, Encoder
 _PICTURES = 8192  # to fit everything to
 _NUMBERS = 2**25  # in these pictures at most, where they are large
 _PATCHES = 20_000  # of a convolution's input
+_MEASURED = 1024  # pictures, to measure by what goes through branches that begin at zero
 _STEM_BIAS = 3.0  # of the first BatchNorm, in standard deviations
 _RIDGE = 1e-2  # of the ridge regressions, in units of the mean variance
 _BATCH = 256
@@ -63,25 +64,24 @@ def _init_features(features: ResNet, pictures: Tensor) -> None:
 
 def _init_block(block: BasicBlock, x: Tensor, pictures: Tensor) -> Tensor:
     """Let a block pass its input [N, C, H, W] on, as it is or, where its shape changes, as components; its output."""
-    changes_shape = block.downsample is not None
-    if changes_shape:
-        _set_filters(block.conv1, _predicting_filters(block.conv1, x, pictures))
-        nn.init.dirac_(block.conv2.weight)
-    y = _in_batches(block.conv1, x)
-    _measure(block.bn1, y)
-    if changes_shape:
-        _centre(block.bn1, y)
-    y = _in_batches(block.conv2, F.relu(block.bn1(y)))
-    _measure(block.bn2, y)
-    if not changes_shape:
+    if block.downsample is None:
+        y = _in_batches(block.conv1, x[:_MEASURED])
+        _measure(block.bn1, y)
+        _measure(block.bn2, _in_batches(block.conv2, F.relu(block.bn1(y))))
         nn.init.zeros_(block.bn2.weight)
         return x
+    _set_filters(block.conv1, _predicting_filters(block.conv1, x, pictures))
+    nn.init.dirac_(block.conv2.weight)
+    y = _in_batches(block.conv1, x)
+    _centre(block.bn1, y)
+    y = F.relu(block.bn1(y))  # what the second convolution gives, too
+    _measure(block.bn2, y)
     block.bn2.weight.copy_(_std(block.bn2))
     block.bn2.bias.copy_(_statistics(block.bn2)[0])
     shortcut_conv, shortcut_norm = block.downsample
-    _measure(shortcut_norm, _in_batches(shortcut_conv, x))
+    _measure(shortcut_norm, _in_batches(shortcut_conv, x[:_MEASURED]))
     nn.init.zeros_(shortcut_norm.weight)
-    return F.relu(block.bn2(y))
+    return y
 
 
 def _predicting_filters(conv: nn.Conv2d, x: Tensor, pictures: Tensor) -> Tensor:
@@ -180,9 +180,8 @@ def _ridge_regression(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 def _measure(norm: _BatchNorm, y: Tensor) -> None:
     """Set a BatchNorm's running statistics to those of y [N, C, ...]."""
     axes = [axis for axis in range(y.dim()) if axis != 1]
-    mean, variance = _statistics(norm)
-    mean.copy_(y.mean(axes))
-    variance.copy_(y.var(axes, correction=0))
+    for statistic, measured in zip(_statistics(norm), reversed(torch.var_mean(y, axes, correction=0)), strict=True):
+        statistic.copy_(measured)
 
 
 def _centre(norm: _BatchNorm, y: Tensor) -> None:
