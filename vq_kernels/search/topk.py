@@ -92,30 +92,43 @@ def _decide(found: NearestCodes, rows: Tensor, x: Tensor, codebook: Tensor, dtyp
     are returned."""
     if not rows.numel():
         return rows
-    k = found.indices.shape[1]
+    k, num_codes = found.indices.shape[1], codebook.shape[0]
     operand = prepare(codebook, dtype)
-    usable = operand.usable(codebook.shape[0])
+    usable = operand.usable(num_codes)
+    tile_rows = min(rows.shape[0], max(1, TILE_ELEMENTS // operand.matrix.shape[0]))
+    # Held for all tiles: among what a tile leaves behind, the next one's would find no place of its size.
+    scores = operand.matrix.new_empty(tile_rows, num_codes)
+    candidates = torch.empty(tile_rows, num_codes, dtype=torch.bool, device=x.device)
     left_open = []
-    for part in torch.split(rows, max(1, TILE_ELEMENTS // operand.matrix.shape[0])):
-        candidates = _candidates(x[part], codebook, operand, k)
-        few = candidates.sum(dim=1) <= most
+    for part in torch.split(rows, tile_rows):
+        tile = slice(part.shape[0])
+        counts = _find_candidates(x[part], operand, k, scores[tile], candidates[tile])
+        few = counts <= most
+        candidates[tile] &= few[:, None]
         decided = part[few]
-        found.indices[decided], found.sq_distances[decided] = _order(x[decided], codebook, usable, candidates[few], k)
+        found.indices[decided], found.sq_distances[decided] = _order(
+            x[part], codebook, usable, candidates[tile], counts[few], k
+        )
         left_open.append(part[~few])
     return torch.cat(left_open)
 
 
-def _candidates(x: Tensor, codebook: Tensor, operand: CodebookOperand, k: int) -> Tensor:
-    """[N, K] bool, k or more in each row: the codes that may be among the k nearest to x [N, D], which is finite."""
+def _find_candidates(x: Tensor, operand: CodebookOperand, k: int, scores: Tensor, candidates: Tensor) -> Tensor:
+    """Write to candidates [N, K] bool the codes that may be among the k nearest to x [N, D], which is finite; how many
+    these are, k or more, [N]. The scores [N, K] are a buffer."""
     left, norms = operand.matrix.new_empty(x.shape[0], operand.matrix.shape[1]), operand.matrix.new_empty(x.shape[0])
-    scores = augment(x, operand, left, norms) @ operand.matrix[: codebook.shape[0]].t()
+    torch.mm(augment(x, operand, left, norms), operand.matrix[: scores.shape[1]].t(), out=scores)
     largest, codes = scores.topk(k, dim=1, sorted=False)
     threshold = operand.lower_bound(largest, codes, norms[:, None]).amin(dim=1, keepdim=True)
-    return ~(scores < threshold)  # not >=: a NaN leaves the code a candidate
+    torch.lt(scores, threshold, out=candidates).logical_not_()  # not >=: a NaN leaves the code a candidate
+    return candidates.sum(dim=1)
 
 
-def _order(x: Tensor, codebook: Tensor, usable: Tensor, candidates: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k nearest to x [N, D] of the candidates [N, K] bool: indices [N, k], sq_distances [N, k] float32."""
+def _order(
+    x: Tensor, codebook: Tensor, usable: Tensor, candidates: Tensor, counts: Tensor, k: int
+) -> tuple[Tensor, Tensor]:
+    """The k nearest to x [N, D] of the candidates [N, K] bool, for the M rows that have any: indices [M, k],
+    sq_distances [M, k] float32. These rows have counts [M]."""
     row, code = candidates.nonzero(as_tuple=True)  # ordered by row, then by code
     distance = torch.empty(row.shape[0], dtype=torch.float64, device=x.device)
     pairs = max(1, _DIRECT_ELEMENTS // x.shape[1])
@@ -125,6 +138,6 @@ def _order(x: Tensor, codebook: Tensor, usable: Tensor, candidates: Tensor, k: i
     distance.masked_fill_(~usable[code], torch.inf)
     order = distance.argsort(stable=True)
     order = order[row[order].argsort(stable=True)]  # by row, then by distance, then by code
-    counts = candidates.sum(dim=1, keepdim=True)
-    nearest = order[counts.cumsum(0) - counts + torch.arange(k, device=x.device)]  # [N, k]
+    first = (counts.cumsum(0) - counts)[:, None]
+    nearest = order[first + torch.arange(k, device=x.device)]  # [M, k]
     return code[nearest], distance[nearest].float()

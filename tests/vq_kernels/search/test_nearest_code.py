@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 
+from tests.vq_kernels.search.memory import extra_mib
 from vq_kernels import PreparedCodebook, nearest_code, search_statistics, select_backend
 from vq_kernels.search import backend as backend_module
 from vq_kernels.search.brute_force import brute_force_nearest
@@ -203,15 +204,4 @@ def test_import_needs_torch_alone() -> None:
 
 def test_memory_is_far_below_the_matrix_of_distances() -> None:
     """262,144 x 4,096 x 4: the distances would take 4 GiB."""
-    program = """
-        import resource, torch
-        from vq_kernels import nearest_code
-        x, codebook = torch.randn(1 << 18, 4), torch.randn(1 << 12, 4)
-        nearest_code(x[:5000], codebook)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        indices, codes, sq_distances = nearest_code(x, codebook)
-        outputs = indices.nbytes + codes.nbytes + sq_distances.nbytes
-        extra_mib = (1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) - outputs) / 2**20
-        assert extra_mib < 64, extra_mib
-    """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True, timeout=240)
+    assert extra_mib("nearest_code(x, codebook, backend='torch')", 1 << 18, 1 << 12, 4) < 64

@@ -1,13 +1,10 @@
 """The k nearest codes against a float64 brute force that sorts all distances."""
 
-import subprocess
-import sys
-import textwrap
-
 import pytest
 import torch
 from torch import Tensor
 
+from tests.vq_kernels.search.memory import extra_mib
 from vq_kernels import VectorQuantizer, nearest_code, nearest_code_topk
 from vq_kernels.search.checks import SUPPORTED_DTYPES
 
@@ -162,15 +159,4 @@ def test_a_quantizer_tells_its_first_choice_and_the_next(metric: str, options: d
 
 def test_memory_is_far_below_the_matrix_of_distances() -> None:
     """65,536 x 4,096 x 4: the distances would take 1 GiB."""
-    program = """
-        import resource, torch
-        from vq_kernels import nearest_code_topk
-        x, codebook = torch.randn(1 << 16, 4), torch.randn(1 << 12, 4)
-        nearest_code_topk(x[:5000], codebook, 3)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        indices, sq_distances = nearest_code_topk(x, codebook, 3)
-        outputs = indices.nbytes + sq_distances.nbytes
-        extra_mib = (1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) - outputs) / 2**20
-        assert extra_mib < 64, extra_mib
-    """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True, timeout=240)
+    assert extra_mib("nearest_code_topk(x, codebook, 3)", 1 << 16, 1 << 12, 4) < 64
