@@ -10,8 +10,9 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 train: .venv/train.stamp
 	$(BIN)/python -m vqae.train --max-minutes 6 --out $(OUT) $(ARGS)
 
+# Two processes of one thread each; the tests of a file share what they have made.
 test: lint
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 lint: .venv/dev.stamp
 	$(BIN)/ruff check .

@@ -72,7 +72,7 @@ def load_checkpoint(file: Path) -> dict[str, Any]:
 def build_model(config: Config, image_size: tuple[int, int]) -> VQAE:
     """A new model by its settings, for pictures of (H, W)."""
     quantizer = VectorQuantizer(
-        config.num_codes, config.code_dim, init=config.codebook_init, restart_after=config.restart_after
+        config.num_codes, config.code_dim, init=config.codebook_init, restart_after=config.restart_steps
     )
     return VQAE(image_size, config.code_dim, config.hidden_dims, quantizer, embedding_norm=config.embedding_norm)
 

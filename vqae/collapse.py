@@ -14,7 +14,7 @@ def collapse_warning(config: Config, counts: Tensor, step: int) -> str | None:
       put at, so that training's own count calls a collapsed codebook well used as long as it restarts.
     - Half means half of the codes that as many pictures would reach by choosing evenly: 40 pictures cannot choose 256.
     - It waits until every code that began unused was restarted, and had as long again to find pictures of its own:
-      2·restart_after steps. Without restarts there is nothing to wait for: what no picture of an epoch chose got no
+      2·restart_steps. Without restarts there is nothing to wait for: what no picture of an epoch chose got no
       gradient, and will get none.
 
     Args:
@@ -25,7 +25,7 @@ def collapse_warning(config: Config, counts: Tensor, step: int) -> str | None:
     num_codes, num_pictures = counts.numel(), int(counts.sum())
     codes_used = int((counts > 0).sum())
     expected = num_codes * (1 - (1 - 1 / num_codes) ** num_pictures)  # of num_pictures drawn evenly
-    if codes_used >= expected / 2 or step < 2 * config.restart_after:
+    if codes_used >= expected / 2 or step < 2 * config.restart_steps:
         return None
     return (
         f"warning: the {num_pictures:,} pictures held out chose {codes_used} of {num_codes} codes, "
@@ -44,4 +44,4 @@ def _option_to_look_at(config: Config) -> str:
             f"--encoder-lr, now {config.encoder_lr:g}: a slower encoder leaves the embeddings near the codes, "
             "as --embedding-norm batch does"
         )
-    return f"--restart-after, now {config.restart_after} steps: fewer bring unused codes back sooner"
+    return f"--restart-after, now {config.restart_after} pictures: fewer bring unused codes back sooner"

@@ -51,9 +51,9 @@ class Config:
     where distances between pictures depend on some more than on others."""
     codebook_init: Literal["normal", "uniform", "data"] = "normal"
     """How the codebook begins: at random, as specified, or at the first batch's embeddings."""
-    restart_after: int = 60
-    """Put a code that was never chosen in so many steps at a random embedding of the batch; 0: never. Without it most
-    codes get no gradient, ever: 2 of 512 were in use at the end."""
+    restart_after: int = 15_360
+    """Put a code that none of so many pictures in a row has chosen at a random embedding of the batch; 0: never. Even
+    use of 512 codes gives each of them 30 of these. Without restarts most codes get no gradient, ever."""
 
     epochs: int = 12
     """Passes over the training pictures, at most."""
@@ -90,6 +90,11 @@ class Config:
     """torch.compile the model."""
     checkpoint_minutes: float = 1.0
     """Save last.pt at least this often."""
+
+    @property
+    def restart_steps(self) -> int:
+        """`restart_after` in training steps; 0: never."""
+        return -(-self.restart_after // self.batch_size)
 
     def check(self) -> None:
         """Raise UsageError for a value out of range."""

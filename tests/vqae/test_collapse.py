@@ -9,7 +9,7 @@ from torch import Tensor
 from vqae.collapse import collapse_warning
 from vqae.config import RECIPES, Config
 
-CONFIG = Config(restart_after=60)
+CONFIG = Config(restart_after=15_360, batch_size=256)  # 60 steps
 LATE = 10_000  # steps
 
 
@@ -65,7 +65,7 @@ def test_without_restarts_there_is_nothing_to_wait_for() -> None:
         (RECIPES["plain"], f"look at --restart-after {Config.restart_after}, "),
         ({"codebook_step": "plain"}, "look at --codebook-step share"),
         ({"codebook_step": "share", "embedding_norm": "none"}, "look at --encoder-lr, now 0.003: "),
-        ({"codebook_step": "share", "embedding_norm": "batch"}, "look at --restart-after, now 60 steps"),
+        ({"codebook_step": "share", "embedding_norm": "batch"}, "look at --restart-after, now 15360 pictures"),
     ],
 )
 def test_the_option_that_it_names(overrides: dict[str, object], option: str) -> None:

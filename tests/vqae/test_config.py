@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.vqae.commands import Outcome
+from vqae.checkpoint import build_model
 from vqae.config import RECIPES, Config, find_device, flag
 from vqae.errors import UsageError
 from vqae.train import parse
@@ -289,3 +290,14 @@ def test_a_device_that_is_not_there() -> None:
 def test_cuda_where_there_is_none() -> None:
     with pytest.raises(UsageError, match="--device cuda is not there: this machine has 0 CUDA devices"):
         find_device("cuda")
+
+
+# -- settings in other units
+
+
+@pytest.mark.parametrize(
+    ("pictures", "batch_size", "steps"), [(15_360, 256, 60), (15_360, 1000, 16), (1, 256, 1), (0, 256, 0)]
+)
+def test_restarts_are_counted_in_pictures_whatever_the_batch_size(pictures: int, batch_size: int, steps: int) -> None:
+    config = Config(num_codes=4, code_dim=4, restart_after=pictures, batch_size=batch_size)
+    assert config.restart_steps == build_model(config, (8, 8)).quantizer.restart_after == steps

@@ -62,7 +62,7 @@ def test_two_ranks_reach_the_weights_of_one_process(ranks: list[dict[str, Any]],
         assert expected[part].dtype == case.dtype
         assert not torch.equal(expected[part], beginning[part]), part
     assert expected["quantizer.batch_counts"].sum() == case.config.batch_size
-    assert (expected["quantizer.restarts"] > 0) == (case.steps > case.config.restart_after)
+    assert (expected["quantizer.restarts"] > 0) == (case.steps > case.config.restart_steps)
 
 
 def test_the_encoder_that_wakes_slept_before() -> None:

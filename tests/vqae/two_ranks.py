@@ -28,7 +28,7 @@ from vqae.trainer import Trainer
 WORLD = 2
 CPU = torch.device("cpu")
 STOP_AFTER = 5  # steps of the run that is stopped
-SMALL = {"num_codes": 24, "code_dim": 64, "hidden_dims": (32,), "restart_after": 3, "checkpoint_minutes": 1e6}
+SMALL = {"num_codes": 24, "code_dim": 64, "hidden_dims": (32,), "restart_after": 51, "checkpoint_minutes": 1e6}
 
 
 class Case(NamedTuple):
