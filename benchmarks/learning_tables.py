@@ -1,4 +1,4 @@
-"""The tables of docs/learning.md, from the lines of recipe_ablation.py and of rate_distortion.py.
+"""The tables of what was learned, from the lines of recipe_ablation.py and of rate_distortion.py.
 
 It needs the standard library alone.
 """
@@ -98,6 +98,29 @@ def rate_distortion_rows(lines: Sequence[dict[str, Any]]) -> list[list[str]]:
             if any(cells):
                 rows.append([f"{num_codes:,}", shown, *cells])
     return rows
+
+
+def use_table(lines: Sequence[dict[str, Any]]) -> str:
+    """The model's codes in use, a row for each K, batch size, D and length of run; lines of rate_distortion.py."""
+    runs = [line for line in lines if line["method"] == "model"]
+    if not runs:
+        return _NONE_YET
+    rows = [["K", "batch size", "D", "minutes", "seeds", "test MSE", "codes used, fewest", "perplexity on test, least"]]
+    kinds = {_kind(line) for line in runs}
+    for num_codes in sorted({line["num_codes"] for line in runs}):
+        for kind in sorted(kinds, key=str):
+            alike = [line for line in runs if line["num_codes"] == num_codes and _kind(line) == kind]
+            if alike:
+                sizes = [f"{size:,}" if size is not None else "-" for size in (num_codes, *kind)]
+                mse = spread([line["test_mse"] for line in alike]).text(4)
+                fewest = [f"{min(line[f'test_{name}'] for line in alike):.0f}" for name in ("codes_used", "perplexity")]
+                rows.append([*sizes, str(len(alike)), mse, *fewest])
+    return f"{_markdown(rows)}\n\n{_where(runs)}."
+
+
+def _kind(line: dict[str, Any]) -> tuple[Any, ...]:
+    """What runs of one K may differ in."""
+    return tuple(line["settings"][name] for name in ("batch_size", "code_dim", "max_minutes"))
 
 
 def over_seeds(lines: Sequence[dict[str, Any]], method: str, num_codes: int, name: str) -> Spread | None:

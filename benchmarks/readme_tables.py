@@ -3,9 +3,9 @@
     python benchmarks/readme_tables.py           # rewrite them, and draw the plot of the GPU's results if there are any
     python benchmarks/readme_tables.py --check   # exit 1 if a table would change
 
-The results lie in benchmarks/results/cpu: train.json (a run's last line of metrics.jsonl, with the command and the
-machine), train_bench.jsonl, argmin.jsonl (argmin_bench.py), exactness_soak.jsonl, ablation.jsonl (recipe_ablation.py)
-and rate_distortion.jsonl (the results.jsonl of rate_distortion.py). Those of a GPU lie in a folder named after it, such
+The results lie in benchmarks/results/cpu: train_bench.jsonl, argmin.jsonl (argmin_bench.py), exactness_soak.jsonl,
+ablation.jsonl (recipe_ablation.py), rate_distortion.jsonl (the results.jsonl of rate_distortion.py) and
+batch_sizes.jsonl (the same, of other batch sizes). Those of a GPU lie in a folder named after it, such
 as benchmarks/results/h200, as gpu_pass.py leaves them. A table stands between `<!-- begin NAME -->` and
 `<!-- end NAME -->`.
 """
@@ -13,6 +13,7 @@ as benchmarks/results/h200, as gpu_pass.py leaves them. A table stands between `
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import Any
 from gpu import tables as gpu_tables
 from gpu.measured import results as gpu_results
 from gpu.measured import searches as gpu_searches
-from learning_tables import ablation_table, rate_distortion_table
+from learning_tables import ablation_table, over_seeds, rate_distortion_table, use_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "cpu"
@@ -46,18 +47,29 @@ def read_lines_if_any(name: str) -> list[dict[str, Any]]:
 
 def model_table() -> str:
     """What the auto-encoder reached."""
-    run = json.loads((RESULTS / "train.json").read_text())
+    lines = read_lines("rate_distortion.jsonl")
+    found = {name: over_seeds(lines, "model", 512, name) for name in ("test_mse", "test_codes_used", "test_perplexity")}
+    mse, codes_used, perplexity = (spread for spread in found.values() if spread is not None)
+    bound = over_seeds(lines, "kmeans", 512, "test_mse")
+    runs = [line for line in lines if (line["method"], line["num_codes"]) == ("model", 512)]
+    first, settings = runs[0], runs[0]["settings"]
     bench = read_lines("train_bench.jsonl")[-1]
     soak = read_lines("exactness_soak.jsonl")[-1]
     rows = [
         ("Indices that differ from a float64 brute force", f"{soak['wrong']} of {soak['rows']:,}"),
-        ("Test MSE a pixel value (pixels in [0, 1]), K = 512", f"{run['test_mse']:.4f} ({run['psnr_db']:.2f} dB)"),
-        ("Codes in use on the test pictures", f"{run['codes_used']} of 512, perplexity {run['perplexity']:.0f}"),
-        ("Training time, start to exit", f"{run['wall_s'] / 60:.1f} minutes for {run['epoch']:g} epochs"),
+        ("Test MSE a pixel value (pixels in [0, 1]), K = 512", f"{mse.text(4)} ({-10 * math.log10(mse.mean):.2f} dB)"),
+        ("K-means of the pixels, on the same pictures", bound.text(4) if bound else "-"),
+        ("Codes in use on the test pictures", f"{codes_used.text(0)} of 512, perplexity {perplexity.text(0)}"),
+        ("Training time, start to exit", f"{settings['max_minutes']:g} minutes"),
         ("Pictures a second, beside a bare loop without quantizer or data", f"{bench['ratio']:.2f} of it"),
     ]
-    lines = ["| | measured |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
-    return "\n".join([*lines, "", f"{run['data']}; {run['machine']}; {run['date']}; `{run['command']}`."])
+    table = "\n".join(["| | measured |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
+    pictures = (
+        f"{first['num_train']:,} training pictures (2 % of them held out) and {first['num_test']:,} test pictures"
+    )
+    what = f"CIFAR-10 (JPEG copy), {pictures}; mean ± standard deviation over {mse.seeds} seeds"
+    command = f"python -m vqae.train --dataset imagefolder --data-dir DIR --max-minutes {settings['max_minutes']:g}"
+    return f"{table}\n\n{what}; {first['device']}; {first['versions']}; {first['date']}; `{command}`."
 
 
 def search_table() -> str:
@@ -86,6 +98,9 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/learning.md": {
         "ablation": lambda: ablation_table(read_lines_if_any("ablation.jsonl")),
         "rate-distortion": lambda: rate_distortion_table(read_lines_if_any("rate_distortion.jsonl")),
+        "use": lambda: use_table(
+            [*read_lines_if_any("rate_distortion.jsonl"), *read_lines_if_any("batch_sizes.jsonl")]
+        ),
     },
     "docs/performance.md": {
         **gpu_tables.TABLES,

@@ -5,7 +5,15 @@ import sys
 from typing import Any
 
 import pytest
-from learning_tables import METHODS, ablation_table, over_seeds, rate_distortion_rows, rate_distortion_table, spread
+from learning_tables import (
+    METHODS,
+    ablation_table,
+    over_seeds,
+    rate_distortion_rows,
+    rate_distortion_table,
+    spread,
+    use_table,
+)
 
 ENVIRONMENT = {"device": "a CPU", "versions": "torch 2", "date": "2026-01-01"}
 SETTINGS = {"lr": 0.3, "flip": False, "limit": None, "num_codes": 512, "epochs": 6, "dataset": "imagefolder"}
@@ -97,8 +105,21 @@ def test_figures_of_a_method_at_one_k() -> None:
     assert over_seeds(lines, "model", 4, "test_mse") is None
 
 
+def test_the_codes_in_use_are_those_of_the_worst_seed() -> None:
+    def run(seed: int, batch_size: int, used: int) -> dict[str, Any]:
+        settings = {"batch_size": batch_size, "code_dim": 64, "max_minutes": None}
+        line = {**point("model", 512, seed, 0.03), "settings": settings}
+        return {**line, "test_codes_used": used, "test_perplexity": used / 2}
+
+    lines = [run(0, 64, 500), run(1, 64, 480), run(0, 1024, 510), point("kmeans", 512, 0, 0.03)]
+    assert use_table(lines).splitlines()[2:4] == [
+        "| 512 | 1,024 | 64 | - | 1 | 0.0300 | 510 | 255 |",
+        "| 512 | 64 | 64 | - | 2 | 0.0300 ± 0.0000 | 480 | 240 |",
+    ]
+
+
 def test_without_results_the_tables_say_so() -> None:
-    assert ablation_table([]) == rate_distortion_table([]) == "No results are committed yet."
+    assert ablation_table([]) == rate_distortion_table([]) == use_table([]) == "No results are committed yet."
 
 
 def test_they_need_the_standard_library_alone() -> None:

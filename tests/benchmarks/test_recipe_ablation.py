@@ -80,7 +80,7 @@ def test_what_is_finished_is_not_done_again(
     train_whole, done = recipe_ablation.run_training, []
     monkeypatch.setattr(recipe_ablation, "run_training", lambda config: (done.append(config), train_whole(config)))
     lines = run("--variants", "default", "no mirrored pictures", "default")
-    assert [config.flip for config in done] == [True]
+    assert [config.flip for config in done] == [False]
     assert len(lines) == 2
     assert (tmp_path / "ablation.jsonl").read_text().startswith(before)
     monkeypatch.setattr(recipe_ablation, "load_pictures", None)  # would fail: it is not needed
