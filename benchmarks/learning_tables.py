@@ -94,7 +94,7 @@ def rate_distortion_rows(lines: Sequence[dict[str, Any]]) -> list[list[str]]:
                 f"{found.mean / bound.mean:.3f}" if found and bound and method == "model" else ""
                 for found, bound in zip(mse, bounds, strict=True)
             ]
-            cells = [*(_cell(found, 4) for found in mse), *ratios, *(_cell(found, 0) for found in codes)]
+            cells = [*(_cell(found, 5) for found in mse), *ratios, *(_cell(found, 0) for found in codes)]
             if any(cells):
                 rows.append([f"{num_codes:,}", shown, *cells])
     return rows
@@ -112,7 +112,7 @@ def use_table(lines: Sequence[dict[str, Any]]) -> str:
             alike = [line for line in runs if line["num_codes"] == num_codes and _kind(line) == kind]
             if alike:
                 sizes = [f"{size:,}" if size is not None else "-" for size in (num_codes, *kind)]
-                mse = spread([line["test_mse"] for line in alike]).text(4)
+                mse = spread([line["test_mse"] for line in alike]).text(5)
                 fewest = [f"{min(line[f'test_{name}'] for line in alike):.0f}" for name in ("codes_used", "perplexity")]
                 rows.append([*sizes, str(len(alike)), mse, *fewest])
     return f"{_markdown(rows)}\n\n{_where(runs)}."

@@ -1,13 +1,13 @@
-"""Write the tables of README.md, docs/learning.md and docs/performance.md from the committed results.
+"""Write the tables of README.md and of docs/learning.md, migrating.md and performance.md from the committed results.
 
     python benchmarks/readme_tables.py           # rewrite them, and draw the plot of the GPU's results if there are any
     python benchmarks/readme_tables.py --check   # exit 1 if a table would change
 
 The results lie in benchmarks/results/cpu: train_bench.jsonl, argmin.jsonl (argmin_bench.py), exactness_soak.jsonl,
-ablation.jsonl (recipe_ablation.py), rate_distortion.jsonl (the results.jsonl of rate_distortion.py) and
-batch_sizes.jsonl (the same, of other batch sizes). Those of a GPU lie in a folder named after it, such
-as benchmarks/results/h200, as gpu_pass.py leaves them. A table stands between `<!-- begin NAME -->` and
-`<!-- end NAME -->`.
+ablation.jsonl (recipe_ablation.py), rate_distortion.jsonl (the results.jsonl of rate_distortion.py), batch_sizes.jsonl
+(the same, of other batch sizes) and quantizer_step.jsonl (quantizer_step_bench.py). Those of a GPU lie in a folder
+named after it, such as benchmarks/results/h200, as gpu_pass.py leaves them. A table stands between
+`<!-- begin NAME -->` and `<!-- end NAME -->`.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def model_table() -> str:
     soak = read_lines("exactness_soak.jsonl")[-1]
     rows = [
         ("Indices that differ from a float64 brute force", f"{soak['wrong']} of {soak['rows']:,}"),
-        ("Test MSE a pixel value (pixels in [0, 1]), K = 512", f"{mse.text(4)} ({-10 * math.log10(mse.mean):.2f} dB)"),
-        ("K-means of the pixels, on the same pictures", bound.text(4) if bound else "-"),
+        ("Test MSE a pixel value (pixels in [0, 1]), K = 512", f"{mse.text(5)} ({-10 * math.log10(mse.mean):.2f} dB)"),
+        ("K-means of the pixels, on the same pictures", bound.text(5) if bound else "-"),
         ("Codes in use on the test pictures", f"{codes_used.text(0)} of 512, perplexity {perplexity.text(0)}"),
         ("Training time, start to exit", f"{settings['max_minutes']:g} minutes"),
         ("Pictures a second, beside a bare loop without quantizer or data", f"{bench['ratio']:.2f} of it"),
@@ -93,6 +93,26 @@ def search_table() -> str:
     return "\n".join([*lines, "", f"Median time over that of cdist + argmin; float32, Gaussian; {where}."])
 
 
+def step_table() -> str:
+    """A training step of the drop-in quantizer beside the original's."""
+    line = read_lines("quantizer_step.jsonl")[-1]
+    rows = [
+        ["", "here", "there", "ratio"],
+        ["time", f"{line['ours_ms']:.0f} ms", f"{line['theirs_ms']:.0f} ms", f"{line['time_ratio']:.2f}"],
+        [
+            "memory beyond what was held",
+            f"{line['ours_peak_mib']:.0f} MiB",
+            f"{line['theirs_peak_mib']:.0f} MiB",
+            f"{line['memory_ratio']:.2f}",
+        ],
+    ]
+    first, *others = ("| " + " | ".join(row) + " |" for row in rows)
+    size = f"x [{line['batch']}, {line['length']}, {line['dim']}], {line['num_codes']:,} codes"
+    where = f"{line['device']}; {line['versions']}; {line['date']}"
+    table = "\n".join([first, "|---" * len(rows[0]) + "|", *others])
+    return f"{table}\n\nForward, backward and moving averages; {size}; medians of steps taken in turns; {where}."
+
+
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"model": model_table, "search": search_table, "gpu-search": gpu_tables.readme_table},
     "docs/learning.md": {
@@ -102,6 +122,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
             [*read_lines_if_any("rate_distortion.jsonl"), *read_lines_if_any("batch_sizes.jsonl")]
         ),
     },
+    "docs/migrating.md": {"step": step_table},
     "docs/performance.md": {
         **gpu_tables.TABLES,
         "gpu-rate-distortion": lambda: rate_distortion_table(gpu_results("rate_distortion")),

@@ -79,9 +79,9 @@ def test_variants_of_different_defaults_are_not_one_table() -> None:
 def test_the_model_beside_kmeans() -> None:
     lines = [point("kmeans", 16, seed, 0.25) for seed in (0, 1)] + [point("model", 16, 0, 0.5), point("model", 3, 0, 1)]
     assert rate_distortion_rows(lines)[1:] == [
-        ["3", "model", "1.0000", "1.0000", "", "", "1", "1"],
-        ["16", "K-means", "0.2500 ± 0.0000", "0.2500 ± 0.0000", "", "", "0 ± 0", "0 ± 0"],
-        ["16", "model", "0.5000", "0.5000", "2.000", "2.000", "0", "0"],
+        ["3", "model", "1.00000", "1.00000", "", "", "1", "1"],
+        ["16", "K-means", "0.25000 ± 0.00000", "0.25000 ± 0.00000", "", "", "0 ± 0", "0 ± 0"],
+        ["16", "model", "0.50000", "0.50000", "2.000", "2.000", "0", "0"],
     ]
     table = rate_distortion_table(lines).splitlines()
     assert table[0] == "| K | by | train MSE | test MSE | train ratio | test ratio | perplexity | codes used |"
@@ -113,8 +113,8 @@ def test_the_codes_in_use_are_those_of_the_worst_seed() -> None:
 
     lines = [run(0, 64, 500), run(1, 64, 480), run(0, 1024, 510), point("kmeans", 512, 0, 0.03)]
     assert use_table(lines).splitlines()[2:4] == [
-        "| 512 | 1,024 | 64 | - | 1 | 0.0300 | 510 | 255 |",
-        "| 512 | 64 | 64 | - | 2 | 0.0300 ± 0.0000 | 480 | 240 |",
+        "| 512 | 1,024 | 64 | - | 1 | 0.03000 | 510 | 255 |",
+        "| 512 | 64 | 64 | - | 2 | 0.03000 ± 0.00000 | 480 | 240 |",
     ]
 
 
