@@ -170,10 +170,16 @@ def _ridge_regression(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """(weight [Q, P], bias [Q]) with weight·x + bias near y, for x [N, P] and y [N, Q]."""
     x_mean, y_mean = x.mean(0), y.mean(0)
     x, y = x - x_mean, y - y_mean
-    covariance = (x.T @ x / x.shape[0]).double()
-    ridge = _RIDGE * covariance.diagonal().mean().clamp(min=1e-12)
-    covariance.diagonal().add_(ridge)
-    weight = torch.linalg.solve(covariance, (x.T @ y / x.shape[0]).double()).T.to(x.dtype)
+    num_rows, num_columns = x.shape
+    ridge = _RIDGE * (x.square().mean().double()).clamp(min=1e-12)  # the mean variance
+    if num_rows < num_columns:  # the same by a smaller system
+        products = (x @ x.T / num_rows).double()
+        products.diagonal().add_(ridge)
+        weight = torch.linalg.solve(products, (y / num_rows).double()).T.to(x.dtype) @ x
+    else:
+        covariance = (x.T @ x / num_rows).double()
+        covariance.diagonal().add_(ridge)
+        weight = torch.linalg.solve(covariance, (x.T @ y / num_rows).double()).T.to(x.dtype)
     return weight, y_mean - weight @ x_mean
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vqae import VQAE
+from vqae import VQAE, picture_init
 from vqae.checkpoint import build_model
 from vqae.config import Config
 from vqae.picture_init import begin_from_pictures
@@ -87,6 +87,19 @@ def test_weights_are_finite_however_few_and_small_the_pictures(size: int, count:
     for pictures in (smooth_pictures(count, size), torch.full((count, 3, size, size), 9, dtype=torch.uint8)):
         state = begun(pictures).state_dict()
         assert all(tensor.isfinite().all() for tensor in state.values())
+
+
+def test_ridge_regression_is_the_same_with_few_rows_and_with_many() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(40, 60, generator=generator) + 3, torch.randn(40, 2, generator=generator) - 5
+    for num_columns in (60, 20):  # more columns than rows, and fewer
+        part = x[:, :num_columns]
+        centred = (part - part.mean(0)).double()
+        system = centred.T @ centred / 40 + 1e-2 * centred.square().mean() * torch.eye(num_columns)
+        expected = torch.linalg.solve(system, centred.T @ (y - y.mean(0)).double() / 40).T
+        weight, bias = picture_init._ridge_regression(part, y)
+        torch.testing.assert_close(weight.double(), expected, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(weight @ part.mean(0) + bias, y.mean(0))
 
 
 def test_the_seed_decides_and_the_mode_stays() -> None:
