@@ -74,7 +74,16 @@ class LargestTwo:
 
 
 def _largest_and_next(maxima: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """For each column of maxima [S, N], which it overwrites: where the largest is [N] int64, the largest, the next."""
-    largest, place = maxima.max(dim=0)
-    maxima.scatter_(0, place[None], -torch.inf)
-    return place, largest, maxima.amax(dim=0)
+    """For each column of maxima [S, N], which it overwrites: where the largest is [N] int64, the largest, the next.
+
+    Where two are the largest they are the next as well, and the place may be neither's. No index is carried here, too:
+    a product with [0, 1, 2, ...] and [1, 1, 1, ...] tells the place and the number of those that equal the largest.
+    """
+    size = maxima.shape[0]
+    largest = maxima.amax(dim=0)
+    is_largest = torch.eq(maxima, largest, out=torch.empty_like(maxima))  # 1 or 0
+    numbers = torch.arange(size, dtype=maxima.dtype, device=maxima.device)
+    place, count = torch.stack([numbers, torch.ones_like(numbers)]) @ is_largest
+    maxima.sub_(is_largest, alpha=torch.finfo(maxima.dtype).max)
+    following = torch.where(count > 1, largest, maxima.amax(dim=0))
+    return place.clamp_(max=size - 1).long(), largest, following

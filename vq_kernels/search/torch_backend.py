@@ -28,7 +28,7 @@ from vq_kernels.search.torch_operand import CodebookOperand, augment, prepare
 __all__ = ["prepare", "search"]
 
 _DIRECT_ELEMENTS = 1 << 16  # numbers that the direct step holds at a time
-_GATHER_ELEMENTS = 1 << 18  # numbers gathered at a time
+_GATHER_ELEMENTS = 1 << 20  # numbers gathered at a time
 _MANY_CANDIDATES = 16  # a row, from which float64 scores (or, after them, a look for identical codes) pay
 _TINY_SQ_DISTANCE = 2.0**-80  # below it a float32 sum of squares may have lost terms to underflow
 
