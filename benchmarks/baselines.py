@@ -28,7 +28,8 @@ import importlib
 import importlib.util
 import inspect
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -188,6 +189,17 @@ def _build_ours_prepared(backend: Literal["torch", "triton"]) -> Callable[[Tenso
     return build
 
 
+@contextmanager
+def matmul_precision(precision: str) -> Iterator[None]:
+    """Float32 products of this precision inside ("highest", "high", "medium")."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def _build_gemm(dtype: torch.dtype | None, precision: str) -> Callable[[Tensor, Tensor], Search]:
     """x.c^T in `dtype` (None: as given), to a buffer of its own so that no page is touched for the first time."""
 
@@ -196,12 +208,8 @@ def _build_gemm(dtype: torch.dtype | None, precision: str) -> Callable[[Tensor, 
         scores = torch.zeros(x.shape[0], codebook.shape[0], dtype=left.dtype, device=x.device)
 
         def search() -> Tensor:
-            before = torch.get_float32_matmul_precision()
-            torch.set_float32_matmul_precision(precision)
-            try:
+            with matmul_precision(precision):
                 return torch.mm(left, right, out=scores)
-            finally:
-                torch.set_float32_matmul_precision(before)
 
         return search
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
+from baselines import matmul_precision
 from search_timing import CudaEvents, Timer, WallClock, captured
 from torch import Tensor
 
@@ -125,11 +126,7 @@ def _product(side: int, dtype: torch.dtype, precision: str, device: torch.device
     product = torch.empty_like(left)
 
     def multiply() -> Tensor:
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision(precision)
-        try:
+        with matmul_precision(precision):
             return torch.mm(left, right, out=product)
-        finally:
-            torch.set_float32_matmul_precision(before)
 
     return multiply

@@ -1,9 +1,7 @@
 """What models do to the modules in them: compilation, autocast, loss scaling, checkpoints, copies, functional calls."""
 
 import copy
-import io
-import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad
 
+from tests.vq_kernels.copies import WAYS_TO_COPY
 from vq_kernels import ResidualVectorQuantizer, VectorQuantizer, nearest_code, nearest_code_topk, vector_quantize
 
 LEARNING = {"commitment_weight": 0.25, "restart_after": 1, "init": "data"}
@@ -26,16 +25,10 @@ MODULES: dict[str, Callable[[], VectorQuantizer | ResidualVectorQuantizer]] = {
     "residual, grouped": lambda: ResidualVectorQuantizer(3, 20, 6, heads=2, separate_codebooks=True, **LEARNING),
 }
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning:torch"
-)
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = [
+    pytest.mark.usefixtures("_fresh_compiler"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning:torch"),
+]
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -163,24 +156,7 @@ def test_gradients_that_overflow_skip_the_step() -> None:
     assert scaler.get_scale() == 2.0**119
 
 
-def copied(module: nn.Module) -> nn.Module:
-    return copy.deepcopy(module)
-
-
-def pickled(module: nn.Module) -> nn.Module:
-    result: nn.Module = pickle.loads(pickle.dumps(module))  # noqa: S301 - our own bytes
-    return result
-
-
-def saved(module: nn.Module) -> nn.Module:
-    file = io.BytesIO()
-    torch.save(module, file)
-    file.seek(0)
-    result: nn.Module = torch.load(file, weights_only=False)
-    return result
-
-
-@pytest.mark.parametrize("way", [copied, pickled, saved])
+@pytest.mark.parametrize("way", WAYS_TO_COPY)
 @pytest.mark.parametrize("name", MODULES)
 def test_copies_go_on_as_the_original_would(name: str, way: Callable[[nn.Module], nn.Module]) -> None:
     module = make(name)

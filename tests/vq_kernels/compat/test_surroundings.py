@@ -1,9 +1,7 @@
 """What models do to `VectorQuantize`: autocast, loss scaling, checkpoints, copies, functional calls, graphs."""
 
 import copy
-import io
-import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -24,17 +22,11 @@ from tests.vq_kernels.compat.beside import (
     pair,
     step,
 )
+from tests.vq_kernels.copies import WAYS_TO_COPY
 from vq_kernels import VectorQuantize
 
 FEW_MODES = ["default", "cosine", "heads with own codes, projection, cosine", "learnable", "k-means", "dead codes"]
 HALVES = [torch.bfloat16, torch.float16]
-
-
-@pytest.fixture
-def _fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def make(mode: str) -> VectorQuantize:
@@ -134,20 +126,7 @@ def test_the_cross_entropy_under_gradient_checkpointing(mode: str) -> None:
         assert torch.equal(plain, again)
 
 
-def pickled(layer: nn.Module) -> nn.Module:
-    result: nn.Module = pickle.loads(pickle.dumps(layer))  # noqa: S301 - our own bytes
-    return result
-
-
-def saved(layer: nn.Module) -> nn.Module:
-    file = io.BytesIO()
-    torch.save(layer, file)
-    file.seek(0)
-    result: nn.Module = torch.load(file, weights_only=False)
-    return result
-
-
-@pytest.mark.parametrize("way", [copy.deepcopy, pickled, saved])
+@pytest.mark.parametrize("way", WAYS_TO_COPY)
 @pytest.mark.parametrize("mode", FEW_MODES)
 def test_copies_go_on_alike(mode: str, way: Callable[[nn.Module], nn.Module]) -> None:
     layer = make(mode)
