@@ -1,17 +1,18 @@
 """Data sets for the nearest-code search, by name, seeded: the easy one and those on which other searches go wrong.
 
-| name            | x and codebook                                          | what it is hard for                     |
-|-----------------|---------------------------------------------------------|-----------------------------------------|
-| gaussian        | both standard normal                                    | nothing: the baseline                   |
-| clustered       | a code + 0.3 times a normal; the codes standard normal  | gaps as of a trained codebook           |
-| offset-3        | gaussian, all of it moved by 3                          | 16-bit scores not shifted: a ReLU's     |
-| offset-100      | gaussian moved by 100                                   | the expansion of ‖x - c‖² in float32    |
-| offset-1000     | gaussian moved by 1000                                  | the same, by far                        |
-| near-duplicates | clustered; codes in pairs that differ by one last bit   | every format short of float64           |
-| uniform         | both uniform in ±1/K, a common initialisation           | fp16's range; a clamp before argmin     |
-| duplicates      | clustered; half of the codes are copies of others       | the lowest index on a tie               |
-| shell           | codes at a distance of 1 ± 1e-6 from nearly equal x     | a bound that leaves few candidates      |
-| trained         | a vqae checkpoint's encoder outputs and codebook        | what training really makes              |
+| name            | x and codebook                                           | what it is hard for                  |
+|-----------------|----------------------------------------------------------|--------------------------------------|
+| gaussian        | both standard normal                                     | nothing: the baseline                |
+| clustered       | a code + 0.3 times a normal; the codes standard normal   | gaps as of a trained codebook        |
+| offset-3        | gaussian, all of it moved by 3                           | 16-bit scores not shifted: a ReLU's  |
+| offset-100      | gaussian moved by 100                                    | the expansion of ‖x - c‖² in float32 |
+| offset-1000     | gaussian moved by 1000                                   | the same, by far                     |
+| near-duplicates | clustered; codes in pairs that differ by one last bit    | every format short of float64        |
+| uniform         | both uniform in ±1/K, a common initialisation            | fp16's range; a clamp before argmin  |
+| duplicates      | clustered; half of the codes are copies of others        | the lowest index on a tie            |
+| outliers        | near codes of lengths 0.01 to 10; copies and near copies | another code's bound, in a tie       |
+| shell           | codes at a distance of 1 ± 1e-6 from nearly equal x      | a bound that leaves few candidates   |
+| trained         | a vqae checkpoint's encoder outputs and codebook         | what training really makes           |
 """
 
 from collections.abc import Callable
@@ -71,6 +72,19 @@ def _duplicates(N: int, K: int, D: int, generator: Generator) -> SearchData:
     return SearchData(x, codebook)
 
 
+def _outliers(N: int, K: int, D: int, generator: Generator) -> SearchData:
+    lengths = 10 ** (3 * torch.rand(K, 1, generator=generator) - 2)
+    codebook = torch.randn(K, D, generator=generator) * lengths
+    order = torch.randperm(K, generator=generator)
+    originals, copies, near_copies = order[: K // 3], order[K // 3 : 2 * (K // 3)], order[2 * (K // 3) : 3 * (K // 3)]
+    codebook[copies] = codebook[originals]
+    noise = torch.randn(near_copies.shape[0], D, generator=generator)
+    codebook[near_copies] = codebook[originals] * (1 + 2e-7 * noise)
+    centres = torch.randint(K, (N,), generator=generator)
+    noise = torch.randn(N, D, generator=generator)
+    return SearchData(codebook[centres] + 0.1 * lengths[centres] * noise, codebook)
+
+
 def _shell(N: int, K: int, D: int, generator: Generator) -> SearchData:
     centre = torch.randn(D, generator=generator)
     directions = torch.nn.functional.normalize(torch.randn(K, D, generator=generator), dim=1)
@@ -87,6 +101,7 @@ _DRAWN: dict[str, Callable[[int, int, int, Generator], SearchData]] = {
     "near-duplicates": _clustered,  # the twins are made last, in the dtype asked for
     "uniform": _uniform,
     "duplicates": _duplicates,
+    "outliers": _outliers,
     "shell": _shell,
 }
 

@@ -18,10 +18,10 @@ def soak(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 
 def test_every_row_is_counted_and_right(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert soak(monkeypatch, "--rows", "9000", "--seed", "3") == 0
+    assert soak(monkeypatch, "--rows", "10000", "--seed", "3") == 0
     captured = capsys.readouterr()
     report = json.loads(captured.out.splitlines()[-1])
-    assert report["rows"] == 9000
+    assert report["rows"] == 10_000
     assert report["wrong"] == 0
     assert report["seed"] == 3
     assert list(report["data"]) == list(DRAWN_DATA)
@@ -63,4 +63,4 @@ def test_one_wrong_index_is_seen(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
 def test_fewer_rows_than_data_sets(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert soak(monkeypatch, "--rows", "8") == 2
-    assert "--rows must be at least 9, one for each data set, got 8" in capsys.readouterr().err
+    assert "--rows must be at least 10, one for each data set, got 8" in capsys.readouterr().err

@@ -12,6 +12,7 @@ Backend = Literal["auto", "triton", "torch"]
 
 BACKENDS = ("auto", "triton", "torch")
 ENVIRONMENT_VARIABLE = "VQ_KERNELS_BACKEND"
+_LARGEST_TRITON_DIM = 1 << 15  # for more, scores may leave the range that the kernels keep to
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -57,6 +58,8 @@ def _triton_obstacle(x: Tensor, codebook: Tensor) -> str:
     for name, tensor in (("x", x), ("codebook", codebook)):
         if tensor.dtype not in TRITON_DTYPES:
             return f"{name} is {tensor.dtype}, and the kernels take float32, float16 and bfloat16"
+    if x.shape[-1] > _LARGEST_TRITON_DIM:
+        return f"D is {x.shape[-1]:,}, and the kernels take {_LARGEST_TRITON_DIM:,} at most"
     if torch.version.hip:
         return "this is a ROCm build of PyTorch"
     if x.device.type not in ("cuda", "cpu"):

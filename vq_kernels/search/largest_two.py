@@ -2,8 +2,8 @@
 
 Code k stands in group k // slots and in slot k % slots. Two vectorised reductions of the scores give the maximum of
 each group and of each slot. The largest score is the largest of either, its code the one in both; any other score lies
-in another group or in another slot, so the runner-up is the larger of their two runners-up. Where two codes share the
-largest score the runner-up equals it, and the code found may be neither.
+in another group or in another slot, so the runner-up is the larger of their two runners-up. Where several codes share
+the largest score the runner-up equals it, and the code found may be none of them, though none with a larger index.
 """
 
 import torch
@@ -74,16 +74,14 @@ class LargestTwo:
 
 
 def _largest_and_next(maxima: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """For each column of maxima [S, N], which it overwrites: where the largest is [N] int64, the largest, the next.
+    """For each column of maxima [S, N], which it overwrites: where the first largest is [N] int64, its value, the next.
 
-    Where two are the largest they are the next as well, and the place may be neither's. No index is carried here, too:
-    a product with [0, 1, 2, ...] and [1, 1, 1, ...] tells the place and the number of those that equal the largest.
+    By vectorised passes: `max` carries an index through, and takes three times as long.
     """
     size = maxima.shape[0]
     largest = maxima.amax(dim=0)
-    is_largest = torch.eq(maxima, largest, out=torch.empty_like(maxima))  # 1 or 0
-    numbers = torch.arange(size, dtype=maxima.dtype, device=maxima.device)
-    place, count = torch.stack([numbers, torch.ones_like(numbers)]) @ is_largest
-    maxima.sub_(is_largest, alpha=torch.finfo(maxima.dtype).max)
-    following = torch.where(count > 1, largest, maxima.amax(dim=0))
-    return place.clamp_(max=size - 1).long(), largest, following
+    countdown = torch.arange(size, 0, -1, dtype=maxima.dtype, device=maxima.device)
+    marks = torch.eq(maxima, largest, out=torch.empty_like(maxima)).mul_(countdown[:, None])
+    place = (size - marks.amax(dim=0)).long() % size  # a column of NaN has no mark, and gets place 0
+    maxima.scatter_(0, place[None], -torch.inf)
+    return place, largest, maxima.amax(dim=0)

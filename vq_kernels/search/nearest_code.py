@@ -45,8 +45,9 @@ def nearest_code(
 
     The same indices as a float64 brute-force search over the same values; the lowest index on a tie. (Where two
     distances agree to within float64's own rounding, 1e-13 relative, either may be given.) Neither autocast nor the
-    switches for float32 matrix products change a result. The [N, K] distances are never stored. A model that holds
-    a search can be exported to ONNX, where it is as exact: see `vq_kernels.search.onnx_export`.
+    switches for float32 matrix products change an exact result. Of the [N, K] distances no more than a tile is ever
+    held. A model that holds a search can be exported to ONNX, where it is as exact: see
+    `vq_kernels.search.onnx_export`.
 
     Args:
         x: [..., D], float32, float16, bfloat16 or float64, any strides.
@@ -63,7 +64,8 @@ def nearest_code(
 
     Raises:
         TypeError: a dtype that is not supported.
-        ValueError: D, the device or K does not fit, or an unknown backend or precision.
+        ValueError: D, the device or K does not fit, an unknown backend or precision, or another backend than the one
+            that the codebook was prepared for.
         RuntimeError: backend="triton" cannot run here; says why.
 
     Source: van den Oord et al. 2017, arXiv:1711.00937, eq. 1.
@@ -73,8 +75,9 @@ def nearest_code(
 
 
 def search_statistics(x: Tensor, codebook: Tensor | PreparedCodebook, *, backend: Backend = "auto") -> SearchStatistics:
-    """How many of x's rows the first scan proved, how many were resolved among a few candidates, how many were drained
-    by direct float64 differences. Arguments and errors as for `nearest_code`."""
+    """How many of x's rows the first scan proved, how many were resolved among a few candidates by float64 differences,
+    how many had too many candidates for that and were searched in float64. Arguments and errors as for `nearest_code`.
+    """
     statistics = _search(x, codebook, backend, "exact")[3]
     return SearchStatistics(*statistics.tolist())
 

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from vq_kernels.search.checks import check_pair
 from vq_kernels.search.largest_two import TILE_ELEMENTS
-from vq_kernels.search.precision import float32_products_are_exact_enough
-from vq_kernels.search.torch_operand import CodebookOperand, augment, prepare
+from vq_kernels.search.torch_operand import CodebookOperand, augment, float32_will_do, prepare
 
 _DIRECT_ELEMENTS = 1 << 16  # numbers that the direct step holds at a time
 _SPARE_CANDIDATES = 16  # a row, beyond 2·k, from which float64 scores pay
@@ -76,7 +75,7 @@ def nearest_code_topk_op(x: Tensor, codebook: Tensor, k: int) -> tuple[Tensor, T
     found = NearestCodes(indices, sq_distances)
     rows = x.isfinite().all(dim=1).nonzero()[:, 0]
     with torch.autocast(x.device.type, enabled=False):
-        if float32_products_are_exact_enough(x.device.type):
+        if float32_will_do(x):
             rows = _decide(found, rows, x, codebook, torch.float32, most=2 * k + _SPARE_CANDIDATES)
         _decide(found, rows, x, codebook, torch.float64, most=codebook.shape[0])
     return indices, sq_distances
@@ -119,7 +118,8 @@ def _find_candidates(x: Tensor, operand: CodebookOperand, k: int, scores: Tensor
     left, norms = operand.matrix.new_empty(x.shape[0], operand.matrix.shape[1]), operand.matrix.new_empty(x.shape[0])
     torch.mm(augment(x, operand, left, norms), operand.matrix[: scores.shape[1]].t(), out=scores)
     largest, codes = scores.topk(k, dim=1, sorted=False)
-    threshold = operand.lower_bound(largest, codes, norms[:, None]).amin(dim=1, keepdim=True)
+    row_norms = norms[:, None]
+    threshold = operand.lower_bound(largest, operand.errors(codes, row_norms), row_norms).amin(dim=1, keepdim=True)
     torch.lt(scores, threshold, out=candidates).logical_not_()  # not >=: a NaN leaves the code a candidate
     return candidates.sum(dim=1)
 

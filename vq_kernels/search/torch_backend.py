@@ -8,7 +8,7 @@ Three steps, each taking only the rows that the one before could not prove:
    the lowest index on a tie;
 3. drain: where many do, steps 1 and 2 again with float64 scores.
 
-Where all scores fit into a tile, steps 1 and 2 are one: every row is resolved, most of them with one candidate.
+Where all scores fit into a tile, they are kept from step 1 to step 2, not computed anew.
 
 Memory: a fixed buffer, and O(N + K·D); the [N, K] scores live a tile at a time.
 
@@ -22,8 +22,7 @@ import torch
 from torch import Tensor
 
 from vq_kernels.search.largest_two import TILE_ELEMENTS, LargestTwo
-from vq_kernels.search.precision import float32_products_are_exact_enough
-from vq_kernels.search.torch_operand import CodebookOperand, augment, prepare
+from vq_kernels.search.torch_operand import CodebookOperand, augment, float32_will_do, prepare
 
 __all__ = ["prepare", "search"]
 
@@ -51,7 +50,7 @@ def search(
     autocast = torch.is_autocast_enabled(x.device.type)
     with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
         operand = CodebookOperand(*prepared) if prepared else prepare(codebook)
-        if precision == "exact" and not float32_products_are_exact_enough(x.device.type):
+        if precision == "exact" and not float32_will_do(x):
             operand = prepare(codebook, torch.float64)
         scan = _scan_tile if x.shape[0] * operand.matrix.shape[0] <= TILE_ELEMENTS else _scan_tiles
         indices, rest, counts = scan(x, codebook, operand, certify=precision == "exact")
@@ -74,7 +73,7 @@ def _scan_tile(
     scores = left @ operand.matrix[: codebook.shape[0]].t()  # [N, K]
     best, indices = scores.max(dim=1)
     scores.scatter_(1, indices[:, None], -torch.inf)
-    thresholds = operand.lower_bound(best, indices, norms)
+    thresholds = operand.lower_bound(best, operand.errors(indices, norms), norms)
     rest = _not_proved(best, scores.amax(dim=1), thresholds, certify).nonzero()[:, 0]
     usable = operand.usable(codebook.shape[0])
     rest_scores = scores[rest].scatter_(1, indices[rest, None], best[rest, None])
@@ -123,7 +122,10 @@ def _scan(x: Tensor, operand: CodebookOperand, *, certify: bool = True) -> tuple
             part = x[first : min(first + largest_two.part_rows, chunk.stop)]
             largest_two.reduce(augment(part, operand, left, norms[first - start :]), first - start)
         index, best, second = largest_two.result(chunk.stop - start)
-        threshold = operand.lower_bound(best, index, norms[: best.shape[0]])
+        row_norms = norms[: best.shape[0]]
+        # Of equal upper bounds the code found may have none: the errors are those of no particular code then.
+        errors = torch.where(second < best, operand.errors(index, row_norms), operand.largest_errors(row_norms))
+        threshold = operand.lower_bound(best, errors, row_norms)
         indices[chunk], thresholds[chunk] = index, threshold
         not_proved[chunk] = _not_proved(best, second, threshold, certify)
     return indices, thresholds, not_proved.nonzero()[:, 0]

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from vq_kernels.search.largest_two import num_slots
+from vq_kernels.search.precision import float32_products_are_exact_enough
 
 _UNIT = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
 _ROW_LIMIT = {torch.float32: 2.0**30, torch.float64: 2.0**400}  # longer rows (in units of the codebook) are not scanned
 _NEVER = {torch.float32: -(2.0**100), torch.float64: -(2.0**900)}  # the score of a code that must not win
 _TINY = {torch.float32: 2.0**-100, torch.float64: 2.0**-900}  # covers every underflow, even flushed to zero
 _HIDDEN_NORM = 2.0**-50  # what squares that underflow may take from a norm
+_LARGEST_FLOAT32_DIM = 1 << 15  # up to it the 1 % that the errors are raised by covers the smaller terms
 _SHORTEST_RADIUS = 2.0**-12  # a codebook that is shorter once it is shifted is scaled anew
 
 
@@ -33,12 +35,19 @@ class CodebookOperand(NamedTuple):
         """[K] bool: which of the num_codes codes are finite."""
         return self.matrix[:num_codes, -2] != _NEVER[self.matrix.dtype]
 
-    def lower_bound(self, upper_bounds: Tensor, indices: Tensor, norms: Tensor) -> Tensor:
-        """The lower bounds of the scores with these upper bounds, of codes indices and rows of these norms, [N] each.
+    def errors(self, indices: Tensor, norms: Tensor) -> Tensor:
+        """The bounds E of the errors of the scores of codes indices with rows of these norms, [N] each."""
+        return torch.addcmul(self.error_constant[indices], norms, self.matrix[:, -1][indices])
+
+    def largest_errors(self, norms: Tensor) -> Tensor:
+        """Bounds that hold for every code's score with rows of these norms, [N]."""
+        return torch.addcmul(self.error_constant.amax(), norms, self.matrix[:, -1].amax())
+
+    def lower_bound(self, upper_bounds: Tensor, errors: Tensor, norms: Tensor) -> Tensor:
+        """The lower bounds of the scores with these upper bounds and errors, for rows of these norms, [N] each.
 
         NaN for a row out of range. NaN compares as false: nothing is proved by it, and no code ruled out.
         """
-        errors = torch.addcmul(self.error_constant[indices], norms, self.matrix[:, -1][indices])
         return torch.sub(upper_bounds, errors, alpha=2).masked_fill_(norms > _ROW_LIMIT[norms.dtype], torch.nan)
 
 
@@ -98,6 +107,11 @@ def _shift_and_scale(wide: Tensor, mean: Tensor, scale: float, centred: Tensor) 
     minus_mean = (mean * -scale).to(centred.dtype)
     torch.addcmul(minus_mean.to(wide.dtype), wide, wide.new_full((1,), scale), out=centred)
     return minus_mean, torch.linalg.vector_norm(centred, dim=1)
+
+
+def float32_will_do(x: Tensor) -> bool:
+    """Whether the error bounds hold for float32 products of rows like x [N, D], here and now."""
+    return x.shape[1] <= _LARGEST_FLOAT32_DIM and float32_products_are_exact_enough(x.device.type)
 
 
 def augment(x: Tensor, operand: CodebookOperand, left: Tensor, norms: Tensor) -> Tensor:

@@ -61,6 +61,34 @@ def test_the_least_numbers_of_equals_across_blocks_of_codes() -> None:
     assert (found.indices[:100] < 8192).any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("num_codes", "code_dim"), [(64, 8), (513, 8), (1000, 3), (200, 64)])
+def test_in_a_tie_the_bound_is_no_other_code_s(num_codes: int, code_dim: int, dtype: torch.dtype) -> None:
+    """Long codes that are equal or nearly so; the code that their places in the tile point to is a short one."""
+    num_rows = (1 << 20) // num_codes + 100  # more than one tile's
+    for first, second, between in ((1, 2, 3), (33, 2, 1), (2, 33, 1), (34, 3, 37)):
+        x, codebook = gaussian(num_rows, num_codes, code_dim, seed=first)
+        x, codebook = 0.1 * x.to(dtype), 0.1 * codebook.to(dtype)
+        long = 3 * torch.nn.functional.normalize(codebook[:1])
+        codebook[[first, second]] = long
+        codebook[60] = long * (1 + 2e-7 * torch.linspace(-1, 1, code_dim, dtype=dtype))
+        codebook[between] = codebook.mean(dim=0)
+        x[::3] += long
+        check_exact("torch", x, codebook)
+
+
+@pytest.mark.parametrize("num_codes", [33, 40, 500, 625])
+def test_ties_in_a_codebook_that_the_tile_pads(num_codes: int) -> None:
+    x = gaussian(2000 + (1 << 20) // num_codes, num_codes, 4)[0]
+    lattice = torch.cartesian_prod(*[torch.linspace(-1, 1, 5)] * 4)[:num_codes]
+    for codebook in (torch.zeros(num_codes, 4), lattice, torch.full((num_codes, 4), torch.nan)):
+        check_exact("torch", (4 * x).round() / 4, codebook)
+
+
+def test_more_dimensions_than_float32_has_bounds_for() -> None:
+    check_exact("torch", *gaussian(20, 30, (1 << 15) + 1))
+
+
 def test_more_rows_than_a_tile_holds() -> None:
     x, codebook = gaussian(40_000, 50, 3)
     check_exact("torch", x, codebook)

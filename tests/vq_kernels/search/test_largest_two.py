@@ -28,8 +28,17 @@ def test_equal_largest_scores_leave_no_gap(twins: tuple[int, int]) -> None:
     matrix[list(twins)] = 2.0
     largest_two = LargestTwo(matrix, 1)
     largest_two.reduce(torch.ones(1, 1), 0)
-    _, best, second = largest_two.result(1)
+    index, best, second = largest_two.result(1)
     assert best == second == 2
+    assert index <= max(twins)  # which may be neither, but no padding behind the last code
+
+
+def test_rows_of_nan_get_the_first_code() -> None:
+    largest_two = LargestTwo(torch.ones(64, 1), 3)
+    largest_two.reduce(torch.tensor([[1.0], [torch.nan], [2.0]]), 0)
+    index, best, second = largest_two.result(3)
+    assert index.tolist() == [0, 0, 0]
+    assert best.isnan().tolist() == second.isnan().tolist() == [False, True, False]
 
 
 def test_buffers_stay_small_for_the_largest_codebooks() -> None:
