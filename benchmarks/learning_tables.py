@@ -3,6 +3,7 @@
 It needs the standard library alone.
 """
 
+import itertools
 import statistics
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -50,7 +51,7 @@ def ablation_table(lines: Sequence[dict[str, Any]]) -> str:
     """The variants in the order of their first lines: the figures of each, as mean ± deviation over its seeds.
 
     Raises:
-        SystemExit: two lines differ in a setting that neither's variant overrides.
+        SystemExit: two lines differ in a setting that neither's variant overrides, or two of one variant in any.
     """
     if not lines:
         return _NONE_YET
@@ -124,9 +125,11 @@ def _kind(line: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def over_seeds(lines: Sequence[dict[str, Any]], method: str, num_codes: int, name: str) -> Spread | None:
-    """A figure of one method at one K; None where no line has it."""
-    values = [line[name] for line in lines if (line["method"], line["num_codes"]) == (method, num_codes)]
-    return spread(values) if values else None
+    """A figure of one method at one K; None where there is no line. Exits where these differ in their settings."""
+    runs = [line for line in lines if (line["method"], line["num_codes"]) == (method, num_codes)]
+    if any(run["settings"] != runs[0]["settings"] for run in runs):
+        raise SystemExit(f"the results of {METHODS[method]} at K = {num_codes} differ in their settings: do some anew")
+    return spread([run[name] for run in runs]) if runs else None
 
 
 def _cell(found: Spread | None, digits: int) -> str:
@@ -140,10 +143,10 @@ def _markdown(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _check_comparable(lines: Sequence[dict[str, Any]]) -> None:
-    """Exit if two lines differ in a setting that neither's variant overrides."""
-    first = lines[0]
-    for line in lines:
-        overridden = {**first["overrides"], **line["overrides"]}
+    """Exit if two lines differ in a setting that neither's variant overrides, or two of one variant in any."""
+    for first, line in itertools.combinations(lines, 2):
+        alike = first["variant"] == line["variant"]
+        overridden = {} if alike else {**first["overrides"], **line["overrides"]}
         for name in {**first["settings"], **line["settings"]}:
             if name not in overridden and first["settings"].get(name) != line["settings"].get(name):
                 raise SystemExit(

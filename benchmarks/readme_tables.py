@@ -68,7 +68,8 @@ def model_table() -> str:
         f"{first['num_train']:,} training pictures (2 % of them held out) and {first['num_test']:,} test pictures"
     )
     what = f"CIFAR-10 (JPEG copy), {pictures}; mean ± standard deviation over {mse.seeds} seeds"
-    command = f"python -m vqae.train --dataset imagefolder --data-dir DIR --max-minutes {settings['max_minutes']:g}"
+    length = f"--max-minutes {settings['max_minutes']:g} --epochs {settings['epochs']}"
+    command = f"python -m vqae.train --dataset imagefolder --data-dir DIR {length}"
     return f"{table}\n\n{what}; {first['device']}; {first['versions']}; {first['date']}; `{command}`."
 
 

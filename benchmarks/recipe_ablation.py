@@ -1,12 +1,12 @@
 """The default recipe, and what each ingredient of it is worth: one run for every variant, on the same pictures.
 
-    python benchmarks/recipe_ablation.py --data-dir DIR --epochs 6 --seeds 0 1 2
-    python benchmarks/recipe_ablation.py --data-dir DIR --epochs 6 --variants default "no restarts"
+    python benchmarks/recipe_ablation.py --data-dir DIR --epochs 2 --seeds 0 1 2
+    python benchmarks/recipe_ablation.py --data-dir DIR --epochs 2 --variants default "no restarts"
     python benchmarks/readme_tables.py    # writes docs/learning.md's table from the results
 
-A variant changes one setting of the default, or adds one; `VARIANTS` names them all. Each finished run is a line of
-benchmarks/results/cpu/ablation.jsonl; what is there already is not done again, and a run that was stopped goes on. The
-figures are those of the run's best epoch by the validation pictures. A variant that diverges has none.
+A variant changes one ingredient of the default, or adds one; `VARIANTS` has their settings. Each finished run is a line
+of benchmarks/results/cpu/ablation.jsonl; what is there already is not done again, and a run that was stopped goes on.
+The figures are those of the run's best epoch by the validation pictures. A variant that diverges has none.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no warm-up": {"warmup": 0.0},
     "all of these taken away: the plain specification": RECIPES["plain"],
     # When and how fast the encoder learns.
-    "encoder at rest to the end": {"encoder_start": 0.999},
+    "encoder at rest to the end": {"encoder_start": 0.999999},
     "encoder learns from the first step": {"encoder_start": 0.0},
     "encoder learns ten times as fast": {"encoder_lr": 0.03},
     # The default with something changed or added.

@@ -1,6 +1,10 @@
 """A file of JSON lines, one for each finished piece of a long piece of work, so that it goes on where it stopped."""
 
+import fcntl
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +27,7 @@ class ResultLines:
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self.lines: list[dict[str, Any]] = []
-        for number, text in enumerate(file.read_text().splitlines() if file.exists() else [], start=1):
-            try:
-                line = json.loads(text)
-            except ValueError:
-                line = None
-            if not isinstance(line, dict) or not isinstance(line.get("settings"), dict):
-                raise UsageError(f"{file} must hold a result a line, line {number} is none: {text[:60]!r}")
-            self.lines.append(line)
+        self.lines = self._read()
 
     def has(self, piece: dict[str, Any], settings: dict[str, Any]) -> bool:
         """Whether a piece is finished.
@@ -44,7 +40,7 @@ class ResultLines:
             UsageError: it was made with other settings; says which.
         """
         for line in self.lines:
-            if all(line[name] == value for name, value in piece.items()):
+            if all(line.get(name) == value for name, value in piece.items()):
                 before = line["settings"]
                 differences = [
                     f"{name} was {before.get(name)}, now {settings.get(name)}"
@@ -61,6 +57,42 @@ class ResultLines:
         return False
 
     def add(self, line: dict[str, Any]) -> None:
-        """Write one more line; raises UsageError where the file cannot be written."""
-        self.lines.append(line)
-        write_whole(self.file, "".join(json.dumps(one) + "\n" for one in self.lines).encode())
+        """Write one more line, after those that other processes have written meanwhile.
+
+        Raises:
+            UsageError: the file cannot be written, or holds something else by now.
+        """
+        with self._alone():
+            self.lines = [*self._read(), line]
+            write_whole(self.file, "".join(json.dumps(one) + "\n" for one in self.lines).encode())
+
+    def _read(self) -> list[dict[str, Any]]:
+        """The file's objects."""
+        try:
+            text = self.file.read_text(encoding="utf-8") if self.file.exists() else ""
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"{self.file} cannot be read: {error}") from None
+        lines = []
+        for number, content in enumerate(text.splitlines(), start=1):
+            try:
+                line = json.loads(content)
+            except ValueError:
+                line = None
+            if not isinstance(line, dict) or not isinstance(line.get("settings"), dict):
+                raise UsageError(f"{self.file} must hold a result a line, line {number} is none: {content[:60]!r}")
+            lines.append(line)
+        return lines
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Hold other processes off the folder; a file that is replaced cannot be locked itself."""
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            folder = os.open(self.file.parent, os.O_RDONLY)
+        except OSError as error:
+            raise UsageError(f"{self.file} cannot be written: {error.strerror}") from None
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(folder)

@@ -46,6 +46,11 @@ def split_train(pictures: Tensor, limit: int | None, val_fraction: float, seed: 
     return Split(pictures[order[num_val:]], pictures[order[:num_val]])
 
 
+def fingerprints(*parts: Tensor) -> list[tuple[int, ...]]:
+    """Of each part of the pictures, [N, 3, H, W] uint8, numbers that those of others hardly share: N first."""
+    return [(*part.shape, int(part.sum())) for part in parts]
+
+
 def place(pictures: Tensor, device: torch.device) -> Tensor:
     """The pictures on the device if there is room, else in pinned memory."""
     if device.type != "cuda":

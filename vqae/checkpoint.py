@@ -15,7 +15,7 @@ from vqae.errors import UsageError
 from vqae.model import VQAE
 
 FORMAT = "vqae checkpoint 1"
-_MODEL_KEYS = ("config", "dataset", "image_size", "model")  # what `model_of` needs
+_MODEL_KEYS = ("config", "dataset", "image_size", "model")  # what a model is used by
 
 
 def write_whole(file: Path, data: bytes | memoryview) -> None:
@@ -56,8 +56,11 @@ def load_checkpoint(file: Path) -> dict[str, Any]:
     Raises:
         UsageError: the file is missing, cut short, or not a checkpoint of this program.
     """
-    if not file.is_file():
-        raise UsageError(f"checkpoint {file} {'is no file' if file.exists() else 'does not exist'}")
+    try:
+        if not file.is_file():
+            raise UsageError(f"checkpoint {file} {'is no file' if file.exists() else 'does not exist'}")
+    except OSError as error:
+        raise UsageError(f"checkpoint {file} cannot be read: {error.strerror}") from None
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except PermissionError as error:

@@ -31,7 +31,7 @@ def run_command(module_name: str) -> NoReturn:
         _say(f"error: {error}")
         sys.exit(2)
     except DivergedError as error:
-        _say(f"error: {error}; the last good checkpoint is kept, if there is one\na lower --lr may help")
+        _say(f"error: {error}; the last checkpoint is kept, if there is one\na lower --lr may help")
         sys.exit(1)
     except LostProcessError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)  # each on its own: any of them may be the only one left

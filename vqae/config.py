@@ -97,6 +97,17 @@ class Config:
         return -(-self.restart_after // self.batch_size)
 
     def check(self) -> None:
+        """Raise UsageError for a value out of range, or for values that do not go together."""
+        self.check_each()
+        if self.encoder_start and self.network_init == "random":
+            raise UsageError(
+                f"--encoder-start must be 0 with --network-init random, since a random encoder has to learn from the "
+                f"first step, got {self.encoder_start}"
+            )
+        if self.codebook_step == "share" and self.codebook_lr >= 2:
+            raise UsageError(f"--codebook-lr is a share of a gap and must be below 2, got {self.codebook_lr}")
+
+    def check_each(self) -> None:
         """Raise UsageError for a value out of range."""
         for name, kind in get_type_hints(type(self)).items():
             if get_origin(kind) is Literal and getattr(self, name) not in get_args(kind):
@@ -133,17 +144,10 @@ class Config:
         for name in ("momentum", "warmup", "val_fraction", "encoder_start"):
             if getattr(self, name) >= 1:
                 raise UsageError(f"{flag(name)} must be below 1, got {getattr(self, name)}")
-        if self.encoder_start and self.network_init == "random":
-            raise UsageError(
-                f"--encoder-start must be 0 with --network-init random, since a random encoder has to learn from the "
-                f"first step, got {self.encoder_start}"
-            )
         if self.batch_size < 2:
             raise UsageError(f"--batch-size must be at least 2, which BatchNorm needs, got {self.batch_size}")
         if any(dim < 1 for dim in self.hidden_dims):
             raise UsageError(f"--hidden-dims must be above 0, got {' '.join(map(str, self.hidden_dims))}")
-        if self.codebook_step == "share" and self.codebook_lr >= 2:
-            raise UsageError(f"--codebook-lr is a share of a gap and must be below 2, got {self.codebook_lr}")
         if not 0 <= self.seed < 2**62:
             raise UsageError(f"--seed must be at least 0 and below 2**62, got {self.seed}")
 
@@ -157,7 +161,10 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str) -> Config:
-        """The opposite of `to_dict`; raises UsageError, naming `source`, for what is no setting."""
+        """The opposite of `to_dict`; raises UsageError, naming `source`, for what is no setting, or is out of range.
+
+        Whether the values go together is for `check` to say: flags may still change some.
+        """
         if not isinstance(values, dict):
             raise UsageError(f"{source} must hold an object of settings, got {type(values).__name__}")
         kinds = get_type_hints(cls)
@@ -166,7 +173,7 @@ class Config:
             raise UsageError(f"{source} holds settings that are not known: {', '.join(unknown)}")
         try:
             config = cls(**{name: _typed(value, kinds[name], flag(name)) for name, value in values.items()})
-            config.check()
+            config.check_each()
         except UsageError as error:
             raise UsageError(f"{source}: {error}") from None
         return config
@@ -228,7 +235,7 @@ def find_device(name: str) -> torch.device:
     """The device that --device names; raises UsageError where it is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name):
+    if not re.fullmatch(r"cpu|cuda(:(0|[1-9]\d{0,2}))?", name):
         raise UsageError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}")
     device = torch.device(name)
     count = torch.cuda.device_count()

@@ -161,6 +161,13 @@ def in_all(make: Callable[[], T]) -> T:
     return cast(T, result)
 
 
+def one_after_the_other(read: Callable[[], T], *, may_download: bool) -> T:
+    """As `in_all`; where it may have to download, one process of each machine first: the others then find it there."""
+    first = not may_download or Launch.from_environment().local_rank == 0
+    found = in_all(lambda: read() if first else None)
+    return in_all(lambda: read() if found is None else found)
+
+
 def in_any(flag: bool) -> bool:
     """Whether `flag` is true in any process."""
     return any(_from_all(flag))

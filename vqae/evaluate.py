@@ -14,10 +14,11 @@ from typing import Literal
 import tyro
 from torch import Tensor
 
+from vqae.batches import fingerprints
 from vqae.checkpoint import load_checkpoint, model_of
 from vqae.config import Config
 from vqae.data import load_split
-from vqae.distributed import in_all, is_first, process_group
+from vqae.distributed import check_same, in_all, is_first, one_after_the_other, process_group
 from vqae.errors import UsageError
 from vqae.evaluation import evaluate
 from vqae.interrupt import SignalHandler
@@ -50,7 +51,7 @@ def main(arguments: list[str], signals: SignalHandler) -> None:
     if command.batch_size < 1:
         raise UsageError(f"--batch-size must be at least 1, got {command.batch_size}")
     with process_group(command.device) as device:
-        model, pictures, dataset = in_all(lambda: _load(command))
+        model, pictures, dataset = _load(command)
         result = evaluate(model.to(device), pictures, command.batch_size, device, signals.poll)._asdict()
         del result["counts"]
         if is_first():
@@ -59,13 +60,18 @@ def main(arguments: list[str], signals: SignalHandler) -> None:
 
 def _load(command: Command) -> tuple[VQAE, Tensor, str]:
     """The model in eval mode, the pictures [N, 3, H, W] uint8, and the data set that they are of."""
-    state = load_checkpoint(command.checkpoint)
-    model = model_of(state).eval()
+    state = in_all(lambda: load_checkpoint(command.checkpoint))
+    model = in_all(lambda: model_of(state)).eval()
+    check_same("the checkpoint", [float(value.double().sum()) for value in model.state_dict().values()])
     config = Config.from_dict(state["config"], "the checkpoint")
     dataset, data_dir = command.dataset or state["dataset"], command.data_dir
     if data_dir is None and dataset == state["dataset"]:
         data_dir = config.data_dir
-    pictures, name = load_split(dataset, data_dir, command.split, image_size=config.image_size, seed=config.seed)
+    pictures, name = one_after_the_other(
+        lambda: load_split(dataset, data_dir, command.split, image_size=config.image_size, seed=config.seed),
+        may_download=dataset == "cifar10",
+    )
+    check_same("the pictures", fingerprints(pictures))
     if tuple(pictures.shape[2:]) != model.image_size:
         raise UsageError(f"pictures must be {model.image_size} as in the checkpoint, got {tuple(pictures.shape[2:])}")
     return model, pictures, name

@@ -49,8 +49,8 @@ class Launch:
                 f"RANK must be below WORLD_SIZE, and LOCAL_RANK below LOCAL_WORLD_SIZE, got {rank} of {world_size} and "
                 f"{local_rank} of {local_world_size}"
             )
-        restarts, job = _number("TORCHELASTIC_RESTART_COUNT", 0), os.environ.get("TORCHELASTIC_RUN_ID", "")
-        return cls(rank, world_size, local_rank, local_world_size, restarts, job)
+        restarts = _number("TORCHELASTIC_RESTART_COUNT", 0)
+        return cls(rank, world_size, local_rank, local_world_size, restarts, _job())
 
     def how_to_go_on(self, folder: Path) -> str:
         """What to type to go on with the run in a folder."""
@@ -65,6 +65,12 @@ def speaks_for_its_machine() -> bool:
     """Whether this process is the one of its machine that prints: the others would say the same."""
     local_rank = os.environ.get("LOCAL_RANK", "0")
     return not (local_rank.isdecimal() and int(local_rank))
+
+
+def _job() -> str:
+    """--rdzv-id; where it was left out ("none"), the folder that torchrun made for the logs of this job alone."""
+    job, error_file = os.environ.get("TORCHELASTIC_RUN_ID", ""), os.environ.get("TORCHELASTIC_ERROR_FILE", "")
+    return error_file.partition("/attempt_")[0] if job == "none" else job
 
 
 def _number(name: str, default: int) -> int:

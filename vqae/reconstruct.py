@@ -13,7 +13,6 @@ from typing import Annotated
 
 import torch
 import tyro
-from torchvision.transforms.v2 import functional as vision
 
 from vqae.checkpoint import load_checkpoint, model_of
 from vqae.config import find_device
@@ -47,16 +46,7 @@ def main(arguments: list[str], signals: SignalHandler) -> None:
     device = find_device(command.device)
     state = load_checkpoint(command.checkpoint)
     model = model_of(state).to(device).eval()
-    originals = torch.stack([_fitted(read_picture(file), model.image_size) for file in command.pictures])
+    originals = torch.stack([read_picture(file, model.image_size) for file in command.pictures])
     title = f"originals over reconstructions by {command.checkpoint.name}, trained on {state['dataset']}"
     plot_reconstructions(model, originals.to(device), command.out, title, columns=min(16, len(originals)))
     print(f"{len(originals)} pictures in {command.out}")
-
-
-def _fitted(picture: torch.Tensor, image_size: tuple[int, int]) -> torch.Tensor:
-    """A picture [3, h, w] uint8 scaled to cover (H, W), and cropped to it."""
-    height, width = picture.shape[1:]
-    scale = max(image_size[0] / height, image_size[1] / width)
-    scaled = vision.resize(picture, [round(height * scale), round(width * scale)], antialias=True)
-    cropped: torch.Tensor = vision.center_crop(scaled, list(image_size))
-    return cropped

@@ -35,15 +35,29 @@ class RunFolder:
 
     def check(self, *, may_be_taken: bool) -> None:
         """Raise UsageError if this is no folder, or if it holds a run that may not be touched."""
-        if self.path.exists() and not self.path.is_dir():
-            raise UsageError(f"--out must be a folder, got the file {self.path}")
-        if not may_be_taken and (self.config.exists() or self.last.exists()):
-            raise UsageError(f"--out {self.path} already holds a run: give --resume, --overwrite or another folder")
+        try:
+            if self.path.exists() and not self.path.is_dir():
+                raise UsageError(f"--out must be a folder, got the file {self.path}")
+            names = [file.name for file in self.files()]
+        except OSError as error:
+            raise UsageError(f"--out {self.path} cannot be read: {error.strerror}") from None
+        if names and not may_be_taken:
+            ways = "--resume, --overwrite" if self.last.exists() else "--overwrite"
+            raise UsageError(
+                f"--out {self.path} already holds a run ({', '.join(names)}): give {ways} or another folder"
+            )
+
+    def holds_results(self) -> bool:
+        """Whether there is more than a run's settings."""
+        return any(file != self.config for file in self.files())
 
     def clear(self) -> None:
         """Remove the files of an earlier run, and nothing else."""
         for file in self.files():
-            file.unlink()
+            try:
+                file.unlink()
+            except OSError as error:
+                raise UsageError(f"{file} cannot be removed: {error.strerror}") from None
 
     def begin(self, config: Config) -> None:
         """Make it the folder of a new run."""

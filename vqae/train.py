@@ -16,11 +16,19 @@ from typing import Any, Literal, cast
 import torch
 import tyro
 
-from vqae.batches import split_train
+from vqae.batches import fingerprints, split_train
 from vqae.checkpoint import build_model, load_checkpoint
 from vqae.config import RECIPES, Config, Dataset, flag
 from vqae.data import Pictures, load_pictures
-from vqae.distributed import check_same, from_first, in_all, in_any, is_first, process_group, world_size
+from vqae.distributed import (
+    check_same,
+    from_first,
+    in_any,
+    is_first,
+    one_after_the_other,
+    process_group,
+    world_size,
+)
 from vqae.errors import LostProcessError, UsageError
 from vqae.interrupt import SignalHandler
 from vqae.launch import Launch
@@ -107,10 +115,10 @@ def _train(command: Command, device: torch.device, signals: SignalHandler) -> No
         raise UsageError(f"the pictures must be {tuple(state['image_size'])} as in the checkpoint, got {image_size}")
 
     torch.manual_seed(config.seed)
-    model = build_model(config, image_size)
+    batch_size = min(config.batch_size, split.train.shape[0])
+    model = build_model(dataclasses.replace(config, batch_size=batch_size), image_size)
     _set_pixel_statistics(model, split.train)
-    if state is None:
-        from_first(lambda: folder.begin(config))
+    from_first(lambda: folder.begin(config) if state is None else folder.write_config(config))
     where = str(device) if world_size() == 1 else f"{world_size()} processes, this one on {device}"
     _say(
         f"{pictures.dataset}: {split.train.shape[0]} pictures to train on, {split.val.shape[0]} to validate, "
@@ -133,34 +141,30 @@ def _say(text: str) -> None:
 
 def _read_pictures(config: Config, dataset: Dataset) -> Pictures:
     """The pictures, the same in all processes."""
-
-    def read() -> Pictures:
-        return load_pictures(dataset, config.data_dir, image_size=config.image_size, seed=config.seed)
-
-    # Of a machine's processes one may have to download them, which the others then find.
-    first = Launch.from_environment().local_rank == 0 or dataset not in ("auto", "cifar10")
-    pictures = in_all(lambda: read() if first else None)
-    pictures = in_all(lambda: read() if pictures is None else pictures)
-    parts = (pictures.train, pictures.test)
-    check_same("the pictures", (pictures.dataset, *((tuple(part.shape), int(part.sum())) for part in parts)))
+    pictures = one_after_the_other(
+        lambda: load_pictures(dataset, config.data_dir, image_size=config.image_size, seed=config.seed),
+        may_download=dataset in ("auto", "cifar10"),
+    )
+    check_same("the pictures", (pictures.dataset, *fingerprints(pictures.train, pictures.test)))
     return pictures
 
 
 def _claim(folder: RunFolder, command: Command, begun_anew: bool) -> dict[str, Any] | None:
     """Raise UsageError if the folder may not be written to; the checkpoint in it to go on from, if there is one.
 
-    A job that torchrun began anew goes on by itself, unless what it finds is the run that it was to overwrite.
+    A job that torchrun began anew goes on by itself with its own run, and with no other.
     """
-    resume = command.resume or begun_anew
-    folder.check(may_be_taken=resume or command.overwrite)
-    if not resume:
-        return None
-    if not folder.last.exists():
-        source = f"the settings of {folder.config}" if folder.config.exists() else "the settings given here"
-        print(f"no checkpoint in {folder.path}: the run starts anew, with {source}", file=sys.stderr)
+    goes_on = command.resume or begun_anew
+    if not goes_on or not folder.last.exists():
+        folder.check(may_be_taken=command.overwrite or (goes_on and not folder.holds_results()))
+        if goes_on:
+            own = command.resume and command.config is None and folder.config.exists()
+            source = f"the settings of {folder.config}" if own else "the settings given here"
+            print(f"no checkpoint in {folder.path}: the run starts anew, with {source}", file=sys.stderr)
         return None
     state = load_checkpoint(folder.last)
-    if command.overwrite and state.get("job") != Launch.from_environment().job:
+    if not command.resume and state.get("job") != Launch.from_environment().job:
+        folder.check(may_be_taken=command.overwrite)
         return None
     _check_settings(state, folder, command.run)
     return state
@@ -181,8 +185,10 @@ def _check_settings(state: dict[str, Any], folder: RunFolder, config: Config) ->
 
 def _set_pixel_statistics(model: VQAE, pictures: torch.Tensor) -> None:
     """Mean of each channel, and one standard deviation around them, of pictures [N, 3, H, W] uint8, in [0, 1]."""
-    mean = torch.stack([channel.double().mean() for channel in pictures.unbind(1)]) / 255
-    sq_mean = torch.stack([channel.double().square().mean() for channel in pictures.unbind(1)]) / 255**2
-    std = (sq_mean - mean.square()).mean().clamp(min=0).sqrt()
+    counts = torch.stack([channel.flatten().bincount(minlength=256) for channel in pictures.unbind(1)]).double()
+    levels = torch.arange(256, dtype=torch.float64) / 255
+    shares = counts / counts.sum(dim=1, keepdim=True)  # [3, 256]
+    mean = shares @ levels
+    std = (shares @ levels.square() - mean.square()).mean().clamp(min=0).sqrt()
     model.pixel_mean.copy_(mean[:, None, None])
     model.pixel_std.copy_(std.clamp(min=1 / 255))

@@ -1,5 +1,6 @@
 """The training loop, and all that it needs to stop and go on."""
 
+import dataclasses
 import math
 import sys
 import time
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 
 from vq_kernels.ranks import sum_over_ranks
 from vqae import clock
-from vqae.batches import EpochOrder, place
+from vqae.batches import EpochOrder, fingerprints, place
 from vqae.checkpoint import load_weights, save_checkpoint
 from vqae.collapse import collapse_warning
 from vqae.config import Config
@@ -66,6 +67,7 @@ class Trainer:
         self.config, self.model, self.dataset, self.device, self.signals = config, model, dataset, device, signals
         self.folder = RunFolder(config.out)
         self.train, self.val, self.test = (place(pictures, device) for pictures in (train, val, test))
+        self.fingerprints = fingerprints(train, val, test)  # a run goes on with the same pictures
         self.batch_size = min(config.batch_size, train.shape[0])
         self.steps_per_epoch = train.shape[0] // self.batch_size
         self.is_first = is_first()
@@ -118,11 +120,13 @@ class Trainer:
         return self.elapsed_before_s + clock.elapsed_s()
 
     def _evaluation_s(self) -> float:
-        """How long an evaluation takes: as the last one, or, before any, half of training on as many pictures."""
+        """How long an evaluation takes: as the last one; before any, as training on as many pictures, or half of that
+        where the encoder learns."""
         if self.evaluation_s is not None:
             return self.evaluation_s
         pictures = self.val.shape[0] + self.test.shape[0]
-        return 0.5 * pictures * self.train_s / max(self.step * self.batch_size, 1)
+        share = 1.0 if self.model.encoder.rests else 0.5
+        return share * pictures * self.train_s / max(self.step * self.batch_size, 1)
 
     # -- the run
 
@@ -143,8 +147,8 @@ class Trainer:
         """
         with self.signals.deferred():
             try:
-                if world_size() > 1 and not self._global_step():
-                    self._save(finished=False)  # a job that loses a process later has something to go on from
+                if not self._global_step():
+                    self._save(finished=False)  # from here on there is something to go on from
                 # However little time there is, one step is taken and measured: every file of a run is then there.
                 while not self.history or self.step or (self.epoch < self.config.epochs and self.progress() < 1):
                     self.train_steps(self.steps_per_epoch - self.step)
@@ -157,7 +161,8 @@ class Trainer:
                 wait_for_all()  # a process that ends before the others may have them killed
                 if self.is_first:
                     advice = Launch.from_environment().how_to_go_on(self.folder.path)
-                    print(f"saved at step {self._global_step()}; {advice}", file=sys.stderr)
+                    step = self._global_step() if self.step else self.history[-1]["step"] if self.history else 0
+                    print(f"saved at step {step}; {advice}", file=sys.stderr)
                 raise
             finally:
                 self.reporter.close()
@@ -269,7 +274,8 @@ class Trainer:
     def _warn_of_collapse(self, test: Evaluation, val: Evaluation | None) -> None:
         """Say, once an epoch at most, where hardly any codes are in use."""
         counts = test.counts if val is None else test.counts + val.counts
-        warning = collapse_warning(self.config, counts, self._global_step())
+        config = dataclasses.replace(self.config, batch_size=self.batch_size)
+        warning = collapse_warning(config, counts, self._global_step())
         if warning is not None:
             self.reporter.warn(warning)
 
@@ -303,10 +309,9 @@ class Trainer:
 
     def _save(self, *, finished: bool) -> None:
         """Write last.pt: enough to go on, for as many processes as there will be."""
-        self.losses.check()
-        self.saved_at = time.monotonic()
         if not self.is_first:
             return
+        self.losses.check()
         rng = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self.device)
@@ -317,7 +322,7 @@ class Trainer:
             "rng": rng,
             "losses": self.losses.state_dict(),
             "test_counts": self.test_counts,
-            "num_pictures": self.train.shape[0],
+            "pictures": self.fingerprints,
             "epoch": self.epoch,
             "step": self.step,
             "train_s": self.train_s,
@@ -333,9 +338,11 @@ class Trainer:
 
     def _restore(self, state: dict[str, Any]) -> None:
         """The opposite of `_save`."""
-        before, now = state["num_pictures"], self.train.shape[0]
+        before, now = state["pictures"], self.fingerprints
+        if before[0][0] != now[0][0]:
+            raise UsageError(f"--resume: the run trained on {before[0][0]} pictures, but now there are {now[0][0]}")
         if before != now:
-            raise UsageError(f"--resume: the run trained on {before} pictures, but now there are {now}")
+            raise UsageError("--resume: the pictures must be those that the run began with, got others")
         load_weights(self.model, state)
         self.optimizer.load_state_dict(state["optimizer"])
         self.losses.load_state_dict(state["losses"])

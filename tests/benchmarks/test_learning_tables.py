@@ -27,7 +27,7 @@ def ablation_line(variant: str, seed: int, test_mse: float, **overrides: Any) ->
 
 def point(method: str, num_codes: int, seed: int, mse: float) -> dict[str, Any]:
     figures = {f"{split}_{name}": mse for split in ("train", "test") for name in ("mse", "perplexity", "codes_used")}
-    return {"method": method, "num_codes": num_codes, "seed": seed, **figures, **ENVIRONMENT}
+    return {"method": method, "num_codes": num_codes, "seed": seed, "settings": SETTINGS, **figures, **ENVIRONMENT}
 
 
 def test_spread() -> None:
@@ -74,6 +74,20 @@ def test_variants_of_different_defaults_are_not_one_table() -> None:
     other["settings"]["lr"] = 0.5
     with pytest.raises(SystemExit, match="'mirrored' and 'default' differ in lr"):
         ablation_table([ablation_line("default", 0, 0.03), other])
+
+
+def test_a_variant_of_other_overrides_is_not_the_same() -> None:
+    lines = [ablation_line("mirrored", 0, 0.04, flip=True), ablation_line("default", 0, 0.03)]
+    with pytest.raises(SystemExit, match="'default' and 'default' differ in flip"):
+        ablation_table([*lines, {**lines[1], "settings": {**SETTINGS, "flip": 3}}])
+    with pytest.raises(SystemExit, match="'mirrored' and 'mirrored' differ in flip"):
+        ablation_table([*lines, ablation_line("mirrored", 1, 0.04, flip=3)])
+
+
+def test_seeds_of_other_settings_have_no_mean() -> None:
+    lines = [point("model", 2, 0, 4.0), {**point("model", 2, 1, 1.0), "settings": {**SETTINGS, "lr": 1.0}}]
+    with pytest.raises(SystemExit, match="the results of model at K = 2 differ in their settings"):
+        rate_distortion_rows(lines)
 
 
 def test_the_model_beside_kmeans() -> None:

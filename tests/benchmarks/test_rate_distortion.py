@@ -163,7 +163,7 @@ def test_a_plot_of_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("matplotlib.axes.Axes.errorbar", errorbar)
     monkeypatch.setattr("matplotlib.axes.Axes.legend", lambda _axes: None)
     lines = [
-        {"method": method, "num_codes": num_codes, "train_mse": mse, "test_mse": 2 * mse}
+        {"method": method, "num_codes": num_codes, "settings": {}, "train_mse": mse, "test_mse": 2 * mse}
         for method, num_codes, mse in (("kmeans", 8, 1.0), ("kmeans", 1, 4.0), ("kmeans", 8, 3.0), ("model", 2, 5.0))
     ]
     plot_curves(lines, tmp_path / "some.png")

@@ -23,6 +23,20 @@ def test_what_is_added_is_there_at_once_and_for_the_next_process(tmp_path: Path)
     assert not again.has({"seed": 3}, {"lr": 0.1})
 
 
+def test_two_processes_add_to_one_file(tmp_path: Path) -> None:
+    one, other = (ResultLines(tmp_path / "results.jsonl") for _ in range(2))
+    for results, seed in ((one, 0), (other, 1), (one, 2)):
+        results.add({"seed": seed, "settings": {}})
+    assert [line["seed"] for line in ResultLines(tmp_path / "results.jsonl").lines] == [0, 1, 2]
+
+
+def test_a_folder_and_what_is_no_text_are_named(tmp_path: Path) -> None:
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe")
+    for name in (".", "bytes"):
+        with pytest.raises(UsageError, match="cannot be read"):
+            ResultLines(tmp_path / name)
+
+
 def test_a_piece_with_other_settings_is_refused_by_name(tmp_path: Path) -> None:
     results = ResultLines(tmp_path / "results.jsonl")
     results.add({"method": "model", "seed": 1, "settings": {"lr": 0.1, "flip": False, "old": 3}})

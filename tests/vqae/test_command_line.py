@@ -41,7 +41,7 @@ def fail(error: BaseException) -> Callable[[], None]:
         (
             fail(DivergedError("a loss was not finite at step 3")),
             1,
-            "error: a loss was not finite at step 3; the last good checkpoint is kept, if there is one\n"
+            "error: a loss was not finite at step 3; the last checkpoint is kept, if there is one\n"
             "a lower --lr may help\n",
         ),
         (lambda: signal.raise_signal(signal.SIGINT), 130, "stopped by SIGINT\n"),

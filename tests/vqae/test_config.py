@@ -273,7 +273,7 @@ def test_devices_that_are_there() -> None:
     assert find_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@pytest.mark.parametrize("name", ["gpu", "", "cuda:", "cuda:-1", "cuda:x", "cpu:1", "mps", "meta"])
+@pytest.mark.parametrize("name", ["gpu", "", "cuda:", "cuda:-1", "cuda:x", "cuda:00", "cpu:1", "mps", "meta"])
 def test_a_name_that_is_no_device(name: str) -> None:
     with pytest.raises(UsageError, match=f"--device must be auto, cpu, cuda or cuda:N, got '{name}'"):
         find_device(name)

@@ -46,6 +46,29 @@ def test_it_does_not_go_on_with_the_run_that_it_was_to_overwrite(
 
 
 @pytest.mark.usefixtures("begun_anew")
+@pytest.mark.parametrize("missing", ["last.pt", None])
+def test_it_does_not_touch_the_run_of_another_job(
+    command: Command, tiny: tuple[str, ...], finished_run: Path, tmp_path: Path, missing: str | None
+) -> None:
+    out = shutil.copytree(finished_run, tmp_path / "run")
+    if missing:
+        (out / missing).unlink()
+    before = {file.name: file.read_bytes() for file in out.iterdir() if file.is_file()}
+    outcome = command("vqae.train", *tiny, "--out", out)
+    assert outcome.exit_code == 2
+    assert "already holds a run" in outcome.err
+    assert {file.name: file.read_bytes() for file in out.iterdir() if file.is_file()} == before
+
+
+def test_a_job_without_a_name_is_told_by_its_logs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "/logs/none_b/attempt_1/0/error.json")
+    assert Launch.from_environment().job == "/logs/none_b"
+
+
+@pytest.mark.usefixtures("begun_anew")
 def test_without_a_checkpoint_it_starts_anew(command: Command, tiny: tuple[str, ...], tmp_path: Path) -> None:
     outcome = command("vqae.train", *tiny, "--image-size", 8, "--epochs", 1, "--out", tmp_path / "run")
     assert outcome.exit_code == 0, outcome.err

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from tests.vqae.commands import Outcome
-from vqae.reconstruct import _fitted
+from vqae.data import read_picture
 
 Command = Callable[..., Outcome]
 
@@ -42,14 +42,17 @@ def test_pictures_of_any_size(command: Command, finished_run: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("image_size", [(32, 32), (64, 48), (7, 31)])
-def test_a_picture_is_scaled_to_cover_and_its_centre_kept(image_size: tuple[int, int]) -> None:
+def test_a_picture_is_scaled_to_cover_and_its_centre_kept(image_size: tuple[int, int], tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
+    file = tmp_path / "picture.png"
     for height, width in torch.randint(1, 200, (40, 2), generator=generator).tolist():
-        fitted = _fitted(torch.full((3, height, width), 200, dtype=torch.uint8), image_size)
+        Image.new("RGB", (width, height), (200, 200, 200)).save(file)
+        fitted = read_picture(file, image_size)
         assert tuple(fitted.shape) == (3, *image_size)
         assert (fitted == 200).all()  # no edge is filled up
     same = torch.randint(256, (3, *image_size), dtype=torch.uint8, generator=generator)
-    assert torch.equal(_fitted(same, image_size), same)
+    Image.fromarray(same.permute(1, 2, 0).numpy()).save(file)
+    assert torch.equal(read_picture(file, image_size), same)
 
 
 def test_bad_input_exits_with_2_and_writes_nothing(command: Command, finished_run: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Runs that are stopped and go on: the end is the same, bit for bit."""
 
+import json
 import os
 import shutil
 import signal
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from tests.vqae import kill_soak
 from tests.vqae.commands import Outcome, assert_same_run, files_in, load
@@ -230,6 +232,36 @@ def test_other_pictures_contradict(command: Command, stopped_run: Path, pictures
     assert outcome.exit_code == 2
     assert "--resume: the run trained on 51 pictures, but now there are 43" in outcome.err
     assert (stopped_run / "last.pt").read_bytes() == before
+
+
+def test_other_pictures_of_the_same_number_contradict(
+    command: Command, stopped_run: Path, pictures: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(pictures, tmp_path / "others")
+    file = next((tmp_path / "others" / "test" / "colours").iterdir())
+    Image.new("RGB", (32, 32), "red").save(file)
+    outcome = command("vqae.train", "--out", stopped_run, "--resume", "--data-dir", tmp_path / "others")
+    assert outcome.exit_code == 2
+    assert "--resume: the pictures must be those that the run began with" in outcome.err
+
+
+def test_what_may_change_is_kept_for_the_next_time(
+    command: Command, stopped_run: Path, pictures: Path, tmp_path: Path
+) -> None:
+    moved = shutil.copytree(pictures, tmp_path / "moved")
+    outcome = command("vqae.train", "--out", stopped_run, "--resume", "--data-dir", moved)
+    assert outcome.exit_code == 0, outcome.err
+    assert json.loads((stopped_run / "config.json").read_text())["data_dir"] == str(moved)
+
+
+def test_results_without_a_checkpoint_are_not_begun_anew(command: Command, finished_run: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(finished_run, tmp_path / "run")
+    (out / "last.pt").unlink()
+    before = {file.name: file.read_bytes() for file in out.iterdir() if file.is_file()}
+    outcome = command("vqae.train", "--out", out, "--resume")
+    assert outcome.exit_code == 2
+    assert "already holds a run (config.json, metrics.jsonl, best.pt," in outcome.err
+    assert {file.name: file.read_bytes() for file in out.iterdir() if file.is_file()} == before
 
 
 def test_a_checkpoint_that_is_cut_short_is_named_and_kept(command: Command, stopped_run: Path) -> None:

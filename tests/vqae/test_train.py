@@ -326,15 +326,23 @@ def test_bad_input_exits_with_2_and_writes_nothing(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("name", ["config.json", "last.pt"])
+@pytest.mark.parametrize("name", ["config.json", "last.pt", "best.pt", "curves.png", "metrics.jsonl"])
 def test_a_folder_that_holds_a_run_is_refused(
     command: Command, tiny: tuple[str, ...], tmp_path: Path, name: str
 ) -> None:
     (tmp_path / name).write_text("{}")
     outcome = command("vqae.train", *tiny, "--out", tmp_path)
     assert outcome.exit_code == 2
-    assert "already holds a run: give --resume, --overwrite or another folder" in outcome.err
+    ways = "--resume, --overwrite" if name == "last.pt" else "--overwrite"
+    assert f"already holds a run ({name}): give {ways} or another folder" in outcome.err
     assert files_in(tmp_path) == {name}
+
+
+def test_a_folder_of_no_possible_name_is_refused(command: Command, tiny: tuple[str, ...], tmp_path: Path) -> None:
+    for module, option in (("vqae.train", "--out"), ("vqae.evaluate", "--checkpoint")):
+        outcome = command(module, *(tiny if option == "--out" else ()), option, tmp_path / ("x" * 300))
+        assert outcome.exit_code == 2
+        assert "cannot be read: File name too long" in outcome.err
 
 
 @pytest.mark.parametrize("option", [(), ("--overwrite",), ("--resume",)])
@@ -354,7 +362,7 @@ def test_a_file_in_the_place_of_the_folder_is_refused(
 def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(
     command: Command, tiny: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fsync, room = os.fsync, ["config.json", "last.pt after step 1", "last.pt after step 2"]
+    fsync, room = os.fsync, ["config.json", "last.pt", "last.pt after step 1", "last.pt after step 2"]
 
     def fill_up(descriptor: int) -> None:
         if room:
@@ -378,7 +386,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(command: Command, tiny: tuple[s
     settings = ("--image-size", 8, "--warmup", 0, "--embedding-norm", "none", "--out", out)
     outcome = command("vqae.train", *tiny, *settings, "--checkpoint-minutes", 0, "--lr", "1e30")
     assert outcome.exit_code == 1
-    assert "error: a loss was not finite at step 2; the last good checkpoint is kept" in outcome.err
+    assert "error: a loss was not finite at step 2; the last checkpoint is kept" in outcome.err
     assert "Traceback" not in outcome.err
     state = load(out / "last.pt")
     assert state["step"] == 1
@@ -395,7 +403,8 @@ def test_a_model_whose_pictures_are_not_finite_is_not_saved(
     outcome = command("vqae.train", *tiny, "--image-size", 8, "--out", tmp_path / "run")
     assert outcome.exit_code == 1
     assert "error: the model's pictures were not finite after step 3" in outcome.err
-    assert files_in(tmp_path / "run") == {"config.json"}
+    assert files_in(tmp_path / "run") == {"config.json", "last.pt"}
+    assert load(tmp_path / "run" / "last.pt")["step"] == 0
 
 
 def test_events_that_cannot_be_written_are_named(tiny: tuple[str, ...], tmp_path: Path, command: Command) -> None:

@@ -35,8 +35,8 @@ def read_cifar10(data_dir: Path, splits: Sequence[str]) -> list[Tensor]:
     """The splits that are asked for, from data_dir/cifar-10-batches-py, in the order of the official files.
 
     What is missing is unpacked from data_dir/cifar-10-python.tar.gz, or downloaded where that is missing as well.
-    Where all is there, the network is not touched. What is damaged is an error and is left as it is: it is the
-    user's, and may be of use.
+    Where all is there, the network is not touched. What is damaged and cannot be unpacked anew is an error and is left
+    as it is: it is the user's, and may be of use.
 
     Args:
         data_dir: created where it does not exist.

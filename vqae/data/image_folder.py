@@ -64,16 +64,18 @@ def read_image_folder(data_dir: Path, splits: Sequence[str], image_size: int | N
     except OSError as error:
         raise UsageError(f"{data_dir} cannot be read: {error}") from error
     first_path = paths[splits[0]][0]
+    size = None if image_size is None else (image_size, image_size)
     with _quiet_pillow():
-        first_shape = _decode(first_path, image_size).shape
-        return [_read_pictures(paths[split], split, image_size, first_path, first_shape) for split in splits]
+        first_shape = _decode(first_path, size).shape
+        return [_read_pictures(paths[split], split, size, first_path, first_shape) for split in splits]
 
 
-def read_picture(path: Path) -> Tensor:
+def read_picture(path: Path, size: tuple[int, int] | None = None) -> Tensor:
     """One picture file, read as those of an image folder are.
 
     Args:
         path: a file in any format that Pillow reads.
+        size: (H, W) to scale and crop it to; None keeps it as it is.
 
     Returns:
         [3, H, W] uint8.
@@ -82,7 +84,7 @@ def read_picture(path: Path) -> Tensor:
         UsageError: the file is missing, is no picture or is damaged.
     """
     with _quiet_pillow():
-        return torch.from_numpy(_decode(str(path), None).transpose(2, 0, 1).copy())
+        return torch.from_numpy(_decode(str(path), size).transpose(2, 0, 1).copy())
 
 
 @contextmanager
@@ -117,14 +119,14 @@ def _list_pictures(folder: Path) -> list[str]:
 
 
 def _read_pictures(
-    paths: list[str], split: str, image_size: int | None, first_path: str, first_shape: tuple[int, ...]
+    paths: list[str], split: str, size: tuple[int, int] | None, first_path: str, first_shape: tuple[int, ...]
 ) -> Tensor:
     """All pictures of a split, [N, 3, H, W] uint8, each of first_shape [H, W, 3]."""
     height, width, channels = first_shape
     pictures = np.empty((len(paths), channels, height, width), dtype=np.uint8)
     # disable=None: no bar where stderr is no terminal
     for index, path in enumerate(tqdm(paths, desc=f"reading {split}", unit=" pictures", leave=False, disable=None)):
-        pixels = _decode(path, image_size)
+        pixels = _decode(path, size)
         if pixels.shape != first_shape:
             raise UsageError(
                 f"the pictures have several sizes, and --image-size is not given: {first_path} is "
@@ -134,8 +136,8 @@ def _read_pictures(
     return torch.from_numpy(pictures)
 
 
-def _decode(path: str, image_size: int | None) -> npt.NDArray[np.uint8]:
-    """One picture, [H, W, 3]."""
+def _decode(path: str, size: tuple[int, int] | None) -> npt.NDArray[np.uint8]:
+    """One picture, [H, W, 3]; scaled to cover (H, W) and cropped to it, where a size is given."""
     try:
         with Image.open(path) as picture:
             picture.load()
@@ -143,8 +145,8 @@ def _decode(path: str, image_size: int | None) -> npt.NDArray[np.uint8]:
     except _PICTURE_ERRORS as error:
         reason = str(error) or type(error).__name__
         raise UsageError(f"{path} is no picture, is damaged or cannot be read: {reason}") from error
-    if image_size is not None:
-        rgb = ImageOps.fit(rgb, (image_size, image_size), method=Image.Resampling.BICUBIC)
+    if size is not None:
+        rgb = ImageOps.fit(rgb, (size[1], size[0]), method=Image.Resampling.BICUBIC)
     return np.asarray(rgb)
 
 
