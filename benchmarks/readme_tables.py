@@ -70,7 +70,9 @@ def model_table() -> str:
     what = f"CIFAR-10 (JPEG copy), {pictures}; mean ± standard deviation over {mse.seeds} seeds"
     length = f"--max-minutes {settings['max_minutes']:g} --epochs {settings['epochs']}"
     command = f"python -m vqae.train --dataset imagefolder --data-dir DIR {length}"
-    return f"{table}\n\n{what}; {first['device']}; {first['versions']}; {first['date']}; `{command}`."
+    others = f"The brute force: {soak['device']}, {soak['date']}; the bare loop: {bench['device']}, {bench['date']}"
+    where = f"{first['device']}; {first['versions']}; {first['date']}"
+    return f"{table}\n\n{what}; {where}; `{command}`. {others}."
 
 
 def search_table() -> str:

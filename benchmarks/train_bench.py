@@ -7,7 +7,7 @@ of this model does. The encoder learns in both from the first step on, so that e
 same number of steps in turns, in one process, and the ratio of their medians counts.
 It prints one JSON line, such as
 
-    {"trainer_images_per_s": ..., "bare_images_per_s": ..., "ratio": ..., "device": "cpu", ...}
+    {"trainer_images_per_s": ..., "bare_images_per_s": ..., "ratio": ..., "batch_size": 256, "device": ...}
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 import tyro
+from search_report import Environment
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -105,10 +106,8 @@ def main(options: Options) -> None:
             "bare_images_per_s": round(rates["bare"], 1),
             "ratio": round(statistics.median(ratios), 3),
             "ratios": [round(ratio, 3) for ratio in ratios],
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
             "batch_size": options.batch_size,
+            **vars(Environment.here(device)),
         }
     )
     print(line)

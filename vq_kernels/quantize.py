@@ -23,7 +23,8 @@ class Quantized(NamedTuple):
     Attributes:
         quantized: [..., D], each row's nearest code, in x's dtype.
         indices: [...], int64, in [0, K); where a module is given a mask, -1 for padding.
-        loss: [], float32 (float64 for float64 input), the mean over all numbers of (x - code)².
+        loss: [], float32 (float64 for float64 input), the mean over all numbers of (x - code)²;
+            with a commitment weight w, 1 + w times that.
     """
 
     quantized: Tensor
