@@ -48,9 +48,9 @@ class Command:
     config: Path | None = None
     """Take the settings of this JSON file (a run's config.json, say) as defaults; flags go before them."""
     recipe: Literal["plain"] | None = None
-    """plain: the specification as written, which collapses: all at random, codes N(0, 1), SGD at 0.1 for all with momentum
-    and weight decay for encoder and decoder, no warm-up, no restarts, no mirrored pictures. Sets these settings at once,
-    over those of --config; flags go before them."""
+    """plain: the specification as written, which collapses: all at random, codes N(0, 1), SGD at 0.1 for all, with
+    momentum and weight decay for encoder and decoder, no warm-up, no restarts, no mirrored pictures. Sets these
+    settings at once, over those of --config; flags go before them."""
     resume: bool = False
     """Go on with the run in --out, with its settings; begin it where there is none."""
     overwrite: bool = False
