@@ -1,9 +1,13 @@
 """The largest score of each row, its code and the runner-up, with no index carried through the pass over the scores.
 
-Code k stands in group k // slots and in slot k % slots. Two vectorised reductions of the scores give the maximum of
-each group and of each slot. The largest score is the largest of either, its code the one in both; any other score lies
-in another group or in another slot, so the runner-up is the larger of their two runners-up. Where several codes share
-the largest score the runner-up equals it, and the code found may be none of them, though none with a larger index.
+Code k stands in group k // S, and in slot k % S of its half of the groups. Two vectorised reductions of the scores give
+the maximum of each group and of each slot. The largest score is the largest of either, its code the one in both; any
+other score lies in another group or in another slot, so the runner-up is the larger of their two runners-up. Where
+several codes share the largest score the runner-up equals it, and the code found may be none of them, though none with
+a larger index.
+
+In halves, since a product's two threads write half of the codes each: no reduction then reads what another thread's
+core has in its cache. Where two cores share none, that would slow the next product to half of its speed.
 """
 
 import torch
@@ -15,15 +19,21 @@ _BLOCK_K = 1 << 12  # codes a tile covers at most; more are taken in blocks
 
 
 def num_slots(num_codes: int) -> int:
-    """The power of two next to the root of the number of codes; at least 32."""
-    return 1 << max(5, (num_codes - 1).bit_length() // 2)
+    """S, so that there are about as many groups as slots in both halves: a power of two, at least 16."""
+    return 1 << max(4, ((num_codes - 1).bit_length() - 1) // 2)
+
+
+def padded(num_codes: int) -> int:
+    """The next number of codes that is two halves of whole groups."""
+    unit = 2 * num_slots(num_codes)
+    return -(-num_codes // unit) * unit
 
 
 class LargestTwo:
     """The two largest numbers of each row of rows @ matrix.T: first `reduce` the rows, then take the `result`.
 
     Args:
-        matrix: [K, W], K a multiple of `num_slots(K)`.
+        matrix: [K, W], K as `padded` makes it.
         num_rows: how many rows there are in all.
 
     Attributes:
@@ -34,15 +44,15 @@ class LargestTwo:
     def __init__(self, matrix: Tensor, num_rows: int) -> None:
         num_codes, width = matrix.shape
         slots = num_slots(num_codes)
-        self.matrix = matrix
+        self.matrix, self.slots = matrix, slots
         self.block_k = min(num_codes, max(_BLOCK_K, slots))
         tile_rows = min(TILE_ELEMENTS // self.block_k, _PART_ELEMENTS // width)
         self.tile_rows = max(1, min(num_rows, 1 << tile_rows.bit_length() - 1))  # a power of two: products like it
-        num_maxima = slots + num_codes // slots
+        num_maxima = 2 * slots + num_codes // slots
         self.part_rows = self.tile_rows * max(1, _PART_ELEMENTS // (self.tile_rows * max(width, num_maxima)))
         self.chunk_rows = self.part_rows * max(1, _PART_ELEMENTS // (self.part_rows * num_maxima))
         self.scores = matrix.new_empty(self.block_k * self.tile_rows)
-        self.slot_maxima = matrix.new_empty(slots, min(self.chunk_rows, num_rows))
+        self.slot_maxima = matrix.new_empty(2 * slots, min(self.chunk_rows, num_rows))
         self.group_maxima = matrix.new_empty(num_codes // slots, min(self.chunk_rows, num_rows))
 
     def reduce(self, rows: Tensor, first_row: int) -> None:
@@ -53,24 +63,26 @@ class LargestTwo:
             self._reduce_tile(tile, self.slot_maxima[:, place], self.group_maxima[:, place])
 
     def _reduce_tile(self, rows: Tensor, slot_maxima: Tensor, group_maxima: Tensor) -> None:
-        num_rows, slots = rows.shape[0], slot_maxima.shape[0]
+        num_rows, slots = rows.shape[0], self.slots
+        by_half = slot_maxima.view(2, slots, num_rows)
         for first_code in range(0, self.matrix.shape[0], self.block_k):
             block = self.matrix[first_code : first_code + self.block_k]
             scores = self.scores[: block.shape[0] * num_rows].view(block.shape[0], num_rows)
             torch.mm(block, rows.t(), out=scores)
-            scores = scores.view(-1, slots, num_rows)
-            first_group = first_code // slots
-            torch.amax(scores, dim=1, out=group_maxima[first_group : first_group + scores.shape[0]])
+            first_group, num_groups = first_code // slots, block.shape[0] // slots
+            groups = group_maxima[first_group : first_group + num_groups]
+            torch.amax(scores.view(num_groups, slots, num_rows), dim=1, out=groups)
+            halves = scores.view(2, num_groups // 2, slots, num_rows)
             if first_code == 0:
-                torch.amax(scores, dim=0, out=slot_maxima)
+                torch.amax(halves, dim=1, out=by_half)
             else:
-                torch.maximum(slot_maxima, scores.amax(dim=0), out=slot_maxima)
+                torch.maximum(by_half, halves.amax(dim=1), out=by_half)
 
     def result(self, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
         """For the N rows reduced: the code with the largest score, [N] int64, that score and the runner-up, [N]."""
         slot, best, other_slot = _largest_and_next(self.slot_maxima[:, :num_rows])
         group, _, other_group = _largest_and_next(self.group_maxima[:, :num_rows])
-        return group * self.slot_maxima.shape[0] + slot, best, torch.maximum(other_slot, other_group)
+        return group * self.slots + slot % self.slots, best, torch.maximum(other_slot, other_group)
 
 
 def _largest_and_next(maxima: Tensor) -> tuple[Tensor, Tensor, Tensor]:

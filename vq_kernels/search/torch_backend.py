@@ -122,6 +122,7 @@ def _scan(x: Tensor, operand: CodebookOperand, *, certify: bool = True) -> tuple
             part = x[first : min(first + largest_two.part_rows, chunk.stop)]
             largest_two.reduce(augment(part, operand, left, norms[first - start :]), first - start)
         index, best, second = largest_two.result(chunk.stop - start)
+        index.clamp_(max=operand.error_constant.shape[0] - 1)  # a row out of range may find the padding
         row_norms = norms[: best.shape[0]]
         # Of equal upper bounds the code found may have none: the errors are those of no particular code then.
         errors = torch.where(second < best, operand.errors(index, row_norms), operand.largest_errors(row_norms))

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vq_kernels.search.largest_two import num_slots
+from vq_kernels.search.largest_two import padded
 from vq_kernels.search.precision import float32_products_are_exact_enough
 
 _UNIT = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
@@ -66,8 +66,8 @@ def prepare(codebook: Tensor, dtype: torch.dtype = torch.float32) -> CodebookOpe
     else:
         mean = wide.mean(dim=0).nan_to_num_()  # [D]; any vector would be as right: a sum that overflows, too
 
-    padded = -(-num_codes // num_slots(num_codes)) * num_slots(num_codes)
-    matrix = wide.new_empty(padded, code_dim + 2, dtype=dtype)
+    num_padded = padded(num_codes)
+    matrix = wide.new_empty(num_padded, code_dim + 2, dtype=dtype)
     centred = matrix[:num_codes, :code_dim]
     scale = _power_of_two_for(largest)  # so that the difference does not overflow
     minus_mean, norms = _shift_and_scale(wide, mean, scale, centred)
@@ -84,7 +84,7 @@ def prepare(codebook: Tensor, dtype: torch.dtype = torch.float32) -> CodebookOpe
     matrix[:num_codes, code_dim + 1] += _TINY[dtype]
     if not all_usable:
         matrix[:num_codes, code_dim].masked_fill_(~usable[:, 0], _NEVER[dtype])
-    if padded > num_codes:
+    if num_padded > num_codes:
         matrix[num_codes:] = 0
         matrix[num_codes:, code_dim] = _NEVER[dtype]
     return CodebookOperand(matrix.new_full((1,), scale), minus_mean, matrix, error_constant)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vq_kernels.search.largest_two import LargestTwo, num_slots
+from vq_kernels.search.largest_two import LargestTwo, num_slots, padded
 
 
 @pytest.mark.parametrize("num_rows", [1, 63, 1000])
@@ -21,9 +21,11 @@ def test_equals_topk(num_rows: int, num_codes: int) -> None:
     assert torch.allclose(torch.stack([best, second], dim=1), values, rtol=1e-12)
 
 
-@pytest.mark.parametrize("twins", [(0, 1), (0, 32), (3, 70), (31, 95)], ids=["group", "slot", "neither", "edges"])
+@pytest.mark.parametrize(
+    "twins", [(0, 1), (0, 16), (0, 48), (3, 70), (31, 95)], ids=["group", "slot", "half", "none", "edges"]
+)
 def test_equal_largest_scores_leave_no_gap(twins: tuple[int, int]) -> None:
-    assert num_slots(96) == 32
+    assert (num_slots(96), padded(96)) == (16, 96)
     matrix = torch.arange(96.0)[:, None] / 96
     matrix[list(twins)] = 2.0
     largest_two = LargestTwo(matrix, 1)
