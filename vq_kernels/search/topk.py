@@ -121,7 +121,7 @@ def _find_candidates(x: Tensor, operand: CodebookOperand, k: int, scores: Tensor
     row_norms = norms[:, None]
     threshold = operand.lower_bound(largest, operand.errors(codes, row_norms), row_norms).amin(dim=1, keepdim=True)
     torch.lt(scores, threshold, out=candidates).logical_not_()  # not >=: a NaN leaves the code a candidate
-    return candidates.sum(dim=1)
+    return scores.copy_(candidates).sum(dim=1).long()  # the sum of booleans would make an int64 copy of them
 
 
 def _order(

@@ -156,11 +156,11 @@ def _among_candidates(
     x: Tensor, codebook: Tensor, scores: Tensor, thresholds: Tensor, allowed: Tensor, most: int = _MANY_CANDIDATES
 ) -> tuple[Tensor, Tensor]:
     """Indices [N] by float64 sums of squared differences over the candidates, of the codes allowed [K] bool those whose
-    score [N, K] may reach the threshold [N]; and how many these are [N]. Rows with more than `most` candidates, and
-    rows that are not finite, which have none, get index 0."""
+    score [N, K], overwritten here, may reach the threshold [N]; and how many these are [N]. Rows with more than `most`
+    candidates, and rows that are not finite, which have none, get index 0."""
     # ~(a < b), not a >= b: a NaN leaves the code a candidate.
     candidates = ~(scores < thresholds[:, None]) & allowed & x.isfinite().all(dim=1, keepdim=True)
-    counts = candidates.sum(dim=1)
+    counts = scores.copy_(candidates).sum(dim=1).long()  # the sum of booleans would make an int64 copy of them
     candidates &= (counts <= most)[:, None]
     return _least_distance(x, codebook, candidates), counts
 
