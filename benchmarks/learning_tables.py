@@ -14,12 +14,11 @@ METHODS = {"kmeans": "K-means", "model": "model"}
 _MSE = ("train_mse", "test_mse")
 _NONE_YET = "No results are committed yet."
 _ABLATION_COLUMNS = (  # heading, entry, digits after the point
-    ("train MSE", "train_mse", 4),
-    ("validation MSE", "val_mse", 4),
-    ("test MSE", "test_mse", 4),
+    ("train MSE", "train_mse", 5),
+    ("validation MSE", "val_mse", 5),
+    ("test MSE", "test_mse", 5),
     ("codes used", "codes_used", 0),
     ("perplexity", "perplexity", 0),
-    ("minutes", "minutes", 1),
 )
 
 

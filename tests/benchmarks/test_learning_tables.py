@@ -45,10 +45,10 @@ def test_variants_stand_in_the_order_of_their_first_lines() -> None:
     ]
     table = ablation_table(lines).splitlines()
     assert table[:4] == [
-        "| variant | seeds | train MSE | validation MSE | test MSE | codes used | perplexity | minutes |",
-        "|---|---|---|---|---|---|---|---|",
-        "| default | 2 | 0.0100 ± 0.0000 | 0.0200 ± 0.0000 | 0.0400 ± 0.0141 | 9 ± 0 | 8 ± 0 | 1.2 ± 0.0 |",
-        "| mirrored | 1 | 0.0100 | 0.0200 | 0.0400 | 9 | 8 | 1.2 |",
+        "| variant | seeds | train MSE | validation MSE | test MSE | codes used | perplexity |",
+        "|---|---|---|---|---|---|---|",
+        "| default | 2 | 0.01000 ± 0.00000 | 0.02000 ± 0.00000 | 0.04000 ± 0.01414 | 9 ± 0 | 8 ± 0 |",
+        "| mirrored | 1 | 0.01000 | 0.02000 | 0.04000 | 9 | 8 |",
     ]
     what = "K = 512, 6 epochs of all training pictures (imagefolder); a CPU; torch 2; 2026-01-01."
     assert table[4:] == ["", f"Mean ± standard deviation over the seeds; {what}"]
@@ -58,15 +58,15 @@ def test_a_run_that_diverged_has_no_figures() -> None:
     lost = {"variant": "wild", "overrides": {"lr": 9.0}, "seed": 0, "diverged": True, **ENVIRONMENT}
     lost["settings"] = {**SETTINGS, "lr": 9.0}
     table = ablation_table([ablation_line("default", 0, 0.03), lost])
-    assert "| wild | 1, 1 diverged | - | - | - | - | - | - |" in table
+    assert "| wild | 1, 1 diverged | - | - | - | - | - |" in table
     both = ablation_table([lost, ablation_line("wild", 1, 0.05, lr=9.0)])
-    assert "| wild | 2, 1 diverged | 0.0100 | 0.0200 | 0.0500 | 9 | 8 | 1.2 |" in both
+    assert "| wild | 2, 1 diverged | 0.01000 | 0.02000 | 0.05000 | 9 | 8 |" in both
 
 
 def test_a_run_without_validation_pictures() -> None:
     line = ablation_line("default", 0, 0.03)
     del line["val_mse"]
-    assert "| default | 1 | 0.0100 | - | 0.0300 |" in ablation_table([line])
+    assert "| default | 1 | 0.01000 | - | 0.03000 |" in ablation_table([line])
 
 
 def test_variants_of_different_defaults_are_not_one_table() -> None:
