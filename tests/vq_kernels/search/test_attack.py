@@ -14,7 +14,12 @@ from vq_kernels.search.brute_force import brute_force_nearest
 
 N, K, D = 12 if INTERPRETED else 100, 130, 16
 # What float32 vectors of a data set are there for: at least one has to go this way. The others have to be proved.
-MEANT_FOR = {"near-duplicates": {"resolved", "drained"}, "duplicates": {"resolved"}, "shell": {"drained"}}
+MEANT_FOR = {
+    "near-duplicates": {"resolved", "drained"},
+    "duplicates": {"resolved"},
+    "outliers": {"resolved"},
+    "shell": {"drained"},
+}
 
 
 def seeded(seed: int = 0) -> torch.Generator:
