@@ -127,6 +127,7 @@ def _train(command: Command, device: torch.device, signals: SignalHandler) -> No
     )
     if state is None:
         if config.network_init == "pictures":
+            _say("encoder and decoder begin from the pictures ...")
             begin_from_pictures(model, split.train)
         model.load_state_dict(from_first(model.state_dict))  # unlike machines do not round alike
     Trainer(config, model.to(device), *split, pictures.test, pictures.dataset, device, signals, state).run()

@@ -173,8 +173,9 @@ def test_auto_falls_back_aloud_and_every_output_says_synthetic(
         outcome = command("vqae.train", *TINY, "--epochs", 1, "--data-dir", data_dir, "--out", out)
     assert outcome.exit_code == 0, outcome.err
     assert "THE PICTURES ARE SYNTHETIC" in caplog.text
-    first, epoch, *_ = outcome.out.splitlines()
+    first, beginning, epoch, *_ = outcome.out.splitlines()
     assert first.startswith("synthetic: 32 pictures to train on, 8 to validate, 20 to test, 32 x 32")
+    assert beginning == "encoder and decoder begin from the pictures ..."
     assert epoch.startswith("epoch 1/1 (synthetic)")
     assert Config.read(out / "config.json").dataset == "synthetic"
     assert all(line["dataset"] == "synthetic" for line in metrics(out))
