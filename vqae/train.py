@@ -176,6 +176,8 @@ def _check_settings(state: dict[str, Any], folder: RunFolder, config: Config) ->
     """Raise UsageError where a run cannot go on from a checkpoint with these settings."""
     if "optimizer" not in state:
         raise UsageError(f"{folder.last} holds a model alone, as best.pt does: there is nothing to go on from")
+    if "pictures" not in state:
+        raise UsageError(f"{folder.last} is of an earlier version of this program, which alone can go on with it")
     before, now = state["config"], config.to_dict()
     contradicting = [name for name, value in now.items() if name not in _MAY_CHANGE and before.get(name) != value]
     if config.dataset not in ("auto", state["dataset"]):

@@ -153,6 +153,15 @@ def test_a_flag_that_nobody_knows(run: Callable[..., list[dict[str, Any]]], caps
     assert "--colour" in capsys.readouterr().err
 
 
+def test_the_pictures_of_a_config_file_are_taken_where_none_are_named(tmp_path: Path) -> None:
+    file = tmp_path / "some.json"
+    file.write_text(json.dumps({"dataset": "imagefolder", "data_dir": "some/pictures"}))
+    _, config = rate_distortion.parse_options(["--config", str(file)])
+    assert (config.dataset, config.data_dir) == ("imagefolder", Path("some/pictures"))
+    _, config = rate_distortion.parse_options(["--config", str(file), "--dataset", "cifar10", "--data-dir", "others"])
+    assert (config.dataset, config.data_dir) == ("cifar10", Path("others"))
+
+
 def test_a_plot_of_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plot_curves([], tmp_path / "empty.png")
     drawn: dict[str, Any] = {}

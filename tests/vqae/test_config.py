@@ -295,6 +295,14 @@ def test_cuda_where_there_is_none() -> None:
 # -- settings in other units
 
 
+def test_a_file_s_settings_are_checked_together_with_the_flags(tmp_path: Path) -> None:
+    (tmp_path / "some.json").write_text('{"network_init": "random"}')
+    given = ["--config", str(tmp_path / "some.json")]
+    assert parse([*given, "--encoder-start", "0"]).run.network_init == "random"
+    with pytest.raises(UsageError, match="--encoder-start must be 0 with --network-init random"):
+        parse(given)
+
+
 @pytest.mark.parametrize(
     ("pictures", "batch_size", "steps"), [(15_360, 256, 60), (15_360, 1000, 16), (1, 256, 1), (0, 256, 0)]
 )

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from tests.vqae import kill_soak
@@ -280,6 +281,15 @@ def test_a_model_alone_is_nothing_to_go_on_from(command: Command, finished_run: 
     outcome = command("vqae.train", "--out", tmp_path, "--resume")
     assert outcome.exit_code == 2
     assert "last.pt holds a model alone" in outcome.err
+
+
+def test_a_run_of_an_earlier_version_is_refused(command: Command, stopped_run: Path) -> None:
+    state = load(stopped_run / "last.pt")
+    del state["pictures"]
+    torch.save(state, stopped_run / "last.pt")
+    outcome = command("vqae.train", "--out", stopped_run, "--resume")
+    assert outcome.exit_code == 2
+    assert "last.pt is of an earlier version of this program" in outcome.err
 
 
 def test_a_run_may_move_to_another_folder(command: Command, stopped_run: Path, tmp_path: Path) -> None:

@@ -189,6 +189,17 @@ def test_auto_falls_back_aloud_and_every_output_says_synthetic(
     assert json.loads(measured.out)["mse"] == pytest.approx(metrics(out)[0]["test_mse"])
 
 
+def test_fewer_pictures_than_a_batch_restart_codes_no_later(
+    command: Command, tiny: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[trainer.Trainer] = []
+    monkeypatch.setattr(trainer.Trainer, "run", lambda self: made.append(self))
+    sizes = ("--limit", 20, "--val-fraction", 0, "--batch-size", 256, "--restart-after", 100)
+    assert command("vqae.train", *tiny, *sizes, "--image-size", 8, "--out", tmp_path / "run").exit_code == 0
+    assert made[0].batch_size == 20
+    assert made[0].model.quantizer.restart_after == 5
+
+
 # -- a codebook that collapses
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from tests.vq_kernels.search.exactness import DTYPES, INTERPRETED, check_exact, check_outputs, device_of
 from vq_kernels import NearestCode, PreparedCodebook, nearest_code
 from vq_kernels.search.brute_force import brute_force_nearest
+from vq_kernels.search.torch_operand import float32_will_do
 
 T = TypeVar("T")
 
@@ -85,8 +86,22 @@ def test_ties_in_a_codebook_that_the_tile_pads(num_codes: int) -> None:
         check_exact("torch", (4 * x).round() / 4, codebook)
 
 
+def test_a_row_out_of_range_finds_no_padding() -> None:
+    x, codebook = torch.full((40_000, 1), -3.6547157337824e31).double(), torch.tensor([[-33863350.36881905]]).double()
+    check_exact("torch", x, codebook)
+
+
 def test_more_dimensions_than_float32_has_bounds_for() -> None:
-    check_exact("torch", *gaussian(20, 30, (1 << 15) + 1))
+    most = 1 << 15
+    assert float32_will_do(torch.zeros(1, most))
+    assert not float32_will_do(torch.zeros(1, most + 1))
+    check_exact("torch", *gaussian(20, 30, most + 1))
+
+
+def test_more_dimensions_than_the_kernels_keep_their_range_for() -> None:
+    x = torch.zeros(1, (1 << 15) + 1)
+    with pytest.raises(RuntimeError, match="D is 32,769, and the kernels take 32,768 at most"):
+        nearest_code(x, x, backend="triton")
 
 
 def test_more_rows_than_a_tile_holds() -> None:
