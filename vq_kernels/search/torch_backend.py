@@ -59,7 +59,7 @@ def search(
         if drained:
             indices[rest[many]] = _drain(x[rest[many]], codebook)
         codes, sq_distances = gather_codes(x, codebook, indices)
-        resolved = int((counts > 0).sum()) - drained
+        resolved = int(counts.count_nonzero()) - drained
         statistics = torch.tensor([x.shape[0] - resolved - drained, resolved, drained], device=x.device)
     return indices, codes, sq_distances, statistics
 
@@ -75,9 +75,9 @@ def _scan_tile(
     scores.scatter_(1, indices[:, None], -torch.inf)
     thresholds = operand.lower_bound(best, operand.errors(indices, norms), norms)
     rest = _not_proved(best, scores.amax(dim=1), thresholds, certify).nonzero()[:, 0]
-    usable = operand.usable(codebook.shape[0])
-    rest_scores = scores[rest].scatter_(1, indices[rest, None], best[rest, None])
-    indices[rest], counts = _among_candidates(x[rest], codebook, rest_scores, thresholds[rest], usable)
+    x, scores, thresholds, best, found = (each.index_select(0, rest) for each in (x, scores, thresholds, best, indices))
+    scores.scatter_(1, found[:, None], best[:, None])
+    indices[rest], counts = _among_candidates(x, codebook, operand, scores, thresholds)
     return indices, rest, counts
 
 
@@ -87,8 +87,7 @@ def _scan_tiles(
     """Steps 1 and 2 for x [N, D]: indices [N]; the rows that were not proved [M], and for each of them how many codes
     may be the nearest [M]. Rows with more than _MANY_CANDIDATES are left open; those that are not finite have 0."""
     indices, thresholds, rest = _scan(x, operand, certify=certify)
-    usable = operand.usable(codebook.shape[0])
-    indices[rest], counts = _resolve(x[rest], codebook, operand, thresholds[rest], usable)
+    indices[rest], counts = _resolve(x[rest], codebook, operand, thresholds[rest])
     return indices, rest, counts
 
 
@@ -96,12 +95,11 @@ def _drain(x: Tensor, codebook: Tensor) -> Tensor:
     """Indices [N] for the rows that float32 scores leave with many candidates, or that are out of float32's range."""
     operand = prepare(codebook, torch.float64)
     indices, thresholds, rest = _scan(x, operand)
-    usable = operand.usable(codebook.shape[0])
-    indices[rest], counts = _resolve(x[rest], codebook, operand, thresholds[rest], usable)
+    indices[rest], counts = _resolve(x[rest], codebook, operand, thresholds[rest])
     rest = rest[counts > _MANY_CANDIDATES]
     if rest.numel():
-        usable = usable & _first_of_identical(codebook)
-        indices[rest], _ = _resolve(x[rest], codebook, operand, thresholds[rest], usable, most=codebook.shape[0])
+        first = _first_of_identical(codebook)
+        indices[rest], _ = _resolve(x[rest], codebook, operand, thresholds[rest], first, most=codebook.shape[0])
     return indices
 
 
@@ -137,7 +135,7 @@ def _resolve(
     codebook: Tensor,
     operand: CodebookOperand,
     thresholds: Tensor,
-    allowed: Tensor,
+    allowed: Tensor | None = None,
     most: int = _MANY_CANDIDATES,
 ) -> tuple[Tensor, Tensor]:
     """As `_among_candidates`, for x [N, D], by tiles of scores computed anew."""
@@ -148,18 +146,28 @@ def _resolve(
     for start in range(0, x.shape[0], rows):
         tile = slice(start, start + rows)
         scores = augment(x[tile], operand, left, norms) @ operand.matrix[: codebook.shape[0]].t()
-        indices[tile], counts[tile] = _among_candidates(x[tile], codebook, scores, thresholds[tile], allowed, most)
+        part, limits = x[tile], thresholds[tile]
+        indices[tile], counts[tile] = _among_candidates(part, codebook, operand, scores, limits, allowed, most)
     return indices, counts
 
 
 def _among_candidates(
-    x: Tensor, codebook: Tensor, scores: Tensor, thresholds: Tensor, allowed: Tensor, most: int = _MANY_CANDIDATES
+    x: Tensor,
+    codebook: Tensor,
+    operand: CodebookOperand,
+    scores: Tensor,
+    thresholds: Tensor,
+    allowed: Tensor | None = None,
+    most: int = _MANY_CANDIDATES,
 ) -> tuple[Tensor, Tensor]:
-    """Indices [N] by float64 sums of squared differences over the candidates, of the codes allowed [K] bool those whose
-    score [N, K], overwritten here, may reach the threshold [N]; and how many these are [N]. Rows with more than `most`
-    candidates, and rows that are not finite, which have none, get index 0."""
-    # ~(a < b), not a >= b: a NaN leaves the code a candidate.
-    candidates = ~(scores < thresholds[:, None]) & allowed & x.isfinite().all(dim=1, keepdim=True)
+    """Indices [N] by float64 sums of squared differences over the candidates, of the codes allowed [K] bool (None: all)
+    those whose score [N, K], overwritten here, may reach the threshold [N]; and how many these are [N]. Rows with more
+    than `most` candidates, and rows that are not finite, which have none, get index 0."""
+    candidates = ~(scores < thresholds[:, None])  # not scores >= thresholds: a NaN leaves the code a candidate
+    if not bool((thresholds > operand.lowest_threshold).all()):  # they leave out what is not finite, but for these
+        candidates &= operand.usable(codebook.shape[0]) & x.isfinite().all(dim=1, keepdim=True)
+    if allowed is not None:
+        candidates &= allowed
     counts = scores.copy_(candidates).sum(dim=1).long()  # the sum of booleans would make an int64 copy of them
     candidates &= (counts <= most)[:, None]
     return _least_distance(x, codebook, candidates), counts
@@ -186,12 +194,13 @@ def _least_distance(x: Tensor, codebook: Tensor, candidates: Tensor) -> Tensor:
     pairs = max(1, _DIRECT_ELEMENTS // x.shape[1])
     for start in range(0, row.shape[0], pairs):
         part = slice(start, start + pairs)
-        distance[part] = (x[row[part]].double() - codebook[code[part]].double()).square_().sum(dim=1)
+        left, right = x.index_select(0, row[part]), codebook.index_select(0, code[part])
+        distance[part] = (left.double() - right.double()).square_().sum(dim=1)
     least = distance.new_full((x.shape[0],), torch.inf).scatter_reduce_(0, row, distance, "amin")
-    winner = distance == least[row]
     none = codebook.shape[0]
-    indices = code.new_full((x.shape[0],), none).scatter_reduce_(0, row[winner], code[winner], "amin")
-    return indices.masked_fill_(indices == none, 0)
+    code.masked_fill_(distance > least.index_select(0, row), none)
+    indices = code.new_full((x.shape[0],), none).scatter_reduce_(0, row, code, "amin")
+    return indices.remainder_(none)
 
 
 def gather_codes(x: Tensor, codebook: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
@@ -210,9 +219,9 @@ def gather_codes(x: Tensor, codebook: Tensor, indices: Tensor) -> tuple[Tensor, 
             codes[tile] = chosen = codebook.index_select(0, indices[tile])
         part = torch.sub(x[tile].to(wider), chosen, out=difference[: chosen.shape[0]])
         sq_distances[tile] = part.square_().sum(dim=1)
-    odd = ~((sq_distances >= _TINY_SQ_DISTANCE) & sq_distances.isfinite())
-    if odd.any():  # an Inf in a row gives Inf so far, and the contract says NaN
-        rare = odd.nonzero()[:, 0]
+    least, largest = sq_distances.aminmax() if x.shape[0] else (1.0, 1.0)  # NaN both, if one is
+    if not (least >= _TINY_SQ_DISTANCE and largest < torch.inf):  # an Inf in a row gives Inf so far, where NaN is due
+        rare = (~((sq_distances >= _TINY_SQ_DISTANCE) & sq_distances.isfinite())).nonzero()[:, 0]
         wide = (x[rare].double() - codebook[indices[rare]].double()).square_().sum(dim=1).float()
         sq_distances[rare] = torch.where(x[rare].isfinite().all(dim=1), wide, torch.nan)
     return codes, sq_distances

@@ -20,16 +20,21 @@ _NEVER = {torch.float32: -(2.0**100), torch.float64: -(2.0**900)}  # the score o
 _TINY = {torch.float32: 2.0**-100, torch.float64: 2.0**-900}  # covers every underflow, even flushed to zero
 _HIDDEN_NORM = 2.0**-50  # what squares that underflow may take from a norm
 _LARGEST_FLOAT32_DIM = 1 << 15  # up to it the 1 % that the errors are raised by covers the smaller terms
-_SHORTEST_RADIUS = 2.0**-12  # a codebook that is shorter once it is shifted is scaled anew
+_SHORTEST_RADIUS, _LONGEST_RADIUS = 2.0**-12, 2.0**12  # a codebook whose codes leave these once shifted is scaled
 
 
 class CodebookOperand(NamedTuple):
-    """The codebook as a scan reads it: shifted by its mean, scaled to a radius of about 1, with its error bounds."""
+    """The codebook as a scan reads it: shifted by its mean, scaled to a common size, with its error bounds."""
 
     scale: Tensor  # [1], a power of two
     minus_mean: Tensor  # [D], times the scale
     matrix: Tensor  # [K padded, D + 2]: the scaled code, -h + its error, the error for a unit of a row's norm
     error_constant: Tensor  # [K]
+
+    @property
+    def lowest_threshold(self) -> float:
+        """Below the lower bound of every finite code's score, above that of any other."""
+        return _NEVER[self.matrix.dtype] / 2
 
     def usable(self, num_codes: int) -> Tensor:
         """[K] bool: which of the num_codes codes are finite."""
@@ -55,39 +60,48 @@ def prepare(codebook: Tensor, dtype: torch.dtype = torch.float32) -> CodebookOpe
     """What a scan in `dtype` (float32 or float64) needs of the codebook [K, D]."""
     num_codes, code_dim = codebook.shape
     wide = codebook.to(torch.promote_types(codebook.dtype, dtype))
-    largest = _largest_entry(wide)
-    all_usable = math.isfinite(largest)
-    if not all_usable:
-        usable = wide.isfinite().all(dim=1, keepdim=True)  # [K, 1]
-        wide = torch.where(usable, wide, 0.0)
-        largest = _largest_entry(wide)
-        mean = wide.sum(dim=0) / usable.sum().clamp(min=1)
-        wide = torch.where(usable, wide, mean.nan_to_num_())
-    else:
-        mean = wide.mean(dim=0).nan_to_num_()  # [D]; any vector would be as right: a sum that overflows, too
-
     num_padded = padded(num_codes)
     matrix = wide.new_empty(num_padded, code_dim + 2, dtype=dtype)
     centred = matrix[:num_codes, :code_dim]
+    scale, not_usable = 1.0, None
+    minus_mean, norms = _shift_and_scale(wide, wide.mean(dim=0), scale, centred)
+    if not _SHORTEST_RADIUS <= float(norms.amax()) <= _LONGEST_RADIUS:  # nor if it is NaN
+        scale, not_usable, minus_mean, norms = _shift_and_scale_any(wide, centred)
+
+    error = 1.01 * (code_dim + 16) * (_UNIT[dtype] + _UNIT[torch.float64])
+    sq_norms = norms.square()
+    error_constant = (error * sq_norms).add_(_TINY[dtype])  # half for the product, half for the norm
+    torch.sub(error_constant, sq_norms, alpha=0.5, out=matrix[:num_codes, code_dim])
+    torch.mul(norms, error, out=matrix[:num_codes, code_dim + 1]).add_(error * _HIDDEN_NORM + _TINY[dtype])
+    if not_usable is not None:
+        matrix[:num_codes, code_dim].masked_fill_(not_usable, _NEVER[dtype])
+    if num_padded > num_codes:
+        matrix[num_codes:] = 0
+        matrix[num_codes:, code_dim] = _NEVER[dtype]
+    return CodebookOperand(matrix.new_full((1,), scale), minus_mean, matrix, error_constant)
+
+
+def _shift_and_scale_any(wide: Tensor, centred: Tensor) -> tuple[float, Tensor | None, Tensor, Tensor]:
+    """`_shift_and_scale` for a codebook of any size, or with codes that are not finite: the scale, which codes are not
+    finite [K] bool (None: all are), minus the mean, the norms."""
+    not_usable = None
+    largest = _largest_entry(wide)
+    if not math.isfinite(largest):
+        usable = wide.isfinite().all(dim=1)
+        not_usable = ~usable
+        wide = torch.where(usable[:, None], wide, 0.0)
+        largest = _largest_entry(wide)
+        mean = (wide.sum(dim=0) / usable.sum().clamp(min=1)).nan_to_num_()
+        wide = torch.where(usable[:, None], wide, mean)
+    else:
+        mean = wide.mean(dim=0).nan_to_num_()  # [D]; any vector would be as right: a sum that overflows, too
     scale = _power_of_two_for(largest)  # so that the difference does not overflow
     minus_mean, norms = _shift_and_scale(wide, mean, scale, centred)
     radius = float(norms.amax())
     if radius < _SHORTEST_RADIUS:
         scale = min(max(scale * _power_of_two_for(radius), 2.0**-100), 2.0**100)
         minus_mean, norms = _shift_and_scale(wide, mean, scale, centred)
-
-    error = 1.01 * (code_dim + 16) * (_UNIT[dtype] + _UNIT[torch.float64])
-    sq_norms = norms.square()
-    error_constant = (error * sq_norms).add_(_TINY[dtype])  # half for the product, half for the norm
-    torch.sub(error_constant, sq_norms, alpha=0.5, out=matrix[:num_codes, code_dim])
-    torch.mul(norms + _HIDDEN_NORM, error, out=matrix[:num_codes, code_dim + 1])
-    matrix[:num_codes, code_dim + 1] += _TINY[dtype]
-    if not all_usable:
-        matrix[:num_codes, code_dim].masked_fill_(~usable[:, 0], _NEVER[dtype])
-    if num_padded > num_codes:
-        matrix[num_codes:] = 0
-        matrix[num_codes:, code_dim] = _NEVER[dtype]
-    return CodebookOperand(matrix.new_full((1,), scale), minus_mean, matrix, error_constant)
+    return scale, not_usable, minus_mean, norms
 
 
 def _largest_entry(values: Tensor) -> float:
