@@ -164,7 +164,8 @@ def _among_candidates(
     those whose score [N, K], overwritten here, may reach the threshold [N]; and how many these are [N]. Rows with more
     than `most` candidates, and rows that are not finite, which have none, get index 0."""
     candidates = ~(scores < thresholds[:, None])  # not scores >= thresholds: a NaN leaves the code a candidate
-    if not bool((thresholds > operand.lowest_threshold).all()):  # they leave out what is not finite, but for these
+    # A row that is not finite has a NaN threshold; a code that is not finite scores less than the lowest threshold.
+    if not bool((thresholds > operand.lowest_threshold).all()):
         candidates &= operand.usable(codebook.shape[0]) & x.isfinite().all(dim=1, keepdim=True)
     if allowed is not None:
         candidates &= allowed

@@ -15,16 +15,17 @@ from vq_kernels.search.largest_two import padded
 from vq_kernels.search.precision import float32_products_are_exact_enough
 
 _UNIT = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
-_ROW_LIMIT = {torch.float32: 2.0**30, torch.float64: 2.0**400}  # longer rows (in units of the codebook) are not scanned
+_ROW_LIMIT = {torch.float32: 2.0**42, torch.float64: 2.0**400}  # longer rows, once scaled, are not scanned
 _NEVER = {torch.float32: -(2.0**100), torch.float64: -(2.0**900)}  # the score of a code that must not win
 _TINY = {torch.float32: 2.0**-100, torch.float64: 2.0**-900}  # covers every underflow, even flushed to zero
 _HIDDEN_NORM = 2.0**-50  # what squares that underflow may take from a norm
 _LARGEST_FLOAT32_DIM = 1 << 15  # up to it the 1 % that the errors are raised by covers the smaller terms
-_SHORTEST_RADIUS, _LONGEST_RADIUS = 2.0**-12, 2.0**12  # a codebook whose codes leave these once shifted is scaled
+_SHORTEST_RADIUS, _LONGEST_RADIUS = 2.0**-12, 2.0**12  # a codebook whose longest code is between them is not scaled
+_CODE_LIMIT = {torch.float32: 2.0**42, torch.float64: 2.0**420}  # with a longer code, once scaled, nothing is scanned
 
 
 class CodebookOperand(NamedTuple):
-    """The codebook as a scan reads it: shifted by its mean, scaled to a common size, with its error bounds."""
+    """The codebook as a scan reads it: shifted by its mean, scaled so that nothing overflows, with its error bounds."""
 
     scale: Tensor  # [1], a power of two
     minus_mean: Tensor  # [D], times the scale
@@ -33,7 +34,7 @@ class CodebookOperand(NamedTuple):
 
     @property
     def lowest_threshold(self) -> float:
-        """Below the lower bound of every finite code's score, above that of any other."""
+        """Above the score of a code that is not finite, below that of every other with a row that is in range."""
         return _NEVER[self.matrix.dtype] / 2
 
     def usable(self, num_codes: int) -> Tensor:
@@ -63,45 +64,48 @@ def prepare(codebook: Tensor, dtype: torch.dtype = torch.float32) -> CodebookOpe
     num_padded = padded(num_codes)
     matrix = wide.new_empty(num_padded, code_dim + 2, dtype=dtype)
     centred = matrix[:num_codes, :code_dim]
-    scale, not_usable = 1.0, None
-    minus_mean, norms = _shift_and_scale(wide, wide.mean(dim=0), scale, centred)
-    if not _SHORTEST_RADIUS <= float(norms.amax()) <= _LONGEST_RADIUS:  # nor if it is NaN
-        scale, not_usable, minus_mean, norms = _shift_and_scale_any(wide, centred)
+    scale, minus_mean, not_usable = 1.0, wide.mean(dim=0).neg_().to(dtype), None
+    norms = _shift_and_scale(wide, scale, minus_mean, centred)
+    radius = float(norms.amax())
+    if not _SHORTEST_RADIUS <= radius <= _LONGEST_RADIUS:  # nor if it is NaN
+        scale, minus_mean, not_usable, norms = _shift_and_scale_any(wide, centred)
+        radius = float(norms.amax())
 
     error = 1.01 * (code_dim + 16) * (_UNIT[dtype] + _UNIT[torch.float64])
     sq_norms = norms.square()
     error_constant = (error * sq_norms).add_(_TINY[dtype])  # half for the product, half for the norm
     torch.sub(error_constant, sq_norms, alpha=0.5, out=matrix[:num_codes, code_dim])
-    torch.mul(norms, error, out=matrix[:num_codes, code_dim + 1]).add_(error * _HIDDEN_NORM + _TINY[dtype])
+    torch.mul(norms, error, out=matrix[:num_codes, code_dim + 1]).add_(error * _HIDDEN_NORM)
     if not_usable is not None:
         matrix[:num_codes, code_dim].masked_fill_(not_usable, _NEVER[dtype])
+    if not radius <= _CODE_LIMIT[dtype]:
+        matrix[:, code_dim + 1] = torch.nan  # no bound: every row is decided without one
     if num_padded > num_codes:
         matrix[num_codes:] = 0
         matrix[num_codes:, code_dim] = _NEVER[dtype]
     return CodebookOperand(matrix.new_full((1,), scale), minus_mean, matrix, error_constant)
 
 
-def _shift_and_scale_any(wide: Tensor, centred: Tensor) -> tuple[float, Tensor | None, Tensor, Tensor]:
-    """`_shift_and_scale` for a codebook of any size, or with codes that are not finite: the scale, which codes are not
-    finite [K] bool (None: all are), minus the mean, the norms."""
-    not_usable = None
+def _shift_and_scale_any(wide: Tensor, centred: Tensor) -> tuple[float, Tensor, Tensor | None, Tensor]:
+    """`_shift_and_scale` for a codebook of any size, or with codes that are not finite: the scale, minus the mean,
+    which codes are not finite [K] bool (None: all are), the norms. Those codes are 0 in centred."""
+    not_usable, num_usable = None, wide.shape[0]
     largest = _largest_entry(wide)
     if not math.isfinite(largest):
-        usable = wide.isfinite().all(dim=1)
-        not_usable = ~usable
-        wide = torch.where(usable[:, None], wide, 0.0)
+        not_usable = ~wide.isfinite().all(dim=1)
+        num_usable = max(1, num_usable - int(not_usable.sum()))
+        wide = wide.masked_fill(not_usable[:, None], 0)
         largest = _largest_entry(wide)
-        mean = (wide.sum(dim=0) / usable.sum().clamp(min=1)).nan_to_num_()
-        wide = torch.where(usable[:, None], wide, mean)
-    else:
-        mean = wide.mean(dim=0).nan_to_num_()  # [D]; any vector would be as right: a sum that overflows, too
-    scale = _power_of_two_for(largest)  # so that the difference does not overflow
-    minus_mean, norms = _shift_and_scale(wide, mean, scale, centred)
+    scale = _power_of_two_for(largest)
+    minus_mean = (wide * -scale).sum(dim=0).div_(num_usable).to(centred.dtype)  # scaled first: no sum overflows
+    norms = _shift_and_scale(wide, scale, minus_mean, centred, not_usable)
     radius = float(norms.amax())
     if radius < _SHORTEST_RADIUS:
-        scale = min(max(scale * _power_of_two_for(radius), 2.0**-100), 2.0**100)
-        minus_mean, norms = _shift_and_scale(wide, mean, scale, centred)
-    return scale, not_usable, minus_mean, norms
+        finer = min(max(scale * _power_of_two_for(radius), 2.0**-100), 2.0**100)
+        minus_mean *= finer / scale
+        scale = finer
+        norms = _shift_and_scale(wide, scale, minus_mean, centred, not_usable)
+    return scale, minus_mean, not_usable, norms
 
 
 def _largest_entry(values: Tensor) -> float:
@@ -115,12 +119,16 @@ def _power_of_two_for(radius: float) -> float:
     return 2.0 ** (1 - math.frexp(min(max(radius, 2.0**-100), 2.0**100))[1]) if radius > 0 else 1.0
 
 
-def _shift_and_scale(wide: Tensor, mean: Tensor, scale: float, centred: Tensor) -> tuple[Tensor, Tensor]:
-    """Write (wide - mean)·scale to centred [K, D], each number rounded once; -mean·scale as the rows will add it [D],
-    and the codes' norms [K]."""
-    minus_mean = (mean * -scale).to(centred.dtype)
+def _shift_and_scale(
+    wide: Tensor, scale: float, minus_mean: Tensor, centred: Tensor, left_out: Tensor | None = None
+) -> Tensor:
+    """Write wide·scale + minus_mean to centred [K, D], each number rounded once, or 0 for the codes left_out [K] bool;
+    the codes' norms [K]."""
     torch.addcmul(minus_mean.to(wide.dtype), wide, wide.new_full((1,), scale), out=centred)
-    return minus_mean, torch.linalg.vector_norm(centred, dim=1)
+    if left_out is not None:
+        centred.masked_fill_(left_out[:, None], 0)
+    norms: Tensor = torch.linalg.vector_norm(centred, dim=1)
+    return norms
 
 
 def float32_will_do(x: Tensor) -> bool:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.vq_kernels.search.exactness import DTYPES, INTERPRETED, check_exact, check_outputs, device_of
-from vq_kernels import NearestCode, PreparedCodebook, nearest_code
+from vq_kernels import NearestCode, PreparedCodebook, nearest_code, search_statistics
 from vq_kernels.search.brute_force import brute_force_nearest
 from vq_kernels.search.torch_operand import float32_will_do
 
@@ -90,6 +90,41 @@ def test_a_row_out_of_range_finds_no_padding() -> None:
     x = torch.full((40_000, 1), -3.6547157337824e31, dtype=torch.float64)
     codebook = torch.tensor([[-33863350.36881905]], dtype=torch.float64)  # no float32: the scan's differs from its mean
     check_exact("torch", x, codebook)
+
+
+@pytest.mark.parametrize("log_size", [139, 145, 150, 155, 163, 170, 300, 500])
+@pytest.mark.parametrize("num_rows", [1, 40_000])
+@pytest.mark.parametrize("last", [torch.nan, -4.0])
+def test_float64_codes_that_no_scale_brings_into_the_range_of_float32(
+    log_size: int, num_rows: int, last: float
+) -> None:
+    codebook = 2.0**log_size * torch.tensor([[3.0], [1.0], [last]], dtype=torch.float64)
+    for x in (0.0, 2.0**100, 2.0 ** (log_size + 1)):  # the codes' mean is 0, or the last of them
+        check_exact("torch", torch.full((num_rows, 1), x, dtype=torch.float64), codebook)
+
+
+@pytest.mark.parametrize("size", [1e37, -3e38])
+def test_codes_whose_sum_overflows(size: float) -> None:
+    x, codebook = (size * (0.5 + 0.5 * t.sigmoid()) for t in gaussian(1000, 64, 4))
+    found = check_exact("torch", x, codebook)
+    assert search_statistics(x, codebook, backend="torch").proved > 990
+    fast = nearest_code(x, codebook, backend="torch", precision="fast")
+    assert (fast.indices != found.indices).sum() <= 1
+
+
+def test_no_search_is_made_where_no_code_is_finite() -> None:
+    x, codebook = gaussian(50, 30, 4)
+    codebook[:, 0] = torch.nan
+    check_exact("torch", x, codebook)
+    assert search_statistics(x, codebook, backend="torch") == (50, 0, 0)
+
+
+@pytest.mark.parametrize("radius", [3e-4, 1.0, 3000.0])
+def test_rows_far_from_all_codes_are_proved(radius: float) -> None:
+    _, codebook = gaussian(1, 60, 1)
+    x = torch.linspace(0.5, 2, 100)[:, None] * 2.0**29 * radius
+    check_exact("torch", x, radius * codebook)
+    assert search_statistics(x, radius * codebook, backend="torch").proved == 100
 
 
 def test_more_dimensions_than_float32_has_bounds_for() -> None:
