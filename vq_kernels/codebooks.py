@@ -12,7 +12,7 @@ from vq_kernels.passes import copy_to_search, unless_second_pass
 from vq_kernels.quantize import METRICS, Metric
 from vq_kernels.ranks import rank_and_world, sum_over_ranks
 from vq_kernels.restart_rows import spread_rows
-from vq_kernels.search.backend import BACKENDS, Backend
+from vq_kernels.search.backend import BACKENDS, Backend, has_float64
 from vq_kernels.search.checks import check_choice
 from vq_kernels.stages import LEFT_OUT
 from vq_kernels.straight_through import straight_through
@@ -229,7 +229,7 @@ class LearnedCodebooks(nn.Module):
 
     @property
     def perplexity(self) -> Tensor:
-        """[...] float64, of each codebook: exp of the entropy of `usage_counts`; 1 to K, and 0 before any use."""
+        """[...], of each codebook: exp of the entropy of `usage_counts`; 1 to K, and 0 before any use."""
         return perplexity(self.usage_counts)
 
     @property
@@ -245,7 +245,12 @@ class LearnedCodebooks(nn.Module):
 
 
 def perplexity(counts: Tensor) -> Tensor:
-    """exp(entropy), [...] float64, of how often each code was chosen, counts [..., K]; 0 where all counts are."""
+    """exp(entropy), [...] float64, of how often each code was chosen, counts [..., K]; 0 where all counts are.
+
+    On a device without float64 it is computed on the CPU, and returned in float32.
+    """
+    if not has_float64(counts.device):
+        return perplexity(counts.cpu()).to(counts.device, torch.float32)
     total = counts.sum(dim=-1)
     entropy: Tensor = torch.special.entr(counts.double() / total.clamp(min=1)[..., None]).sum(dim=-1)
     return entropy.exp() * (total > 0)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vq_kernels.search import nearest_code
-from vq_kernels.search.backend import Backend
+from vq_kernels.search.backend import Backend, has_float64
 from vq_kernels.search.checks import check_pair
 
 _SHORTEST_NORM = 1e-6
@@ -81,6 +81,8 @@ def most_similar_code(x: Tensor, codebook: Tensor, *, backend: Backend = "auto")
 
 def _missing_length(codes: Tensor) -> Tensor:
     """[K, 3]: coordinates that bring all finite codes [K, D] to the length of the longest; NaN for the others."""
+    if not has_float64(codes.device):
+        return _missing_length(codes.cpu()).to(codes.device)
     sq_norms = codes.double().square().sum(dim=1)
     missing = torch.where(sq_norms.isfinite(), sq_norms, 0.0).amax(dim=0) - sq_norms
     missing = torch.where(sq_norms.isfinite(), missing, torch.nan)

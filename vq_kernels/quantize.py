@@ -1,5 +1,6 @@
 """Vector quantization with straight-through gradients."""
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -7,9 +8,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vq_kernels.cosine import _missing_length, most_similar_code
-from vq_kernels.search.backend import BACKENDS, Backend
-from vq_kernels.search.checks import check_choice, check_pair
+from vq_kernels.search.backend import Backend
+from vq_kernels.search.checks import check_pair
 from vq_kernels.search.op import nearest_code_op
+from vq_kernels.search.prepared import PreparedCodebook, unpacked
 from vq_kernels.search.topk import NearestCodes, nearest_code_topk
 from vq_kernels.stages import Choice, pass_gradients
 
@@ -33,7 +35,7 @@ class Quantized(NamedTuple):
 
 
 def vector_quantize(
-    x: Tensor, codebook: Tensor, *, commitment_weight: float = 0.0, backend: Backend = "auto"
+    x: Tensor, codebook: Tensor | PreparedCodebook, *, commitment_weight: float = 0.0, backend: Backend = "auto"
 ) -> Quantized:
     """Replace each row of x by its nearest code, differentiably.
 
@@ -45,7 +47,8 @@ def vector_quantize(
 
     Args:
         x: [..., D], float32, float16, bfloat16 or float64, any strides.
-        codebook: [K, D], K >= 1, on x's device; its dtype may differ from x's.
+        codebook: [K, D], K >= 1, on x's device, its dtype may differ from x's; or a `PreparedCodebook`, whose copy of
+            the codes gets no gradient.
         commitment_weight: w above, >= 0. The specification has none.
         backend: as for `nearest_code`.
 
@@ -57,32 +60,40 @@ def vector_quantize(
 
     Source: van den Oord et al. 2017, arXiv:1711.00937, eq. 3.
     """
-    check_pair(x, codebook)
-    check_choice("backend", backend, BACKENDS)
+    codes, operands, backend = unpacked(codebook, backend)
+    check_pair(x, codes)
     if not commitment_weight >= 0:
         raise ValueError(f"commitment_weight must be >= 0, got {commitment_weight}")
     rows = x.reshape(-1, x.shape[-1])
-    choice = choose(rows.detach(), codebook.detach(), backend=backend)
+    choice = choose(rows.detach(), codes.detach(), operands=operands, backend=backend)
     quantized, loss = pass_gradients(
-        rows, codebook[None], choice, commitment_weight=float(commitment_weight), complete=True, backend=backend
+        rows, codes[None], choice, commitment_weight=float(commitment_weight), complete=True, backend=backend
     )
     return Quantized(quantized.view(x.shape), choice.indices.view(x.shape[:-1]), loss)
 
 
-def choose(x: Tensor, codebook: Tensor, *, metric: Metric = "euclidean", backend: Backend = "auto") -> Choice:
+def choose(
+    x: Tensor,
+    codebook: Tensor,
+    *,
+    metric: Metric = "euclidean",
+    operands: Sequence[Tensor] = (),
+    backend: Backend = "auto",
+) -> Choice:
     """What one stage chooses for x [N, D] in codebook [K, D], neither with a gradient.
 
     Args:
         x: unit vectors, if the metric is "cosine".
         codebook: likewise.
         metric: "euclidean", the nearest code; "cosine", the one with the largest dot product.
+        operands: what the backend has prepared of the codebook, for "euclidean"; or nothing.
         backend: as for `nearest_code`.
     """
     if metric == "cosine":
         found = most_similar_code(x, codebook, backend=backend)
         indices, codes = found.indices, found.codes
     else:
-        indices, codes, sq_distances, _ = nearest_code_op(x, codebook, [], backend, "exact")
+        indices, codes, sq_distances, _ = nearest_code_op(x, codebook, list(operands), backend, "exact")
     if metric == "cosine" or torch.float64 in (x.dtype, codebook.dtype):  # the operator's sq_distances are float32
         sq_distances = (x - codebook[indices]).square().sum(dim=1)
     return Choice(indices[None], codes, sq_distances[None])

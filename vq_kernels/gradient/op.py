@@ -7,13 +7,16 @@ import torch
 from torch import Tensor
 
 from vq_kernels.gradient import torch_gradient
-from vq_kernels.search.backend import select_backend
+from vq_kernels.search.backend import choose_backend, has_float64
 
 
 @torch.library.custom_op("vq_kernels::codebook_gradient", mutates_args=())
 def codebook_gradient_op(x: Tensor, codebook: Tensor, indices: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     """x [N, D], codebook [K, D], indices [N] -> the sums of (code - row) [K, D], and counts [K] int64."""
-    name, _ = select_backend(x, codebook, backend)
+    if not has_float64(x.device):
+        sums, counts = codebook_gradient_op(x.cpu(), codebook.cpu(), indices.cpu(), backend)
+        return sums.to(x.device), counts.to(x.device)
+    name, _ = choose_backend(x, codebook, backend)
     deterministic = x.device.type == "cpu" or torch.are_deterministic_algorithms_enabled()
     if name == "triton":
         triton_gradient = import_module("vq_kernels.gradient.triton_gradient")  # on first use

@@ -5,10 +5,11 @@
     difference_sums[k] = sum over rows i with indices[i] = k of (c_k - x_i)
     counts[k]          = number of those rows
 
-The differences are summed, since n c - sum(x) cancels where the codes are good. Reads x once, gathers the codes, writes
-[K, D]. Deterministic: rows sorted by code (stable), cut into segments of at most SEGMENT_ROWS rows of one code, a sum a
-segment into a workspace [N / SEGMENT_ROWS + K, D], the segments of a code added in order. Atomic: one addition an
-entry, in whatever order. Gradient of loss 2 in van den Oord et al. 2017, arXiv:1711.00937, eq. 3.
+The differences are summed, since n c - sum(x) cancels where the codes are good, in float64. Reads x once, gathers the
+codes, writes [K, D]. Deterministic: rows sorted by code (stable), cut into segments of at most SEGMENT_ROWS rows of one
+code, a sum a segment into a workspace [N / SEGMENT_ROWS + K, D], the segments of a code added in order. Atomic: one
+addition an entry, in whatever order, to a workspace [K, D]. Gradient of loss 2 in van den Oord et al. 2017,
+arXiv:1711.00937, eq. 3.
 """
 
 import torch
@@ -91,7 +92,7 @@ def _atomic_kernel(
     stride_ck,
     stride_cd,
     indices_ptr,  # [N] int64
-    sums_ptr,  # [K, D] float32, zeros before
+    sums_ptr,  # [K, D] float64, zeros before
     counts_ptr,  # [K] int64, zeros before
     N,
     D,
@@ -105,7 +106,7 @@ def _atomic_kernel(
     codes = tl.load(indices_ptr + rows, mask=rows < N, other=0)
     values = tl.load(x_ptr + rows[:, None] * stride_xn + columns[None, :] * stride_xd, mask=mask, other=0.0)
     code_ptrs = codebook_ptr + codes[:, None] * stride_ck + columns[None, :] * stride_cd
-    difference = tl.load(code_ptrs, mask=mask, other=0.0).to(tl.float32) - values.to(tl.float32)
+    difference = tl.load(code_ptrs, mask=mask, other=0.0).to(tl.float64) - values.to(tl.float64)
     tl.atomic_add(sums_ptr + codes[:, None] * D + columns[None, :], difference, mask=mask, sem="relaxed")
     if tl.program_id(1) == 0:
         tl.atomic_add(counts_ptr + codes, tl.full([BLOCK_N], 1, tl.int64), mask=rows < N, sem="relaxed")
@@ -118,7 +119,7 @@ def codebook_gradient(x: Tensor, codebook: Tensor, indices: Tensor, deterministi
         x: [N, D], float32, float16 or bfloat16, any strides.
         codebook: [K, D], likewise, on x's device.
         indices: [N] int64 in [0, K).
-        deterministic: the same bits in every run, at the price of a sort; else float32 atomics.
+        deterministic: the same bits in every run, at the price of a sort; else atomic additions.
 
     Returns:
         difference_sums [K, D] float32, counts [K] int64.
@@ -156,7 +157,7 @@ def _sorted_gradient(x: Tensor, codebook: Tensor, indices: Tensor) -> tuple[Tens
 
 def _atomic_gradient(x: Tensor, codebook: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
     (num_rows, code_dim), num_codes = x.shape, codebook.shape[0]
-    sums = codebook.new_zeros((num_codes, code_dim), dtype=torch.float32)
+    sums = codebook.new_zeros((num_codes, code_dim), dtype=torch.float64)
     counts = torch.zeros(num_codes, dtype=torch.int64, device=x.device)
     if num_rows:
         with device_of(x):
@@ -164,4 +165,4 @@ def _atomic_gradient(x: Tensor, codebook: Tensor, indices: Tensor) -> tuple[Tens
                 x, *x.stride(), codebook, *codebook.stride(), indices.contiguous(), sums, counts, num_rows, code_dim,
                 BLOCK_N=ATOMIC_ROWS, BLOCK_D=COLUMNS,
             )  # fmt: skip
-    return sums, counts
+    return sums.float(), counts

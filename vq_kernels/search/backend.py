@@ -16,23 +16,8 @@ _LARGEST_TRITON_DIM = 1 << 15  # for more, scores may leave the range that the k
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def select_backend(x: Tensor, codebook: Tensor, backend: str = "auto") -> tuple[str, str]:
-    """The backend that a search of x in codebook uses, and the reason.
-
-    Args:
-        x: [..., D].
-        codebook: [K, D], on x's device.
-        backend: "triton" or "torch" is taken as it is; "auto" (or what VQ_KERNELS_BACKEND puts in its place) takes
-            Triton for CUDA tensors where it can run, else PyTorch, and warns, once for each reason, where a CUDA
-            tensor has to do without Triton.
-
-    Returns:
-        (name, reason): name is "triton" or "torch".
-
-    Raises:
-        ValueError: an unknown backend.
-        RuntimeError: backend="triton" cannot run here; says why.
-    """
+def choose_backend(x: Tensor, codebook: Tensor, backend: str = "auto") -> tuple[Backend, str]:
+    """As `select_backend`, for tensors that have been checked."""
     source = "backend"
     if backend == "auto" and ENVIRONMENT_VARIABLE in os.environ:
         source, backend = ENVIRONMENT_VARIABLE, os.environ[ENVIRONMENT_VARIABLE]
@@ -46,11 +31,17 @@ def select_backend(x: Tensor, codebook: Tensor, backend: str = "auto") -> tuple[
             raise RuntimeError(f"{source}='triton' cannot run here: {obstacle}")
         return "triton", f"{source} asks for it"
     if x.device.type != "cuda":
-        return "torch", f"x is on {x.device.type}, and Triton's kernels are for CUDA"
+        where = "" if has_float64(x.device) else f"; it runs on the CPU, as {x.device.type} has no float64"
+        return "torch", f"x is on {x.device.type}, and Triton's kernels are for CUDA{where}"
     if obstacle:
         _warn_once(f"vq_kernels searches with PyTorch instead of Triton: {obstacle}")
         return "torch", obstacle
     return "triton", "x is on CUDA, and Triton can run"
+
+
+def has_float64(device: torch.device) -> bool:
+    """Whether the device computes in float64; what needs it is done on the CPU where it does not."""
+    return device.type != "mps"
 
 
 def _triton_obstacle(x: Tensor, codebook: Tensor) -> str:

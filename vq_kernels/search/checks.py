@@ -1,16 +1,18 @@
 """The checks on what a user passes, made before anything is computed."""
 
-from torch import Tensor, bfloat16, float16, float32, float64
+from torch import Tensor, bfloat16, float16, float32, float64, strided
 
 SUPPORTED_DTYPES = (float32, float16, bfloat16, float64)
 
 
 def check_dtype(name: str, tensor: Tensor) -> None:
-    """Raise TypeError unless `tensor` is a tensor of a supported dtype."""
+    """Raise TypeError unless `tensor` is a dense tensor of a supported dtype."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if tensor.dtype not in SUPPORTED_DTYPES:
         raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {tensor.dtype}")
+    if tensor.layout != strided:
+        raise TypeError(f"{name} must be a dense tensor, got one of layout {tensor.layout}")
 
 
 def check_codebook(codebook: Tensor) -> None:

@@ -4,10 +4,10 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from vq_kernels.search.backend import BACKENDS, Backend
+from vq_kernels.search.backend import Backend, choose_backend
 from vq_kernels.search.checks import check_choice, check_pair
 from vq_kernels.search.op import nearest_code_op
-from vq_kernels.search.prepared import PreparedCodebook
+from vq_kernels.search.prepared import PreparedCodebook, unpacked
 
 PRECISIONS = ("exact", "fast")
 
@@ -45,7 +45,7 @@ def nearest_code(
 
     The same indices as a float64 brute-force search over the same values; the lowest index on a tie. (Where two
     distances agree to within float64's own rounding, 1e-13 relative, either may be given.) Neither autocast nor the
-    switches for float32 matrix products change an exact result. Of the [N, K] distances no more than a tile is ever
+    switches for float32 matrix products change a result. Of the [N, K] distances no more than a tile is ever
     held. A model that holds a search can be exported to ONNX, where it is as exact: see
     `vq_kernels.search.onnx_export`.
 
@@ -53,9 +53,12 @@ def nearest_code(
         x: [..., D], float32, float16, bfloat16 or float64, any strides.
         codebook: [K, D], K >= 1, on x's device, its dtype may differ from x's; or a `PreparedCodebook`.
         backend: "auto", "triton" or "torch"; see `select_backend`. float64 is for "torch".
-        precision: "exact"; or "fast", which takes the best score of the first scan without a proof. With "torch" that
-            is float32's rounding: about one row in a thousand may get a code that is further away by a relative 1e-6
-            or so. With "triton" it is 16-bit rounding: up to about 3 % of rows, further away by 1e-3 or so.
+        precision: "exact"; or "fast", which takes the best of the first scan's rounded scores without a proof. What it
+            costs depends on the lengths of x and of the codes, both less the codebook's mean: by "torch" the squared
+            distance exceeds the least by at most 1.1·(D + 16)·2⁻²²·‖c‖·(‖x‖ + ‖c‖), c the code given; as a rule by a
+            hundredth of that, in one row of a thousand. By "triton", which rounds to 16 bits, it is up to a thousand
+            times as much, in up to 3 % of rows as a rule. Beside the distance that is much where a few far codes
+            lengthen all others, or where x is far from all codes: then most rows may be wrong, and some by far.
 
     Returns:
         NearestCode(indices [...] int64 in [0, K), codes [..., D] in x's dtype, sq_distances [...] float32, within 1e-5
@@ -82,18 +85,33 @@ def search_statistics(x: Tensor, codebook: Tensor | PreparedCodebook, *, backend
     return SearchStatistics(*statistics.tolist())
 
 
+def select_backend(x: Tensor, codebook: Tensor | PreparedCodebook, backend: Backend = "auto") -> tuple[Backend, str]:
+    """The backend that a search of x in codebook uses, and the reason.
+
+    Args:
+        x: [..., D].
+        codebook: [K, D], on x's device; or a `PreparedCodebook`, which has a backend of its own.
+        backend: "triton" or "torch" is taken as it is; "auto" (or what VQ_KERNELS_BACKEND puts in its place) takes
+            Triton for CUDA tensors where it can run, else PyTorch, and warns, once for each reason, where a CUDA
+            tensor has to do without Triton.
+
+    Returns:
+        (name, reason): name is "triton" or "torch".
+
+    Raises:
+        TypeError, ValueError: as `nearest_code` does.
+        RuntimeError: backend="triton" cannot run here; says why.
+    """
+    codes, operands, backend = unpacked(codebook, backend)
+    check_pair(x, codes)
+    return (backend, "codebook was prepared for it") if operands else choose_backend(x, codes, backend)
+
+
 def _search(
-    x: Tensor, codebook: Tensor | PreparedCodebook, backend: str, precision: str
+    x: Tensor, codebook: Tensor | PreparedCodebook, backend: Backend, precision: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    check_choice("backend", backend, BACKENDS)
     check_choice("precision", precision, PRECISIONS)
-    operands: list[Tensor] = []
-    if isinstance(codebook, PreparedCodebook):
-        if backend not in ("auto", codebook.backend):
-            raise ValueError(
-                f"backend must be 'auto' or {codebook.backend!r}, which codebook was prepared for, got {backend!r}"
-            )
-        backend, operands, codebook = codebook.backend, list(codebook.operands), codebook.codebook
+    codebook, operands, backend = unpacked(codebook, backend)
     check_pair(x, codebook)
     rows = x.detach().reshape(-1, x.shape[-1])
     indices, codes, sq_distances, statistics = nearest_code_op(rows, codebook.detach(), operands, backend, precision)

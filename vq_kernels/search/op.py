@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from vq_kernels.search import onnx_export
-from vq_kernels.search.backend import select_backend
+from vq_kernels.search.backend import choose_backend, has_float64
 from vq_kernels.search.prepared import backend_module
 
 
@@ -13,11 +13,11 @@ def _operator(
     x: Tensor, codebook: Tensor, operands: list[Tensor], backend: str, precision: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x [N, D], codebook [K, D], operands of the backend (or none) -> indices, codes, sq_distances, statistics."""
-    if x.device.type == "mps":  # has no float64; the search is exact on the CPU instead
+    if not has_float64(x.device):
         found = _operator(x.cpu(), codebook.cpu(), [operand.cpu() for operand in operands], backend, precision)
         indices, codes, sq_distances, statistics = (result.to(x.device) for result in found)
         return indices, codes, sq_distances, statistics
-    name, _ = select_backend(x, codebook, backend)
+    name, _ = choose_backend(x, codebook, backend)
     indices, codes, sq_distances, statistics = backend_module(name).search(x, codebook, operands, precision)
     return indices, codes, sq_distances, statistics
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from vq_kernels.search import torch_backend
-from vq_kernels.search.backend import select_backend
-from vq_kernels.search.checks import check_codebook
+from vq_kernels.search.backend import BACKENDS, Backend, choose_backend
+from vq_kernels.search.checks import check_choice, check_codebook
 
 
 def backend_module(name: str) -> ModuleType:
@@ -23,8 +23,9 @@ def backend_module(name: str) -> ModuleType:
 class PreparedCodebook:
     """A codebook with all that a search needs of it: shifted, scaled, rounded, with its norms and error bounds.
 
-    Made by `PreparedCodebook.from_codebook`. It owns a copy of the codes, so that no later write to the codebook it was
-    made from changes it; prepare again after the codebook has changed.
+    Made by `PreparedCodebook.from_codebook`, for one backend, which VQ_KERNELS_BACKEND may choose then. It owns a copy
+    of the codes, so that no later write to the codebook it was made from changes it; prepare again after the codebook
+    has changed.
 
     Attributes:
         codebook: [K, D], the copy.
@@ -33,7 +34,7 @@ class PreparedCodebook:
     """
 
     codebook: Tensor
-    backend: str
+    backend: Backend
     operands: tuple[Tensor, ...]
 
     @classmethod
@@ -47,5 +48,21 @@ class PreparedCodebook:
         check_codebook(codebook)
         with torch.no_grad():
             copy = codebook.detach().clone(memory_format=torch.contiguous_format)
-            name, _ = select_backend(copy, copy, backend)
+            name, _ = choose_backend(copy, copy, backend)
             return cls(copy, name, tuple(backend_module(name).prepare(copy)))
+
+
+def unpacked(codebook: Tensor | PreparedCodebook, backend: Backend) -> tuple[Tensor, list[Tensor], Backend]:
+    """The codes as a tensor, what is prepared of them (or nothing), and the backend to ask for.
+
+    Raises:
+        ValueError: an unknown backend, or another than the one that the codebook was prepared for.
+    """
+    check_choice("backend", backend, BACKENDS)
+    if not isinstance(codebook, PreparedCodebook):
+        return codebook, [], backend
+    if backend not in ("auto", codebook.backend):
+        raise ValueError(
+            f"backend must be 'auto' or {codebook.backend!r}, which codebook was prepared for, got {backend!r}"
+        )
+    return codebook.codebook, list(codebook.operands), codebook.backend

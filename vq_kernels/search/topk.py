@@ -13,8 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vq_kernels.search.backend import has_float64
 from vq_kernels.search.checks import check_pair
 from vq_kernels.search.largest_two import TILE_ELEMENTS
+from vq_kernels.search.prepared import PreparedCodebook
 from vq_kernels.search.torch_operand import CodebookOperand, augment, float32_will_do, prepare
 
 _DIRECT_ELEMENTS = 1 << 16  # numbers that the direct step holds at a time
@@ -33,7 +35,7 @@ class NearestCodes(NamedTuple):
     sq_distances: Tensor
 
 
-def nearest_code_topk(x: Tensor, codebook: Tensor, k: int) -> NearestCodes:
+def nearest_code_topk(x: Tensor, codebook: Tensor | PreparedCodebook, k: int) -> NearestCodes:
     """The k codebook rows closest to each vector, exactly, in the order of their distances.
 
     Those that a float64 brute-force search over the same values gives first; of equal distances, the lower index
@@ -43,7 +45,8 @@ def nearest_code_topk(x: Tensor, codebook: Tensor, k: int) -> NearestCodes:
 
     Args:
         x: [..., D], float32, float16, bfloat16 or float64, any strides.
-        codebook: [K, D], K >= 1, on x's device; its dtype may differ from x's.
+        codebook: [K, D], K >= 1, on x's device, its dtype may differ from x's; or a `PreparedCodebook`, for which this
+            search has no other use than its codes.
         k: in [1, K].
 
     Returns:
@@ -57,6 +60,8 @@ def nearest_code_topk(x: Tensor, codebook: Tensor, k: int) -> NearestCodes:
 
     Source: van den Oord et al. 2017, arXiv:1711.00937, eq. 1; the candidates: derived above.
     """
+    if isinstance(codebook, PreparedCodebook):
+        codebook = codebook.codebook
     check_pair(x, codebook)
     if not 1 <= k <= codebook.shape[0]:
         raise ValueError(f"k must be in [1, {codebook.shape[0]}] for codebook {tuple(codebook.shape)}, got {k}")
@@ -67,13 +72,14 @@ def nearest_code_topk(x: Tensor, codebook: Tensor, k: int) -> NearestCodes:
 @torch.library.custom_op("vq_kernels::nearest_code_topk", mutates_args=())
 def nearest_code_topk_op(x: Tensor, codebook: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """x [N, D], codebook [K, D] -> indices [N, k], sq_distances [N, k] float32."""
-    if x.device.type == "mps":  # has no float64; the search is exact on the CPU instead
+    if not has_float64(x.device):
         indices, sq_distances = nearest_code_topk_op(x.cpu(), codebook.cpu(), k)
         return indices.to(x.device), sq_distances.to(x.device)
     indices = torch.arange(k, device=x.device).repeat(x.shape[0], 1)  # what a row that is not finite gets
     sq_distances = torch.full((x.shape[0], k), torch.nan, device=x.device)
     found = NearestCodes(indices, sq_distances)
-    rows = x.isfinite().all(dim=1).nonzero()[:, 0]
+    parts = torch.split(x, max(1, TILE_ELEMENTS // x.shape[1]))  # not at once: it would take as much as x
+    rows = torch.cat([part.isfinite().all(dim=1) for part in parts]).nonzero()[:, 0]
     with torch.autocast(x.device.type, enabled=False):
         if float32_will_do(x):
             rows = _decide(found, rows, x, codebook, torch.float32, most=2 * k + _SPARE_CANDIDATES)

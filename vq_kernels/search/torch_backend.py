@@ -50,14 +50,14 @@ def search(
     autocast = torch.is_autocast_enabled(x.device.type)
     with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
         operand = CodebookOperand(*prepared) if prepared else prepare(codebook)
-        if precision == "exact" and not float32_will_do(x):
+        if not float32_will_do(x):
             operand = prepare(codebook, torch.float64)
-        scan = _scan_tile if x.shape[0] * operand.matrix.shape[0] <= TILE_ELEMENTS else _scan_tiles
+        scan = _scan_tile if x.shape[0] * max(operand.matrix.shape) <= TILE_ELEMENTS else _scan_tiles
         indices, rest, counts = scan(x, codebook, operand, certify=precision == "exact")
         many = counts > _MANY_CANDIDATES
         drained = int(many.sum())
         if drained:
-            indices[rest[many]] = _drain(x[rest[many]], codebook)
+            _drain(x, codebook, rest[many], indices)
         codes, sq_distances = gather_codes(x, codebook, indices)
         resolved = int(counts.count_nonzero()) - drained
         statistics = torch.tensor([x.shape[0] - resolved - drained, resolved, drained], device=x.device)
@@ -87,20 +87,23 @@ def _scan_tiles(
     """Steps 1 and 2 for x [N, D]: indices [N]; the rows that were not proved [M], and for each of them how many codes
     may be the nearest [M]. Rows with more than _MANY_CANDIDATES are left open; those that are not finite have 0."""
     indices, thresholds, rest = _scan(x, operand, certify=certify)
-    indices[rest], counts = _resolve(x[rest], codebook, operand, thresholds[rest])
+    indices[rest], counts = _resolve(x, rest, codebook, operand, thresholds[rest])
     return indices, rest, counts
 
 
-def _drain(x: Tensor, codebook: Tensor) -> Tensor:
-    """Indices [N] for the rows that float32 scores leave with many candidates, or that are out of float32's range."""
-    operand = prepare(codebook, torch.float64)
-    indices, thresholds, rest = _scan(x, operand)
-    indices[rest], counts = _resolve(x[rest], codebook, operand, thresholds[rest])
-    rest = rest[counts > _MANY_CANDIDATES]
-    if rest.numel():
-        first = _first_of_identical(codebook)
-        indices[rest], _ = _resolve(x[rest], codebook, operand, thresholds[rest], first, most=codebook.shape[0])
-    return indices
+def _drain(x: Tensor, codebook: Tensor, rows: Tensor, indices: Tensor) -> None:
+    """Write to indices [N] those of the rows [M] that float32 scores leave with many candidates, or out of range."""
+    operand, first = prepare(codebook, torch.float64), None
+    for part in torch.split(rows, max(1, _GATHER_ELEMENTS // x.shape[1])):
+        chunk = x.index_select(0, part)
+        found, thresholds, rest = _scan(chunk, operand)
+        found[rest], counts = _resolve(chunk, rest, codebook, operand, thresholds[rest])
+        rest = rest[counts > _MANY_CANDIDATES]
+        if rest.numel():
+            first = _first_of_identical(codebook) if first is None else first
+            most = codebook.shape[0]
+            found[rest], _ = _resolve(chunk, rest, codebook, operand, thresholds[rest], first, most)
+        indices[part] = found
 
 
 def _scan(x: Tensor, operand: CodebookOperand, *, certify: bool = True) -> tuple[Tensor, Tensor, Tensor]:
@@ -132,22 +135,24 @@ def _scan(x: Tensor, operand: CodebookOperand, *, certify: bool = True) -> tuple
 
 def _resolve(
     x: Tensor,
+    rows: Tensor,
     codebook: Tensor,
     operand: CodebookOperand,
     thresholds: Tensor,
     allowed: Tensor | None = None,
     most: int = _MANY_CANDIDATES,
 ) -> tuple[Tensor, Tensor]:
-    """As `_among_candidates`, for x [N, D], by tiles of scores computed anew."""
-    indices = torch.empty(x.shape[0], dtype=torch.int64, device=x.device)
-    counts = torch.empty(x.shape[0], dtype=torch.int64, device=x.device)
-    rows = max(1, min(x.shape[0], TILE_ELEMENTS // operand.matrix.shape[0]))
-    left, norms = operand.matrix.new_empty(rows, operand.matrix.shape[1]), operand.matrix.new_empty(rows)
-    for start in range(0, x.shape[0], rows):
-        tile = slice(start, start + rows)
-        scores = augment(x[tile], operand, left, norms) @ operand.matrix[: codebook.shape[0]].t()
-        part, limits = x[tile], thresholds[tile]
-        indices[tile], counts[tile] = _among_candidates(part, codebook, operand, scores, limits, allowed, most)
+    """As `_among_candidates`, for the rows [M] of x [N, D], by tiles of scores computed anew."""
+    indices, counts = torch.empty_like(rows), torch.empty_like(rows)
+    tile_rows = max(1, min(rows.shape[0], TILE_ELEMENTS // operand.matrix.shape[0], _GATHER_ELEMENTS // x.shape[1]))
+    left, norms = operand.matrix.new_empty(tile_rows, operand.matrix.shape[1]), operand.matrix.new_empty(tile_rows)
+    for start in range(0, rows.shape[0], tile_rows):
+        tile = slice(start, start + tile_rows)
+        part = x.index_select(0, rows[tile])
+        scores = augment(part, operand, left, norms) @ operand.matrix[: codebook.shape[0]].t()
+        indices[tile], counts[tile] = _among_candidates(
+            part, codebook, operand, scores, thresholds[tile], allowed, most
+        )
     return indices, counts
 
 
@@ -223,6 +228,8 @@ def gather_codes(x: Tensor, codebook: Tensor, indices: Tensor) -> tuple[Tensor, 
     least, largest = sq_distances.aminmax() if x.shape[0] else (1.0, 1.0)  # NaN both, if one is
     if not (least >= _TINY_SQ_DISTANCE and largest < torch.inf):  # an Inf in a row gives Inf so far, where NaN is due
         rare = (~((sq_distances >= _TINY_SQ_DISTANCE) & sq_distances.isfinite())).nonzero()[:, 0]
-        wide = (x[rare].double() - codebook[indices[rare]].double()).square_().sum(dim=1).float()
-        sq_distances[rare] = torch.where(x[rare].isfinite().all(dim=1), wide, torch.nan)
+        for some in torch.split(rare, rows):
+            part = x.index_select(0, some)
+            wide = (part.double() - codebook.index_select(0, indices[some]).double()).square_().sum(dim=1).float()
+            sq_distances[some] = torch.where(part.isfinite().all(dim=1), wide, torch.nan)
     return codes, sq_distances

@@ -1,0 +1,57 @@
+"""On a device without float64 what needs it is done on the CPU. The device here is the CPU, said to have none, once."""
+
+from collections.abc import Callable
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+from vq_kernels import codebooks, cosine, nearest_code, nearest_code_topk, perplexity, vector_quantize
+from vq_kernels.gradient import op as gradient_op
+from vq_kernels.search import op as search_op
+from vq_kernels.search import topk
+from vq_kernels.search.backend import choose_backend, has_float64
+
+
+def gradient_of_the_codebook(x: Tensor, codebook: Tensor) -> Tensor:
+    codebook = codebook.clone().requires_grad_()
+    return torch.autograd.grad(vector_quantize(x, codebook).loss, codebook)[0]
+
+
+@pytest.mark.parametrize(
+    ("module", "call"),
+    [
+        (search_op, lambda x, codebook: nearest_code(x, codebook).indices),
+        (topk, lambda x, codebook: nearest_code_topk(x, codebook, 3).indices),
+        (gradient_op, gradient_of_the_codebook),
+        (cosine, lambda x, codebook: cosine.most_similar_code(x, codebook).indices),
+        (codebooks, lambda x, codebook: perplexity(nearest_code(x, codebook).indices.bincount()).float()),
+    ],
+    ids=["search", "topk", "gradient", "cosine", "perplexity"],
+)
+def test_the_result_is_the_same(
+    module: ModuleType, call: Callable[[Tensor, Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, codebook = torch.randn(50, 8, generator=generator), torch.randn(20, 8, generator=generator)
+    expected = call(x, codebook)
+    asked: list[torch.device] = []
+
+    def none_at_first(device: torch.device) -> bool:
+        asked.append(device)
+        return len(asked) > 1
+
+    monkeypatch.setattr(module, "has_float64", none_at_first)
+    found = call(x, codebook)
+    assert torch.equal(found, expected)
+    assert len(asked) >= 2
+
+
+def test_mps_is_such_a_device() -> None:
+    class OnMps:
+        device, dtype = torch.device("mps"), torch.float64
+
+    assert not has_float64(OnMps.device)
+    name, reason = choose_backend(OnMps(), OnMps())  # type: ignore[arg-type]
+    assert (name, reason.split("; ")[1]) == ("torch", "it runs on the CPU, as mps has no float64")
