@@ -1,19 +1,30 @@
 """torch.compile without a graph break and with dynamic shapes, and torch.export: the search is one node."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from vq_kernels import VectorQuantizer, nearest_code
+from vq_kernels import NearestCode, PreparedCodebook, VectorQuantizer, nearest_code
 
 pytestmark = [
     pytest.mark.usefixtures("_fresh_compiler"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning:torch"),
 ]
+plain_or_prepared = pytest.mark.parametrize(
+    "made_of", [lambda codes: codes, PreparedCodebook.from_codebook], ids=["plain", "prepared"]
+)
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def assert_same(found: NearestCode, expected: NearestCode) -> None:
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
 
 
 def test_the_search_compiles_with_dynamic_shapes() -> None:
@@ -24,6 +35,17 @@ def test_the_search_compiles_with_dynamic_shapes() -> None:
         x, codebook = draw(num_rows, 6), draw(num_codes, 6, seed=1)
         for found, expected in zip(compiled(x, codebook), nearest_code(x, codebook), strict=True):
             assert torch.equal(found, expected)
+
+
+@plain_or_prepared
+@pytest.mark.parametrize("sizes", [((0, 5), (17, 5), (0, 33)), ((17, 5), (0, 5), (64, 33), (1, 1))])
+def test_the_search_of_no_rows_compiles(
+    made_of: Callable[[Tensor], Tensor | PreparedCodebook], sizes: tuple[tuple[int, int], ...]
+) -> None:
+    compiled = torch.compile(nearest_code, fullgraph=True, dynamic=True, backend="aot_eager")
+    for num_rows, num_codes in sizes:
+        x, codebook = draw(num_rows, 6), made_of(draw(num_codes, 6, seed=1))
+        assert_same(compiled(x, codebook), nearest_code(x, codebook))
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -54,3 +76,23 @@ def test_the_module_exports_as_one_node() -> None:
     x = draw(11, 6, seed=1)
     for found, expected in zip(program.module()(x), quantizer(x), strict=True):
         assert torch.equal(found, expected)
+
+
+class Search(nn.Module):
+    def __init__(self, codebook: Tensor | PreparedCodebook) -> None:
+        super().__init__()
+        self.codebook = codebook
+
+    def forward(self, x: Tensor) -> NearestCode:
+        return nearest_code(x, self.codebook)
+
+
+@plain_or_prepared
+def test_a_module_that_searches_exports_as_one_node(made_of: Callable[[Tensor], Tensor | PreparedCodebook]) -> None:
+    search = Search(made_of(draw(20, 6, seed=1)))
+    program = torch.export.export(search, (draw(8, 6),), dynamic_shapes=({0: torch.export.Dim("n", min=0)},))
+    targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert targets.count("vq_kernels.nearest_code.default") == 1
+    for num_rows in (11, 1, 0):
+        x = draw(num_rows, 6, seed=2)
+        assert_same(program.module()(x), search(x))

@@ -20,6 +20,7 @@ from vq_kernels.search.prepared import PreparedCodebook
 from vq_kernels.search.torch_operand import CodebookOperand, augment, float32_will_do, prepare
 
 _DIRECT_ELEMENTS = 1 << 16  # numbers that the direct step holds at a time
+_CANDIDATES = 1 << 17  # that are ordered at a time
 _SPARE_CANDIDATES = 16  # a row, beyond 2·k, from which float64 scores pay
 
 
@@ -101,6 +102,7 @@ def _decide(found: NearestCodes, rows: Tensor, x: Tensor, codebook: Tensor, dtyp
     operand = prepare(codebook, dtype)
     usable = operand.usable(num_codes)
     tile_rows = min(rows.shape[0], max(1, TILE_ELEMENTS // operand.matrix.shape[0]))
+    block_rows = max(1, _CANDIDATES // min(most, num_codes))
     # Held for all tiles: among what a tile leaves behind, the next one's would find no place of its size.
     scores = operand.matrix.new_empty(tile_rows, num_codes)
     candidates = torch.empty(tile_rows, num_codes, dtype=torch.bool, device=x.device)
@@ -110,10 +112,12 @@ def _decide(found: NearestCodes, rows: Tensor, x: Tensor, codebook: Tensor, dtyp
         counts = _find_candidates(x[part], operand, k, scores[tile], candidates[tile])
         few = counts <= most
         candidates[tile] &= few[:, None]
-        decided = part[few]
-        found.indices[decided], found.sq_distances[decided] = _order(
-            x[part], codebook, usable, candidates[tile], counts[few], k
-        )
+        for start in range(0, part.shape[0], block_rows):
+            block = slice(start, min(start + block_rows, part.shape[0]))
+            decided = part[block][few[block]]
+            found.indices[decided], found.sq_distances[decided] = _order(
+                x[part[block]], codebook, usable, candidates[block], counts[block][few[block]], k
+            )
         left_open.append(part[~few])
     return torch.cat(left_open)
 

@@ -119,10 +119,10 @@ def test_a_fall_back_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
     backend_module._warn_once.cache_clear()
     with pytest.warns(RuntimeWarning, match="PyTorch instead of Triton: x is torch.float64"):
-        assert select_backend(OnCuda(), OnCuda())[0] == "torch"  # type: ignore[arg-type]
+        assert backend_module.choose_backend(OnCuda(), OnCuda())[0] == "torch"  # type: ignore[arg-type]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        select_backend(OnCuda(), OnCuda())  # type: ignore[arg-type]
+        backend_module.choose_backend(OnCuda(), OnCuda())  # type: ignore[arg-type]
 
 
 def test_prepared_codebook_is_a_copy_with_the_same_answers() -> None:
@@ -183,9 +183,29 @@ def test_the_result_is_not_differentiable() -> None:
     assert not any(result.requires_grad for result in nearest_code(x, codebook))
 
 
-def test_operator_is_well_formed() -> None:
-    arguments = (draw(5, 3), draw(7, 3), [], "torch", "exact")
-    torch.library.opcheck(torch.ops.vq_kernels.nearest_code.default, arguments)
+@pytest.mark.parametrize("precision", ["exact", "fast"])
+@pytest.mark.parametrize("prepared", [False, True], ids=["plain", "prepared"])
+@pytest.mark.parametrize(
+    ("x", "codebook"),
+    [
+        (draw(5, 3), draw(7, 3)),
+        (draw(0, 3), draw(7, 3)),
+        (draw(1, 1), draw(1, 1)),
+        (draw(5, 3).half(), draw(7, 3)),
+        (draw(5, 3), draw(7, 3).bfloat16()),
+        (draw(5, 3).bfloat16(), draw(7, 3).double()),
+        (draw(3, 5).t(), draw(3, 7).t()),
+        (draw(10, 6)[::2, 1::2], draw(7, 6)[:, ::2]),
+        (draw(1, 3).expand(5, 3), draw(7, 3)),
+    ],
+    ids=["float32", "no-rows", "one-number", "half", "bfloat16-codes", "mixed", "transposed", "strided", "expanded"],
+)
+def test_operator_is_well_formed(x: torch.Tensor, codebook: torch.Tensor, prepared: bool, precision: str) -> None:
+    operands = list(PreparedCodebook.from_codebook(codebook).operands) if prepared else []
+    torch.library.opcheck(torch.ops.vq_kernels.nearest_code.default, (x, codebook, operands, "torch", precision))
+
+
+def test_the_gradient_s_operator_is_well_formed() -> None:
     indices = torch.tensor([0, 3, 3, 1, 6])
     torch.library.opcheck(torch.ops.vq_kernels.codebook_gradient.default, (draw(5, 3), draw(7, 3), indices, "torch"))
 
@@ -202,6 +222,20 @@ def test_import_needs_torch_alone() -> None:
     subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True, timeout=120)
 
 
-def test_memory_is_far_below_the_matrix_of_distances() -> None:
-    """262,144 x 4,096 x 4: the distances would take 4 GiB."""
-    assert extra_mib("nearest_code(x, codebook, backend='torch')", 1 << 18, 1 << 12, 4) < 64
+def test_more_distances_than_int32_counts() -> None:
+    num_rows, num_codes = (1 << 21) + 5, 1 << 10
+    assert num_rows * num_codes > 1 << 31
+    x, codebook = draw(num_rows, 2), draw(num_codes, 2, seed=1)
+    indices, codes, sq_distances = nearest_code(x, codebook, backend="torch")
+    some = torch.randint(num_rows, (1000,), generator=torch.Generator().manual_seed(2))
+    rows = torch.cat([torch.arange(1000), some, torch.arange(num_rows - 1000, num_rows)])
+    assert torch.equal(indices[rows], brute_force_nearest(x[rows], codebook))
+    assert torch.equal(codes, codebook[indices])
+    torch.testing.assert_close(sq_distances, (x - codes).square().sum(dim=1), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("sizes", [(1 << 18, 1 << 12, 4), ((1 << 21) + 5, 1 << 10, 2)])
+def test_memory_is_far_below_the_matrix_of_distances(sizes: tuple[int, int, int]) -> None:
+    """That takes 4 GiB, and 8 GiB where int32 does not count its numbers."""
+    distances_mib = sizes[0] * sizes[1] * 4 / 2**20
+    assert extra_mib("nearest_code(x, codebook, backend='torch')", *sizes) < distances_mib / 64
