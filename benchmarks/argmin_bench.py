@@ -5,7 +5,8 @@
 
 First the answers are held against float64 brute force (all rows, or a seeded part of at least 4,096 of them: the column
 `checked_rows` of the JSON lines says how many), then the contenders are timed in turn, round after round. An exact
-contender with one wrong index is reported as WRONG and not timed, and the exit status is 1.
+contender with one wrong index is reported as WRONG and not timed, and the exit status is 1. Classes of precision stand
+apart, each in a section of the table.
 
 A sample, to show the form (--shapes 16384x1024x64 --data offset-1000 --threads 1, on a machine busy with other work):
 
@@ -13,9 +14,10 @@ A sample, to show the form (--shapes 16384x1024x64 --data offset-1000 --threads 
     cdist          | float32 |    193 |   192 - 209 |       1 |  0.0111 |       77 |  85.846 |
     addmm-chunked  | float32 |    115 |   115 - 158 |   0.596 |  0.0186 |        9 |  85.846 |
     faiss          | float32 |   88.8 | 84.3 - 90.5 |    0.46 |  0.0242 |       16 |  85.455 |
+    gemm           | float32 |   52.2 |   49 - 54.4 |    0.27 |  0.0411 |       64 |         |
+    ---------------+---------+--------+-------------+---------+---------+----------+---------+-----------
     torch          | exact   |    123 |   107 - 147 |   0.636 |  0.0175 |       16 |       0 |      0.043
     torch-prepared | exact   |   91.7 | 81.5 - 99.3 |   0.475 |  0.0234 |       13 |       0 |      0.043
-    gemm           | float32 |   52.2 |   49 - 54.4 |    0.27 |  0.0411 |       64 |         |
 """
 
 import sys
@@ -48,6 +50,7 @@ from torch import Tensor
 
 from vq_kernels import search_statistics
 from vq_kernels.search.brute_force import brute_force_nearest
+from vqae.errors import UsageError
 
 Shape = tuple[int, int, int]
 """N, K, D."""
@@ -89,7 +92,7 @@ class Options:
     seed: int = 0
     """Of the data and of the choice of checked rows."""
     out: Path | None = None
-    """A folder for results.jsonl and times.png; none: the table alone."""
+    """A folder for results.jsonl, written as each shape is done, and times.png; none: the tables alone."""
 
 
 @dataclass
@@ -117,16 +120,16 @@ def run(options: Options, console: Console) -> list[Row]:
     for shape in shapes:
         for name in options.data:
             rows += bench(options, shape, name, device, environment)
+            if options.out:
+                write_json_lines(rows, options.out / "results.jsonl")
             print_table(rows[-len(options.contenders) :], console)
     if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        write_json_lines(rows, options.out / "results.jsonl")
         plot_times(rows, options.out / "times.png")
     return rows
 
 
 def check(options: Options) -> tuple[torch.device, list[Shape]]:
-    """The device and the shapes that the options mean.
+    """The device and the shapes that the options mean; the folder of --out is there afterwards.
 
     Raises:
         ValueError: an option that cannot be used; says which.
@@ -139,13 +142,25 @@ def check(options: Options) -> tuple[torch.device, list[Shape]]:
             raise ValueError(f"--data must be of {', '.join(DATA_NAMES)}, got {name!r}")
     if "trained" in options.data and options.checkpoint is None:
         raise ValueError("--data trained needs --checkpoint FILE, got none")
+    for option, count in (("--rounds", options.rounds), ("--threads", options.threads)):
+        if count is not None and count < 1:
+            raise ValueError(f"{option} must be at least 1, got {count}")
     device = options.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     elif device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device must be one that is there, got 'cuda', and PyTorch sees no GPU")
     defaults = QUICK_SHAPES if options.quick else CUDA_SHAPES if device == "cuda" else CPU_SHAPES
-    return torch.device(device), [parse_shape(text) for text in options.shapes or defaults]
+    shapes = [parse_shape(text) for text in options.shapes or defaults]
+    if options.out:
+        try:
+            options.out.mkdir(parents=True, exist_ok=True)
+            (options.out / "results.jsonl").open("a").close()
+        except OSError as error:
+            raise ValueError(
+                f"--out must be a folder that can be made and written to, got {str(options.out)!r}: {error.strerror}"
+            ) from None
+    return torch.device(device), shapes
 
 
 def parse_shape(text: str) -> Shape:
@@ -266,7 +281,7 @@ def main() -> int:
                 rows = run(options, console)
         else:
             rows = run(options, console)
-    except ValueError as error:
+    except (ValueError, UsageError) as error:
         print(f"argmin_bench.py: {error}", file=sys.stderr)
         return 2
     console.print(f"{len(rows)} rows in {time.perf_counter() - start:.0f} s", highlight=False)

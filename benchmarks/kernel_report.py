@@ -3,6 +3,7 @@
     python benchmarks/kernel_report.py --arch 80 90 100
 
 One JSON line a kernel, configuration and architecture; exit code 1 if anything spills, 2 if anything fails to compile.
+A configuration's "bfloat16/float32" are the dtypes of x and of the codebook, where they differ.
 
     {"kernel": "_scan_kernel", "config": "short_shared D=64 float32", "arch": 90, "registers": 124, "spill_bytes": 0,
      "stack_bytes": 0, "shared_bytes": 40960, "mma": "HGMMA.64x64x16.F32", "instructions_per_element": 5.1,
@@ -58,17 +59,39 @@ _STORE_WIDTHS = {"STL": 4, "STL.64": 8, "STL.128": 16}
 _SHAPES = (
     *((65_536, 1_024, d, torch.float32) for d in (3, 16, 32, 50, 64, 100, 128, 512, 1_000)),
     *((65_536, 1_024, d, torch.bfloat16) for d in (64, 128, 512)),
+    *((65_536, 1_024, d, torch.float16) for d in (64, 128, 512)),
     (1_024, 4_096, 64, torch.float32),
     (1_024, 65_536, 128, torch.float32),
+    (1_024, 65_536, 512, torch.float32),
     (256, 1_024, 128, torch.float16),
     (256, 1_024, 512, torch.float32),
 )
-# Of these, x is also a view whose rows are not aligned, and one whose columns are contiguous in place of its rows: the
-# exact search's kernels only, which leave the fewest registers.
+# The rest is for the exact search alone, whose kernels leave the fewest registers.
+# (rows, codes, D, x's dtype, the codebook's): D = 1, D a multiple of 16 that fills no product, a split codebook of
+# short codes and in 16 bits, few rows without a split, two dtypes as autocast leaves them and the other way round.
+_EXACT_SHAPES = (
+    (65_536, 1_024, 1, torch.float32, torch.float32),
+    *((65_536, 1_024, d, torch.float32, torch.float32) for d in (48, 80, 96, 112)),
+    *((65_536, 1_024, d, torch.bfloat16, torch.bfloat16) for d in (48, 96)),
+    (1_024, 4_096, 16, torch.float32, torch.float32),
+    (1_024, 4_096, 64, torch.bfloat16, torch.bfloat16),
+    (1_024, 4_096, 64, torch.float16, torch.float16),
+    (1_024, 65_536, 128, torch.bfloat16, torch.bfloat16),
+    (256, 1_024, 128, torch.bfloat16, torch.bfloat16),
+    (12_800, 128, 128, torch.float32, torch.float32),
+    *((65_536, 1_024, d, torch.bfloat16, torch.float32) for d in (64, 128, 512)),
+    *((65_536, 1_024, d, torch.float32, torch.bfloat16) for d in (64, 128, 512)),
+    (65_536, 1_024, 64, torch.float16, torch.float32),
+    (1_024, 4_096, 64, torch.bfloat16, torch.float32),
+)
+# Of _SHAPES: x is also a view whose rows are not aligned, and one whose columns are contiguous in place of its rows.
 _VIEWED_SHAPES = (
     (65_536, 1_024, 32, torch.float32),
     (65_536, 1_024, 64, torch.bfloat16),
     (65_536, 1_024, 128, torch.float32),
+    (65_536, 1_024, 512, torch.float32),
+    (1_024, 4_096, 64, torch.float32),
+    (256, 1_024, 128, torch.float16),
 )
 
 
@@ -142,45 +165,51 @@ def _recorder(launches: dict[str, Launch], labels: dict[str, str], other: str, a
     def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         launch = _describe(kernel, args, kwargs, labels.get(kernel.__name__, other), arch)
         identity = asdict(launch) | {"config": None}
-        # D decides nothing of these kernels but a loop's length and a mask, so a row a dtype is enough.
+        # D decides a mask of these kernels and a loop's length: a row a dtype stands for all without the loop, and one
+        # for all with it. Where ptxas unrolls the loop, other lengths take a few registers more or less.
         if kernel.__name__ != "_scan_kernel":
-            identity["constants"] = {k: v for k, v in launch.constants.items() if k not in ("D", "PITCH")}
+            loops = {k: v > launch.constants["BLOCK_D"] for k, v in launch.constants.items() if k in ("D", "PITCH")}
+            identity["constants"] = launch.constants | loops
         launches.setdefault(repr(identity), launch)
 
     return run
 
 
-def _cases() -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-    """Meta tensors x and codebook of every shape and layout, and what their layout is called."""
+def _cases() -> Iterator[tuple[str, tuple[str, ...], torch.Tensor, torch.Tensor]]:
+    """The name of a layout, the precisions to search with, and meta tensors x and codebook, of every case."""
     for shape in _SHAPES:
         n, k, d, dtype = shape
         codebook = torch.empty(k, d, dtype=dtype, device="meta")
-        yield "", torch.empty(n, d, dtype=dtype, device="meta"), codebook
+        yield "", ("exact", "fast"), torch.empty(n, d, dtype=dtype, device="meta"), codebook
         if shape in _VIEWED_SHAPES:
-            yield " unaligned", torch.empty(n, d + 1, dtype=dtype, device="meta")[:, :d], codebook
-            yield " transposed", torch.empty(d, n, dtype=dtype, device="meta").t(), codebook
+            yield " unaligned", ("exact",), torch.empty(n, d + 1, dtype=dtype, device="meta")[:, :d], codebook
+            yield " transposed", ("exact",), torch.empty(d, n, dtype=dtype, device="meta").t(), codebook
+    for n, k, d, x_dtype, codebook_dtype in _EXACT_SHAPES:
+        x, codebook = (torch.empty(rows, d, dtype=t, device="meta") for rows, t in ((n, x_dtype), (k, codebook_dtype)))
+        yield "", ("exact",), x, codebook
 
 
 def collect_launches(arch: int) -> list[Launch]:
     """Every kernel that a search or a gradient would launch on an architecture, each specialisation once."""
     properties = DeviceProperties((arch // 10, arch % 10), _MULTIPROCESSORS[arch])
     launches: dict[str, Launch] = {}
-    for layout, x, codebook in _cases():
+    for layout, precisions, x, codebook in _cases():
         (n, d), k = x.shape, codebook.shape[0]
         config = pick_config(n, k, d, x.dtype, properties, aligned=not layout)
         plan = plan_search(n, k, d, config, properties)
-        dtype_name = str(x.dtype).removeprefix("torch.")
-        scan_label = f"{config.name} D={d} {dtype_name}{layout}{' split' if plan.splits > 1 else ''}"
+        dtypes = "/".join(str(dtype).removeprefix("torch.") for dtype in dict.fromkeys((x.dtype, codebook.dtype)))
+        scan_label = f"{config.name} D={d} {dtypes}{layout}{' split' if plan.splits > 1 else ''}"
 
-        for precision, suffix in (("exact", ""),) if layout else (("exact", ""), ("fast", " fast")):
-            labels = {"_scan_kernel": scan_label + suffix, "_merge_kernel": dtype_name + layout + suffix}
-            with mock.patch.object(JITFunction, "run", _recorder(launches, labels, dtype_name + layout, arch)):
+        for precision in precisions:
+            suffix = "" if precision == "exact" else f" {precision}"
+            labels = {"_scan_kernel": scan_label + suffix, "_merge_kernel": dtypes + layout + suffix}
+            with mock.patch.object(JITFunction, "run", _recorder(launches, labels, dtypes + layout, arch)):
                 search_with_plan(x, codebook, [], precision, plan)
         if layout:
             continue
         indices = torch.empty(n, dtype=torch.int64, device="meta")
         for deterministic in (True, False):
-            with mock.patch.object(JITFunction, "run", _recorder(launches, {}, dtype_name + layout, arch)):
+            with mock.patch.object(JITFunction, "run", _recorder(launches, {}, dtypes + layout, arch)):
                 codebook_gradient(x, codebook, indices, deterministic)
     return list(launches.values())
 

@@ -15,7 +15,21 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from vqae.checkpoint import write_whole
+
 _PACKAGES = ("torch", "triton", "faiss-cpu", "flash-kmeans", "flashlib", "cuvs-cu12", "pykeops")
+
+CLASSES = ("float32", "exact", "3xTF32", "TF32", "16 bits")
+"""The classes of precision, in the order in which they are shown."""
+
+# Of a class in the plot: line, marker.
+_STYLES = {
+    "float32": ("-", "o"),
+    "exact": ("-", "D"),
+    "3xTF32": ("-.", "v"),
+    "TF32": ("--", "s"),
+    "16 bits": (":", "^"),
+}
 
 
 @dataclass(frozen=True)
@@ -40,7 +54,7 @@ class Row:
     Attributes:
         op: what was done.
         contender: its name in `baselines.CONTENDERS`.
-        precision: the class of its arithmetic: exact, float32, 3xTF32, TF32, 16 bits.
+        precision: the class of its arithmetic, one of CLASSES.
         N, K, D: vectors, codes, dimensions.
         dtype: of x and of the codebook.
         data: the data set's name in `search_data.DATA_NAMES`.
@@ -83,7 +97,7 @@ class Row:
 
 
 def print_table(rows: Sequence[Row], console: Console) -> None:
-    """Print the rows of one shape and data set; contenders that cannot run here are named below the table."""
+    """Print the rows of one shape and data set, a section a class; what cannot run here is named below the table."""
     first = rows[0]
     table = Table(title=f"{first.N:,} x {first.K:,} x {first.D}, {first.dtype}, {first.data}", title_justify="left")
     table.add_column("contender", no_wrap=True)
@@ -91,7 +105,11 @@ def print_table(rows: Sequence[Row], console: Console) -> None:
     for heading in ("p50 ms", "p20 - p80", "/ cdist", "TFLOP/s", "peak MiB", "wrong %", "unproved %"):
         table.add_column(heading, justify="right", no_wrap=True)
     absent = []
-    for row in rows:
+    section = None
+    for row in sorted(rows, key=_class_place):
+        if section not in (None, row.precision):
+            table.add_section()  # nothing where the last section is empty
+        section = row.precision
         if row.status == "ok":
             table.add_row(*_cells(row), style="bold" if row.precision == "exact" else None)
         elif row.wrong_percent is not None or row.status == "out of memory":
@@ -126,26 +144,34 @@ def _percent(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}" if value else "0"
 
 
+def _class_place(row: Row) -> int:
+    return CLASSES.index(row.precision)
+
+
 def write_json_lines(rows: Iterable[Row], file: Path) -> None:
-    """Write one JSON object a row."""
-    file.write_text("".join(f"{json.dumps(dataclasses.asdict(row))}\n" for row in rows), encoding="utf-8")
+    """Let the file hold one JSON object a row; it is whole at every moment."""
+    write_whole(file, "".join(f"{json.dumps(dataclasses.asdict(row))}\n" for row in rows).encode())
 
 
 def plot_times(rows: Iterable[Row], file: Path) -> None:
-    """Draw the time against N·K, a line a contender, a panel for each D and data set."""
-    panels: dict[tuple[str, int], dict[str, list[tuple[int, float]]]] = {}
-    for row in rows:
+    """Draw the time against N·K, a line a contender, marked by its class, a panel for each D and data set."""
+    panels: dict[tuple[str, int], dict[tuple[str, str], list[tuple[int, float]]]] = {}
+    for row in sorted(rows, key=_class_place):
         if row.p50_ms is not None:
             lines = panels.setdefault((row.data, row.D), {})
-            lines.setdefault(f"{row.contender} ({row.precision})", []).append((row.N * row.K, row.p50_ms))
+            lines.setdefault((row.precision, row.contender), []).append((row.N * row.K, row.p50_ms))
     if not panels:
         return
     figure = Figure(figsize=(6.0 * len(panels), 5.0), layout="constrained")
     all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, ((data, code_dim), lines) in zip(all_axes, panels.items(), strict=True):
-        for label, points in lines.items():
+        for (precision, contender), points in lines.items():
             sizes, times = zip(*sorted(points), strict=True)
-            axes.plot(sizes, times, marker="o", label=label, linewidth=2.5 if "(exact)" in label else 1.0)
+            line_style, marker = _STYLES[precision]
+            axes.plot(
+                sizes, times, linestyle=line_style, marker=marker, label=f"{precision}: {contender}",
+                linewidth=2.5 if precision == "exact" else 1.0,
+            )  # fmt: skip
         axes.set(xscale="log", yscale="log", xlabel="N·K", ylabel="ms", title=f"D = {code_dim}, {data}")
         axes.legend(fontsize="x-small")
     figure.savefig(file, dpi=150)

@@ -147,6 +147,10 @@ def test_contenders_that_cannot_run_are_named_with_the_reason(
         (("--shapes", "12x0x3"), "got '12x0x3'"),
         (("--contenders", "faster"), "--contenders must be of cdist, "),
         (("--data", "mine"), "--data must be of gaussian, "),
+        (("--rounds", "0"), "--rounds must be at least 1, got 0"),
+        (("--rounds", "-3"), "--rounds must be at least 1, got -3"),
+        (("--threads", "0"), "--threads must be at least 1, got 0"),
+        (("--threads", "-1"), "--threads must be at least 1, got -1"),
         (("--data", "trained"), "--data trained needs --checkpoint FILE"),
         (("--data", "trained", "--checkpoint", "no/such.pt", "--shapes", "9x9x9"), "no/such.pt"),
     ],
@@ -161,6 +165,45 @@ def test_bad_options(
     status, _ = bench(monkeypatch, tmp_path, *arguments)
     assert status == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("out", "why"), [("file", "File exists"), ("file/below", "Not a directory"), ("taken", "Is a directory")]
+)
+def test_an_out_that_cannot_be_written_is_refused_before_anything_runs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], out: str, why: str
+) -> None:
+    (tmp_path / "file").write_text("kept")
+    (tmp_path / "taken" / "results.jsonl").mkdir(parents=True)
+    monkeypatch.setattr(argmin_bench, "bench", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(sys, "argv", ["argmin_bench.py", "--device", "cpu", "--out", str(tmp_path / out)])
+    assert argmin_bench.main() == 2
+    message = f"--out must be a folder that can be made and written to, got '{tmp_path / out}': {why}"
+    assert message in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_an_interruption_keeps_the_shapes_that_are_done(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    make = argmin_bench.make_search_data
+
+    def interrupted(name: str, *shape: int, **settings: object) -> object:
+        if shape[0] == 300:
+            raise KeyboardInterrupt
+        return make(name, *shape, **settings)
+
+    monkeypatch.setattr(argmin_bench, "make_search_data", interrupted)
+    arguments = ("--shapes", "100x40x8", "200x40x8", "300x40x8", "--contenders", "cdist", "torch")
+    results = tmp_path / "new" / "results.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        bench(monkeypatch, results.parent, *arguments)
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    assert [(row["N"], row["contender"]) for row in rows] == [
+        (100, "cdist"), (100, "torch"), (200, "cdist"), (200, "torch"),
+    ]  # fmt: skip
+
+    status, rows = bench(monkeypatch, results.parent, *arguments[:2], *arguments[-3:])
+    assert status == 0
+    assert [row["N"] for row in rows] == [100, 100]  # of this run alone
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
