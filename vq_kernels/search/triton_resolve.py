@@ -23,8 +23,8 @@ from vq_kernels.search.triton_scan import SplitStates
 CANDIDATES = tl.constexpr(4)
 MERGE_ROWS, MERGE_COLUMNS = 64, 32
 RESOLVE_ROWS, DRAIN_ROWS, DRAIN_CODES = 8, 4, 16
-# Allowed in so many words: left to itself the compiler aims for 96, and spills a few for some dtypes.
-DRAIN_REGISTERS = 168
+# Allowed in so many words: left to itself the compiler aims for 96 or less, and spills a few for some dtypes.
+DECIDE_REGISTERS = 168
 # Columns whose differences are taken at once; short enough for float64 to stay in registers.
 DIFFERENCE_COLUMNS = 32
 
@@ -91,7 +91,7 @@ def _merge_kernel(
 
 @triton.jit
 def _sq_distances(
-    rows, x_ptr, stride_xn, stride_xd, offs_k, in_codes, codebook_ptr, stride_ck, stride_cd, D: tl.constexpr,
+    rows, x_ptr, stride_xn, stride_xd, offs_k, in_codes, codebook_ptr, stride_ck, stride_cd, D,
     BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Squared distances [BLOCK_R, BLOCK_K] in DTYPE, from direct differences, of rows [BLOCK_R] to codes offs_k.
@@ -124,7 +124,7 @@ def _least_code(sq_distances, offs_k, in_codes):
 @triton.jit
 def _write_decided(
     rows, in_list, index, sq_distance, codebook_ptr, stride_ck, stride_cd, indices_ptr, codes_ptr, sq_distances_ptr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr,
+    D, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The decided rows over what the scan had written of them."""
     for start_d in range(0, D, BLOCK_D):
@@ -155,7 +155,7 @@ def _resolve_kernel(
     candidates_ptr,  # [N, 4] int32
     statistics_ptr,  # [3] int64: proved, resolved, drained
     N,
-    D: tl.constexpr,
+    D,  # no constant: the compiler would unroll the loop over the columns, and spill
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -196,7 +196,7 @@ def _drain_kernel(
     counters_ptr,  # [2] int32
     drain_rows_ptr,  # [N] int32
     K,
-    D: tl.constexpr,
+    D,  # no constant, as above
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -207,7 +207,7 @@ def _drain_kernel(
     rounded differences, summed in any order, are within (D + 3) 2**-23 relative, unless they overflow or underflow.
     """
     num_drained = tl.load(counters_ptr + 1)
-    lower: tl.constexpr = 1.0 - (D + 8) * 2.0**-23
+    lower = 1.0 - (D + 8) * 2.0**-23  # exact in float32
     for start in range(tl.program_id(0) * BLOCK_R, num_drained, tl.num_programs(0) * BLOCK_R):
         places = start + tl.arange(0, BLOCK_R)
         in_list = places < num_drained
@@ -257,10 +257,10 @@ def launch_resolve(
     shared = (x, *x.stride(), codebook, *codebook.stride(), *outputs, lists.counters)
     with device_of(x):
         _resolve_kernel[(min(ceil_div(num_rows, RESOLVE_ROWS), 16 * multiprocessors),)](
-            *shared, lists.resolve_rows, lists.candidates, statistics, num_rows, D=code_dim, BLOCK_R=RESOLVE_ROWS,
-            BLOCK_D=DIFFERENCE_COLUMNS, num_warps=4,
+            *shared, lists.resolve_rows, lists.candidates, statistics, num_rows, code_dim, BLOCK_R=RESOLVE_ROWS,
+            BLOCK_D=DIFFERENCE_COLUMNS, num_warps=4, maxnreg=DECIDE_REGISTERS,
         )  # fmt: skip
         _drain_kernel[(min(ceil_div(num_rows, DRAIN_ROWS), 4 * multiprocessors),)](
-            *shared, lists.drain_rows, codebook.shape[0], D=code_dim, BLOCK_R=DRAIN_ROWS, BLOCK_K=DRAIN_CODES,
-            BLOCK_D=DIFFERENCE_COLUMNS, num_warps=4, maxnreg=DRAIN_REGISTERS,
+            *shared, lists.drain_rows, codebook.shape[0], code_dim, BLOCK_R=DRAIN_ROWS, BLOCK_K=DRAIN_CODES,
+            BLOCK_D=DIFFERENCE_COLUMNS, num_warps=4, maxnreg=DECIDE_REGISTERS,
         )  # fmt: skip
