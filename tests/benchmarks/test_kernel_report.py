@@ -36,9 +36,13 @@ def test_every_kernel_and_configuration_is_collected():
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_what_a_launch_is_specialised_for_is_collected(arch: int):
     launches = kernel_report.collect_launches(arch)
-    for kernel in ("_round_codes_kernel", "_merge_kernel", "_resolve_kernel", "_drain_kernel"):
+    for kernel in ("_round_codes_kernel", "_merge_kernel"):  # with and without a loop over the columns
         found = [launch.constants for launch in launches if (launch.kernel, launch.config) == (kernel, "float32")]
         assert {sizes.get("PITCH", sizes.get("D")) > sizes["BLOCK_D"] for sizes in found} == {True, False}
+    for kernel in ("_resolve_kernel", "_drain_kernel"):  # D is 1, or a number of sixteens, or any other
+        same = [launch for launch in launches if (launch.kernel, launch.config) == (kernel, "float32")]
+        assert {launch.constants.get("D") for launch in same} == {1, None}
+        assert len({launch.aligned for launch in same if "D" not in launch.constants}) == 2
     scans = [launch for launch in launches if launch.kernel == "_scan_kernel"]
     exact = [launch for launch in scans if "fast" not in launch.config]
     names = {launch.config.split()[0] for launch in scans}
