@@ -27,7 +27,6 @@ Everything that a caller has to do for every new codebook is in the timed call, 
 import importlib
 import importlib.util
 import inspect
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -45,9 +44,9 @@ Search = Callable[[], Tensor]
 Precision = Literal["exact", "float32", "3xTF32", "TF32", "16 bits"]
 
 _CHUNK_ROWS = (512, 2048, 8192, 32768, 131072)
-# The size is chosen by the best of so many calls, in turn; by fewer once they have taken so long.
-_CHOICE_ROUNDS = 3
-_CHOICE_SECONDS = 2.0
+# The size is chosen by the best of so many calls in a row, as they are timed; by fewer once they have taken so long.
+_CHOICE_CALLS = 3
+_CHOICE_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -112,20 +111,16 @@ def _build_addmm_chunked(x: Tensor, codebook: Tensor) -> Search:
         return torch.cat([_expansion(x[start : start + rows], codebook) for start in starts])
 
     def elapsed(rows: int) -> float:
-        start = time.perf_counter()
-        search(rows)[-1].item()  # waits for a GPU
-        return time.perf_counter() - start
+        search(rows)[-1].item()  # the first call of a size may take longer
+        seconds: list[float] = []
+        while len(seconds) < _CHOICE_CALLS and sum(seconds) < _CHOICE_SECONDS:
+            start = time.perf_counter()
+            search(rows)[-1].item()  # waits for a GPU
+            seconds.append(time.perf_counter() - start)
+        return min(seconds)
 
     affordable = [rows for rows in _CHUNK_ROWS if rows == _CHUNK_ROWS[0] or rows * codebook.shape[0] <= 1 << 28]
-    for rows in affordable:
-        search(rows)[-1].item()  # the first call of a size may take longer
-    best = dict.fromkeys(affordable, math.inf)
-    start = time.perf_counter()
-    for _ in range(_CHOICE_ROUNDS):
-        best = {rows: min(known, elapsed(rows)) for rows, known in best.items()}
-        if time.perf_counter() - start > _CHOICE_SECONDS:
-            break
-    best_rows = min(affordable, key=lambda rows: best[rows])
+    best_rows = min(affordable, key=elapsed)
     return lambda: search(best_rows)
 
 

@@ -41,10 +41,10 @@ def choose(monkeypatch: pytest.MonkeyPatch, seconds: dict[int, list[float]]) -> 
 
 
 def test_one_slow_call_does_not_decide_the_chunk_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    seconds = {512: [0.9, 0.3, 0.3], 1024: [0.9, 0.5, 0.1], 2048: [0.1, 0.2, 0.2]}
-    assert choose(monkeypatch, seconds) == (1024, [512, 1024, 2048] * 4)
+    seconds = {512: [0.9, 0.3, 0.3], 1024: [0.9, 0.4, 0.1], 2048: [0.1, 0.2, 0.2]}
+    assert choose(monkeypatch, seconds) == (1024, [512] * 3 + [1024] * 3 + [2048] * 4)
 
 
 def test_long_calls_are_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = {512: [9.0], 1024: [8.0], 2048: [7.0]}
-    assert choose(monkeypatch, seconds) == (2048, [512, 1024, 2048] * 2)
+    assert choose(monkeypatch, seconds) == (2048, [512] * 2 + [1024] * 2 + [2048] * 2)
