@@ -11,8 +11,9 @@ def check_dtype(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if tensor.dtype not in SUPPORTED_DTYPES:
         raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {tensor.dtype}")
-    if tensor.layout != strided:
-        raise TypeError(f"{name} must be a dense tensor, got one of layout {tensor.layout}")
+    if tensor.layout != strided or tensor.is_nested:
+        kind = "a nested one" if tensor.is_nested else f"one of layout {tensor.layout}"
+        raise TypeError(f"{name} must be a dense tensor, got {kind}")
 
 
 def check_codebook(codebook: Tensor) -> None:

@@ -46,7 +46,7 @@ class LargestTwo:
         slots = num_slots(num_codes)
         self.matrix, self.slots = matrix, slots
         self.block_k = min(num_codes, max(_BLOCK_K, slots))
-        tile_rows = min(TILE_ELEMENTS // self.block_k, _PART_ELEMENTS // width)
+        tile_rows = max(1, min(TILE_ELEMENTS // self.block_k, _PART_ELEMENTS // width))
         self.tile_rows = max(1, min(num_rows, 1 << tile_rows.bit_length() - 1))  # a power of two: products like it
         num_maxima = 2 * slots + num_codes // slots
         self.part_rows = self.tile_rows * max(1, _PART_ELEMENTS // (self.tile_rows * max(width, num_maxima)))

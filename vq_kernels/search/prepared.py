@@ -19,7 +19,7 @@ def backend_module(name: str) -> ModuleType:
     return import_module("vq_kernels.search.triton_backend")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class PreparedCodebook:
     """A codebook with all that a search needs of it: shifted, scaled, rounded, with its norms and error bounds.
 

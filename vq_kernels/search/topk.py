@@ -77,7 +77,7 @@ def nearest_code_topk_op(x: Tensor, codebook: Tensor, k: int) -> tuple[Tensor, T
         indices, sq_distances = nearest_code_topk_op(x.cpu(), codebook.cpu(), k)
         return indices.to(x.device), sq_distances.to(x.device)
     indices = torch.arange(k, device=x.device).repeat(x.shape[0], 1)  # what a row that is not finite gets
-    sq_distances = torch.full((x.shape[0], k), torch.nan, device=x.device)
+    sq_distances = torch.full((x.shape[0], k), torch.nan, dtype=torch.float32, device=x.device)
     found = NearestCodes(indices, sq_distances)
     parts = torch.split(x, max(1, TILE_ELEMENTS // x.shape[1]))  # not at once: it would take as much as x
     rows = torch.cat([part.isfinite().all(dim=1) for part in parts]).nonzero()[:, 0]

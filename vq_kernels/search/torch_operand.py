@@ -76,10 +76,10 @@ def prepare(codebook: Tensor, dtype: torch.dtype = torch.float32) -> CodebookOpe
     error_constant = (error * sq_norms).add_(_TINY[dtype])  # half for the product, half for the norm
     torch.sub(error_constant, sq_norms, alpha=0.5, out=matrix[:num_codes, code_dim])
     torch.mul(norms, error, out=matrix[:num_codes, code_dim + 1]).add_(error * _HIDDEN_NORM)
+    if not radius <= _CODE_LIMIT[dtype]:
+        matrix[:num_codes, code_dim:] = torch.nan  # no bound, no score: every row is decided without them
     if not_usable is not None:
         matrix[:num_codes, code_dim].masked_fill_(not_usable, _NEVER[dtype])
-    if not radius <= _CODE_LIMIT[dtype]:
-        matrix[:, code_dim + 1] = torch.nan  # no bound: every row is decided without one
     if num_padded > num_codes:
         matrix[num_codes:] = 0
         matrix[num_codes:, code_dim] = _NEVER[dtype]

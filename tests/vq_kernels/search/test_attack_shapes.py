@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.vq_kernels.search.exactness import DTYPES, INTERPRETED, check_exact, check_outputs, device_of
-from vq_kernels import NearestCode, PreparedCodebook, nearest_code
+from vq_kernels import NearestCode, PreparedCodebook, nearest_code, nearest_code_topk
 from vq_kernels.search.brute_force import brute_force_nearest
 from vq_kernels.search.torch_operand import float32_will_do
 
@@ -114,6 +114,13 @@ def test_float64_codes_that_no_scale_brings_into_the_range_of_float32(
         check_exact("torch", torch.full((num_rows, 1), x, dtype=torch.float64), codebook)
 
 
+def test_a_finite_code_is_taken_for_no_other_one() -> None:
+    largest = 1592264501493760.0 * 2.0**100  # half the square of its float32 scaled by 2^-100 is 2^100, as no code's is
+    codebook = torch.tensor([[largest], [-largest], [0.0], [torch.nan]], dtype=torch.float64)
+    assert check_exact("torch", codebook[:3], codebook).indices.tolist() == [0, 1, 2]
+    assert nearest_code_topk(codebook[:3], codebook, 1).indices[:, 0].tolist() == [0, 1, 2]
+
+
 @pytest.mark.parametrize("size", [1e37, -3e38])
 def test_codes_whose_sum_overflows(backend: str, steps: Counter[str], size: float) -> None:
     num_rows = 100 if INTERPRETED else 1000
@@ -145,6 +152,10 @@ def test_more_dimensions_than_float32_has_bounds_for() -> None:
     assert float32_will_do(torch.zeros(1, most))
     assert not float32_will_do(torch.zeros(1, most + 1))
     check_exact("torch", *gaussian(20, 30, most + 1))
+
+
+def test_more_dimensions_than_a_tile_has_numbers() -> None:
+    check_exact("torch", *gaussian(2, 3, (1 << 20) + 1))
 
 
 def test_more_dimensions_than_the_kernels_keep_their_range_for() -> None:
@@ -288,7 +299,9 @@ def test_nothing_around_it_changes_a_result(backend: str, surroundings: str, off
     expected = nearest_code(x, codebook, backend=backend)
     with SURROUNDINGS[surroundings](device):
         found = nearest_code(x, codebook, backend=backend)
+        ranked = nearest_code_topk(x, codebook, 1)
     assert torch.equal(found.indices, expected.indices)
+    assert torch.equal(ranked.indices[:, 0], expected.indices)
     assert torch.equal(found.codes, expected.codes)
     check_outputs(NearestCode(*(t.cpu() for t in found)), x.cpu(), codebook.cpu())
 
