@@ -228,7 +228,7 @@ def gather_codes(x: Tensor, codebook: Tensor, indices: Tensor) -> tuple[Tensor, 
     least, largest = sq_distances.aminmax() if x.shape[0] else (1.0, 1.0)  # NaN both, if one is
     if not (least >= _TINY_SQ_DISTANCE and largest < torch.inf):  # an Inf in a row gives Inf so far, where NaN is due
         rare = (~((sq_distances >= _TINY_SQ_DISTANCE) & sq_distances.isfinite())).nonzero()[:, 0]
-        for some in torch.split(rare, rows):
+        for some in torch.split(rare, max(1, _DIRECT_ELEMENTS // x.shape[1])):
             part = x.index_select(0, some)
             wide = (part.double() - codebook.index_select(0, indices[some]).double()).square_().sum(dim=1).float()
             sq_distances[some] = torch.where(part.isfinite().all(dim=1), wide, torch.nan)
