@@ -229,7 +229,7 @@ class LearnedCodebooks(nn.Module):
 
     @property
     def perplexity(self) -> Tensor:
-        """[...], of each codebook: exp of the entropy of `usage_counts`; 1 to K, and 0 before any use."""
+        """[...] float64 (see `perplexity`), of each codebook, by `usage_counts`; 1 to K, and 0 before any use."""
         return perplexity(self.usage_counts)
 
     @property

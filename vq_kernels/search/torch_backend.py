@@ -101,8 +101,7 @@ def _drain(x: Tensor, codebook: Tensor, rows: Tensor, indices: Tensor) -> None:
         rest = rest[counts > _MANY_CANDIDATES]
         if rest.numel():
             first = _first_of_identical(codebook) if first is None else first
-            most = codebook.shape[0]
-            found[rest], _ = _resolve(chunk, rest, codebook, operand, thresholds[rest], first, most)
+            found[rest], _ = _resolve(chunk, rest, codebook, operand, thresholds[rest], first)
         indices[part] = found
 
 
@@ -140,7 +139,6 @@ def _resolve(
     operand: CodebookOperand,
     thresholds: Tensor,
     allowed: Tensor | None = None,
-    most: int = _MANY_CANDIDATES,
 ) -> tuple[Tensor, Tensor]:
     """As `_among_candidates`, for the rows [M] of x [N, D], by tiles of scores computed anew."""
     indices, counts = torch.empty_like(rows), torch.empty_like(rows)
@@ -150,9 +148,7 @@ def _resolve(
         tile = slice(start, start + tile_rows)
         part = x.index_select(0, rows[tile])
         scores = augment(part, operand, left, norms) @ operand.matrix[: codebook.shape[0]].t()
-        indices[tile], counts[tile] = _among_candidates(
-            part, codebook, operand, scores, thresholds[tile], allowed, most
-        )
+        indices[tile], counts[tile] = _among_candidates(part, codebook, operand, scores, thresholds[tile], allowed)
     return indices, counts
 
 
@@ -163,11 +159,10 @@ def _among_candidates(
     scores: Tensor,
     thresholds: Tensor,
     allowed: Tensor | None = None,
-    most: int = _MANY_CANDIDATES,
 ) -> tuple[Tensor, Tensor]:
-    """Indices [N] by float64 sums of squared differences over the candidates, of the codes allowed [K] bool (None: all)
-    those whose score [N, K], overwritten here, may reach the threshold [N]; and how many these are [N]. Rows with more
-    than `most` candidates, and rows that are not finite, which have none, get index 0."""
+    """Indices [N] by float64 sums of squared differences over the candidates, the codes whose score [N, K], overwritten
+    here, may reach the threshold [N]; and how many these are [N]. Rows with more than _MANY_CANDIDATES, and rows that
+    are not finite, which have none, get index 0. With `allowed` [K] bool, of these codes alone, however many."""
     candidates = ~(scores < thresholds[:, None])  # not scores >= thresholds: a NaN leaves the code a candidate
     # A row that is not finite has a NaN threshold; a code that is not finite scores less than the lowest threshold.
     if not bool((thresholds > operand.lowest_threshold).all()):
@@ -175,7 +170,8 @@ def _among_candidates(
     if allowed is not None:
         candidates &= allowed
     counts = scores.copy_(candidates).sum(dim=1).long()  # the sum of booleans would make an int64 copy of them
-    candidates &= (counts <= most)[:, None]
+    if allowed is None:
+        candidates &= (counts <= _MANY_CANDIDATES)[:, None]
     return _least_distance(x, codebook, candidates), counts
 
 

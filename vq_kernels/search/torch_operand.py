@@ -122,8 +122,8 @@ def _power_of_two_for(radius: float) -> float:
 def _shift_and_scale(
     wide: Tensor, scale: float, minus_mean: Tensor, centred: Tensor, left_out: Tensor | None = None
 ) -> Tensor:
-    """Write wide·scale + minus_mean to centred [K, D], each number rounded once, or 0 for the codes left_out [K] bool;
-    the codes' norms [K]."""
+    """Write wide·scale + minus_mean to centred [K, D], rounded to wide's format, then to its own; 0 for the codes
+    left_out [K] bool. The codes' norms [K]."""
     torch.addcmul(minus_mean.to(wide.dtype), wide, wide.new_full((1,), scale), out=centred)
     if left_out is not None:
         centred.masked_fill_(left_out[:, None], 0)
