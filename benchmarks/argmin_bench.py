@@ -49,8 +49,8 @@ from search_verification import checked_rows, wrong_rows
 from torch import Tensor
 
 from vq_kernels import search_statistics
-from vq_kernels.search.brute_force import brute_force_nearest
-from vqae.errors import UsageError
+from vq_kernels.search.reference import brute_force_nearest
+from vqae.runtime.errors import UsageError
 
 Shape = tuple[int, int, int]
 """N, K, D."""

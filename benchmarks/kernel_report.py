@@ -39,9 +39,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from vq_kernels.gradient.triton_gradient import codebook_gradient
-from vq_kernels.search.triton_backend import search_with_plan
-from vq_kernels.search.triton_plan import DeviceProperties, pick_config, plan_search
+from vq_kernels.gradient.triton_backend import codebook_gradient
+from vq_kernels.search.triton.launch import search_with_plan
+from vq_kernels.search.triton.plan import DeviceProperties, pick_config, plan_search
 
 # Multiprocessors (A100, H100, B200), and 16-bit multiply-adds one does in a clock.
 _MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}

@@ -21,7 +21,7 @@ used are those on the test pictures.
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from vqae.command_line import run_command
+    from vqae.runtime.process import run_command
 
     run_command("rate_distortion")  # loads this module again, once the signal handlers stand
 
@@ -43,11 +43,11 @@ from torch import Tensor
 from train_runs import Dataset, compared_settings, find_dataset, measure_run, run_minutes, run_training
 
 from vq_kernels import perplexity
-from vqae.batches import split_train
 from vqae.config import Config, find_device
 from vqae.data import load_pictures
-from vqae.errors import UsageError
-from vqae.interrupt import SignalHandler
+from vqae.data.batches import split_train
+from vqae.runtime.errors import UsageError
+from vqae.runtime.process import SignalHandler
 from vqae.train import parse
 
 Method = Literal["kmeans", "model"]

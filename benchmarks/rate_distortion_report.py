@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from vqae.checkpoint import write_whole
+from vqae.training.checkpoint import write_whole
 
 
 def print_table(lines: Sequence[dict[str, Any]], console: Console) -> None:

@@ -12,7 +12,7 @@ The figures are those of the run's best epoch by the validation pictures. A vari
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from vqae.command_line import run_command
+    from vqae.runtime.process import run_command
 
     run_command("recipe_ablation")  # loads this module again, once the signal handlers stand
 
@@ -28,11 +28,11 @@ from result_lines import ResultLines
 from search_report import Environment
 from train_runs import Dataset, compared_settings, find_dataset, measure_run, run_minutes, run_training
 
-from vqae.batches import split_train
 from vqae.config import RECIPES, Config, find_device
 from vqae.data import Pictures, load_pictures
-from vqae.errors import DivergedError, UsageError
-from vqae.interrupt import SignalHandler
+from vqae.data.batches import split_train
+from vqae.runtime.errors import DivergedError, UsageError
+from vqae.runtime.process import SignalHandler
 
 RESULTS = Path(__file__).resolve().parent / "results" / "cpu" / "ablation.jsonl"
 

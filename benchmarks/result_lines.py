@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from vqae.checkpoint import write_whole
-from vqae.errors import UsageError
+from vqae.runtime.errors import UsageError
+from vqae.training.checkpoint import write_whole
 
 
 class ResultLines:

@@ -172,7 +172,7 @@ def _load_trained(
     """What the encoder of a checkpoint makes of drawn pictures, and its codebook. Past 4,096 the rows repeat."""
     from vqae import VQAE  # needs torchvision, which the other data sets do not
     from vqae.data.synthetic import draw_pictures
-    from vqae.errors import UsageError
+    from vqae.runtime.errors import UsageError
 
     if checkpoint is None:
         raise ValueError("checkpoint must be given for the data set 'trained', got None")

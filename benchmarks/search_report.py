@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from vqae.checkpoint import write_whole
+from vqae.training.checkpoint import write_whole
 
 _PACKAGES = ("torch", "triton", "faiss-cpu", "flash-kmeans", "flashlib", "cuvs-cu12", "pykeops")
 

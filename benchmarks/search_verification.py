@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from vq_kernels.search.brute_force import brute_force_nearest
+from vq_kernels.search.reference import brute_force_nearest
 
 TIE_TOLERANCE = 1e-13
 """Two squared distances that agree to this, relatively, are beyond a float64 sum's own rounding: either may win."""

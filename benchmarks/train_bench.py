@@ -25,10 +25,10 @@ from search_report import Environment
 from torch import Tensor
 from torch.nn import functional as F
 
-from vqae.checkpoint import build_model
 from vqae.config import Config, find_device
-from vqae.interrupt import SignalHandler
-from vqae.trainer import Trainer
+from vqae.runtime.process import SignalHandler
+from vqae.training.checkpoint import build_model
+from vqae.training.trainer import Trainer
 
 
 @dataclass(frozen=True)

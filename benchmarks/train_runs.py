@@ -11,11 +11,10 @@ from child_processes import stopped_with_parent
 from torch import Tensor
 
 from vqae import VQAE
-from vqae.checkpoint import write_whole
 from vqae.config import Config
-from vqae.errors import DivergedError, UsageError
-from vqae.evaluation import Evaluation, evaluate
-from vqae.run_folder import RunFolder
+from vqae.runtime.errors import DivergedError, UsageError
+from vqae.training.checkpoint import RunFolder, write_whole
+from vqae.training.metrics import Evaluation, evaluate
 
 Dataset = Literal["cifar10", "imagefolder", "synthetic"]
 

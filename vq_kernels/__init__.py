@@ -1,11 +1,11 @@
 """Vector quantization for PyTorch whose nearest-code search is exact."""
 
-from vq_kernels.codebook_step import attach_gap_step, gap_parameter_group
-from vq_kernels.codebooks import perplexity
 from vq_kernels.compat import VectorQuantize
-from vq_kernels.quantize import Quantized, vector_quantize
-from vq_kernels.quantizer import VectorQuantizer
-from vq_kernels.residual import ResidualVectorQuantizer
+from vq_kernels.functional import Quantized, vector_quantize
+from vq_kernels.learning.optim import attach_gap_step, gap_parameter_group
+from vq_kernels.modules.codebook import perplexity
+from vq_kernels.modules.residual_vector_quantizer import ResidualVectorQuantizer
+from vq_kernels.modules.vector_quantizer import VectorQuantizer
 from vq_kernels.search import (
     NearestCode,
     NearestCodes,

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from vq_kernels.search import nearest_code
 from vq_kernels.search.backend import Backend, has_float64
-from vq_kernels.search.checks import check_pair
+from vq_kernels.search.validation import check_pair
 
 _SHORTEST_NORM = 1e-6
 _STEPS = 3  # coordinates added, of 22 bits each: 66 bits of M are more than float64 holds

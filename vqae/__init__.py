@@ -2,10 +2,10 @@
 
 from typing import TYPE_CHECKING, Any
 
-from vqae import clock as clock  # first: its time is the process's start
+from vqae.runtime import process as process  # first: its time is the process's start
 
 if TYPE_CHECKING:
-    from vqae.model import VQAE
+    from vqae.model.vqae import VQAE
 
 __all__ = ["VQAE"]
 
@@ -13,7 +13,7 @@ __all__ = ["VQAE"]
 def __getattr__(name: str) -> Any:
     """VQAE, loaded at its first use: torch takes seconds, in which the commands already handle signals."""
     if name == "VQAE":
-        from vqae.model import VQAE
+        from vqae.model.vqae import VQAE
 
         return VQAE
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 
-from vqae.errors import UsageError
+from vqae.runtime.errors import UsageError
 
 Dataset = Literal["auto", "cifar10", "imagefolder", "synthetic"]
 

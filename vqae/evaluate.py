@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from vqae.command_line import run_command
+    from vqae.runtime.process import run_command
 
     run_command("vqae.evaluate")  # loads this module again, once the signal handlers stand
 
@@ -15,16 +15,15 @@ from typing import Literal
 import tyro
 from torch import Tensor
 
-from vqae.batches import fingerprints
-from vqae.checkpoint import load_checkpoint, model_of
 from vqae.config import Config
 from vqae.data import load_split
-from vqae.distributed import check_same, in_all, is_first, one_after_the_other, process_group
-from vqae.errors import UsageError
-from vqae.evaluation import evaluate
-from vqae.interrupt import SignalHandler
-from vqae.model import VQAE
-from vqae.run_folder import json_line
+from vqae.data.batches import fingerprints
+from vqae.model.vqae import VQAE
+from vqae.runtime.distributed import check_same, in_all, is_first, one_after_the_other, process_group
+from vqae.runtime.errors import UsageError
+from vqae.runtime.process import SignalHandler
+from vqae.training.checkpoint import json_line, load_checkpoint, model_of
+from vqae.training.metrics import evaluate
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from vqae.command_line import run_command
+    from vqae.runtime.process import run_command
 
     run_command("vqae.reconstruct")  # loads this module again, once the signal handlers stand
 
@@ -14,12 +14,12 @@ from typing import Annotated
 import torch
 import tyro
 
-from vqae.checkpoint import load_checkpoint, model_of
 from vqae.config import find_device
 from vqae.data import read_picture
-from vqae.errors import UsageError
-from vqae.interrupt import SignalHandler
-from vqae.plots import plot_reconstructions
+from vqae.runtime.errors import UsageError
+from vqae.runtime.process import SignalHandler
+from vqae.training.checkpoint import load_checkpoint, model_of
+from vqae.training.report import plot_reconstructions
 
 
 @dataclass(frozen=True)

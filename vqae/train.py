@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from vqae.command_line import run_command
+    from vqae.runtime.process import run_command
 
     run_command("vqae.train")  # loads this module again, once the signal handlers stand
 
@@ -16,11 +16,12 @@ from typing import Any, Literal, cast
 import torch
 import tyro
 
-from vqae.batches import fingerprints, split_train
-from vqae.checkpoint import build_model, load_checkpoint
 from vqae.config import RECIPES, Config, Dataset, flag
 from vqae.data import Pictures, load_pictures
-from vqae.distributed import (
+from vqae.data.batches import fingerprints, split_train
+from vqae.model.pca_init import begin_from_pictures
+from vqae.model.vqae import VQAE
+from vqae.runtime.distributed import (
     check_same,
     from_first,
     in_any,
@@ -29,13 +30,10 @@ from vqae.distributed import (
     process_group,
     world_size,
 )
-from vqae.errors import LostProcessError, UsageError
-from vqae.interrupt import SignalHandler
-from vqae.launch import Launch
-from vqae.model import VQAE
-from vqae.picture_init import begin_from_pictures
-from vqae.run_folder import RunFolder
-from vqae.trainer import Trainer
+from vqae.runtime.errors import LostProcessError, UsageError
+from vqae.runtime.process import Launch, SignalHandler
+from vqae.training.checkpoint import RunFolder, build_model, load_checkpoint
+from vqae.training.trainer import Trainer
 
 _MAY_CHANGE = ("out", "data_dir", "device", "dataset", "checkpoint_minutes")  # between a run and its continuation
 

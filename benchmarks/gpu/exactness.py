@@ -31,8 +31,8 @@ from gpu.reference import float64_nearest
 from gpu.results import Results
 from gpu.stage import FINISHED, Context
 from gpu.training import trained_model
-from vq_kernels.search.brute_force import brute_force_nearest
-from vq_kernels.search.op import nearest_code_op
+from vq_kernels.search.api import nearest_code_op
+from vq_kernels.search.reference import brute_force_nearest
 from vqae import VQAE
 
 TURNS = 8

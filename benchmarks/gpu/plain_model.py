@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.models import resnet18
 from torchvision.transforms import Compose, Normalize, ToTensor
 
-from vqae.checkpoint import build_model
 from vqae.config import Config
-from vqae.model import FEATURE_DIM, Decoder
+from vqae.model.vqae import FEATURE_DIM, Decoder
+from vqae.training.checkpoint import build_model
 
 _WORKERS = 8
 

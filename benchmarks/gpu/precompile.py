@@ -13,8 +13,8 @@ import torch
 from child_processes import killed_with_parent
 
 from gpu.stage import Context
-from vq_kernels.search.triton_backend import device_properties, search_with_plan
-from vq_kernels.search.triton_plan import ScanConfig, pick_config, plan_search
+from vq_kernels.search.triton.launch import device_properties, search_with_plan
+from vq_kernels.search.triton.plan import ScanConfig, pick_config, plan_search
 
 _PROCESSES = 10
 _ROWS = 256  # of the small searches

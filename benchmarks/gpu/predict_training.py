@@ -31,7 +31,7 @@ from gpu.plain_model import PlainTraining
 from gpu.predict import H200, MADE, launches
 from gpu.results import Line, make_header
 from gpu.training import our_step
-from vq_kernels.search.triton_plan import pick_config, plan_search
+from vq_kernels.search.triton.plan import pick_config, plan_search
 from vqae.config import Config
 
 _HOST_US = (4.0, 8.0)  # a launch

@@ -8,7 +8,7 @@ float64, u = 2**-53, each S_k is off by at most
 
 (Higham 2002, section 3.1), which is below (D + 16) u (||X|| C + C**2) with C = max ||C_k||. `_SAFETY` times that is
 the E used here. A code whose score is not within 2 E of the best is not the nearest; the others get their distance from
-the direct difference in float64, as in `vq_kernels.search.brute_force`, against which `exactness.py` holds this one.
+the direct difference in float64, as in `vq_kernels.search.reference`, against which `exactness.py` holds this one.
 """
 
 import torch

@@ -29,7 +29,7 @@ from gpu.results import Results
 from gpu.stage import FINISHED, Context, Pace
 from gpu.timing import extra_mib, measure_rates, quantiles_ms, replay_us
 from vq_kernels import nearest_code, vector_quantize
-from vq_kernels.search.triton_plan import workspace_limit
+from vq_kernels.search.triton.plan import workspace_limit
 
 Shape = tuple[int, int, int]
 """N, K, D."""

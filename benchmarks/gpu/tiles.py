@@ -27,10 +27,9 @@ from gpu.results import Results
 from gpu.search import BARS, REHEARSED, SMALL, Shape, draw
 from gpu.stage import FINISHED, Context, Pace
 from gpu.timing import median_ms, replay_us
-from vq_kernels.search.autotune import candidates
-from vq_kernels.search.triton_backend import device_properties, prepare, search_with_plan
-from vq_kernels.search.triton_common import ceil_div
-from vq_kernels.search.triton_plan import MAX_TILES_PER_SPLIT, ScanConfig, SearchPlan, pick_config, plan_search
+from vq_kernels.search.triton.common import ceil_div
+from vq_kernels.search.triton.launch import device_properties, prepare, search_with_plan
+from vq_kernels.search.triton.plan import CONFIGS, MAX_TILES_PER_SPLIT, ScanConfig, SearchPlan, pick_config, plan_search
 
 SHAPES: tuple[Shape, ...] = (
     *BARS, *SMALL, (65_536, 1_024, 64), (65_536, 8_192, 256), (1_048_576, 1_024, 8), (1_048_576, 4_096, 32),
@@ -97,7 +96,11 @@ def sweep(results: Results, context: Context, shape: Shape) -> None:
     times = {line["choice"]: line.get("ms", float("inf")) for line in results.matching(op="tile", **_size(shape))}
     for from_fastest in (False, True):
         start = fastest_choice(results, shape) if from_fastest else usual
-        tried = [start, *neighbours(start, shape), *(Choice(config) for config in candidates(shape[2]))]
+        tried = [
+            start,
+            *neighbours(start, shape),
+            *(Choice(config) for config in [c for c in CONFIGS if not c.resident or shape[2] <= c.block_d]),
+        ]
         new = {choice.label: choice for choice in tried if choice.label not in times}
         if context.rehearse:
             new = dict(list(new.items())[:_REHEARSED_CHOICES])

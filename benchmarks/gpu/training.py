@@ -29,9 +29,9 @@ from gpu.results import ROOT, Line, Results
 from gpu.stage import FINISHED, Context, Pace
 from gpu.timing import quantiles_ms
 from vqae import VQAE
-from vqae.checkpoint import build_model
 from vqae.config import Config
-from vqae.recipe import build_optimizer
+from vqae.training.checkpoint import build_model
+from vqae.training.optim import build_optimizer
 
 TARGET_MSE = 0.0300
 _LENGTHS = (4, 6, 8, 12, 24, 48)  # of runs, in epochs

@@ -10,7 +10,7 @@ from PIL import Image
 
 from vqae import train
 from vqae.config import Config
-from vqae.interrupt import SignalHandler
+from vqae.runtime.process import SignalHandler
 
 
 @pytest.fixture(scope="session")

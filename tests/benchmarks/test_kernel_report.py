@@ -5,7 +5,7 @@ import json
 import kernel_report
 import pytest
 
-from vq_kernels.search.triton_plan import CONFIGS
+from vq_kernels.search.triton.plan import CONFIGS
 
 
 def scan(arch: int, config: str) -> kernel_report.Launch:

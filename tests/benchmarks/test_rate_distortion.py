@@ -14,8 +14,8 @@ from rate_distortion_report import plot_curves
 
 from vqae.config import Config
 from vqae.data import load_pictures
-from vqae.errors import UsageError
-from vqae.interrupt import SignalHandler
+from vqae.runtime.errors import UsageError
+from vqae.runtime.process import SignalHandler
 
 TINY = ("--code-dim", "8", "--hidden-dims", "8", "--batch-size", "8", "--epochs", "1", "--device", "cpu")
 

@@ -12,8 +12,8 @@ from learning_tables import ablation_table
 from recipe_ablation import RESULTS, VARIANTS
 
 from vqae.config import Config
-from vqae.errors import DivergedError, UsageError
-from vqae.interrupt import SignalHandler
+from vqae.runtime.errors import DivergedError, UsageError
+from vqae.runtime.process import SignalHandler
 
 # The default recipe's sizes are those of CIFAR-10: these make a run of seconds out of it.
 SMALL = {"num_codes": 4, "code_dim": 8, "hidden_dims": (8,), "batch_size": 8, "val_fraction": 0.25}

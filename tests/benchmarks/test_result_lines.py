@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from result_lines import ResultLines
 
-from vqae.errors import UsageError
+from vqae.runtime.errors import UsageError
 
 
 def test_what_is_added_is_there_at_once_and_for_the_next_process(tmp_path: Path) -> None:

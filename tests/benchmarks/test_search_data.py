@@ -67,7 +67,7 @@ def test_names_are_listed_once() -> None:
 
 
 def test_embeddings_of_a_checkpoint(tmp_path: Path) -> None:
-    checkpoints, config = pytest.importorskip("vqae.checkpoint"), pytest.importorskip("vqae.config").Config
+    checkpoints, config = pytest.importorskip("vqae.training.checkpoint"), pytest.importorskip("vqae.config").Config
     settings = config(num_codes=12, code_dim=8)
     model = checkpoints.build_model(settings, (32, 32))
     file = tmp_path / "last.pt"

@@ -7,7 +7,7 @@ import torch
 from search_timing import WallClock, host_memory_limit, is_out_of_memory, peak_mib, time_in_turn
 from search_verification import checked_rows, first_of_identical, wrong_rows
 
-from vq_kernels.search.brute_force import brute_force_nearest
+from vq_kernels.search.reference import brute_force_nearest
 
 CPU = torch.device("cpu")
 

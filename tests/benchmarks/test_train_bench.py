@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import train_bench
 
-from vqae.trainer import Trainer
+from vqae.training.trainer import Trainer
 
 
 def test_it_prints_the_ratio_of_both_loops(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,8 +15,8 @@ from train_runs import compared_settings, find_dataset, measure_run, run_minutes
 
 from vqae.config import Config
 from vqae.data import load_pictures
-from vqae.errors import DivergedError, UsageError
-from vqae.run_folder import RunFolder
+from vqae.runtime.errors import DivergedError, UsageError
+from vqae.training.checkpoint import RunFolder
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 

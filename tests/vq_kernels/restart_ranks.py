@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from vq_kernels import VectorQuantizer, attach_gap_step, gap_parameter_group
-from vq_kernels.restart_rows import spread_rows
+from vq_kernels.learning.dead_codes import spread_rows
 
 WORLD = 2
 NUM_CODES, DIM = 20, 3

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from vq_kernels.draw import draw_lots, draw_replacements, draw_rows
-from vq_kernels.ema import RowSums, mean_codes, move_averages_, row_sums, smoothed_sizes
-from vq_kernels.kmeans import kmeans_if_needed
+from vq_kernels.learning.dead_codes import draw_lots, draw_replacements, draw_rows
+from vq_kernels.learning.ema import RowSums, mean_codes, move_averages_, row_sums, smoothed_sizes
+from vq_kernels.learning.kmeans import kmeans_if_needed
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vq_kernels.layout import HeadLayout, check_mask, mask_from_lens
+from vq_kernels.heads import HeadLayout, check_mask, mask_from_lens
 
 
 @pytest.mark.parametrize("separate", [False, True])

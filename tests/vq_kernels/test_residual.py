@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from vq_kernels import ResidualVectorQuantizer, attach_gap_step, gap_parameter_group, nearest_code, vector_quantize
-from vq_kernels.search.brute_force import brute_force_nearest
+from vq_kernels.search.reference import brute_force_nearest
 
 STAGES, CODES, DIM = 3, 20, 4
 

@@ -9,7 +9,7 @@ import torch.multiprocessing
 
 from tests.vq_kernels.restart_ranks import LAYERS, SIZES, STEPS, WORLD, make, rows, run, train
 from vq_kernels import nearest_code
-from vq_kernels.restart_rows import spread_rows
+from vq_kernels.learning.dead_codes import spread_rows
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vq_kernels.straight_through import rotation_trick, straight_through
+from vq_kernels.gradient.autograd import rotation_trick, straight_through
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:

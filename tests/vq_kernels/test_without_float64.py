@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from vq_kernels import codebooks, cosine, nearest_code, nearest_code_topk, perplexity, vector_quantize
-from vq_kernels.gradient import op as gradient_op
-from vq_kernels.search import op as search_op
-from vq_kernels.search import topk
+from vq_kernels import cosine, nearest_code, nearest_code_topk, perplexity, vector_quantize
+from vq_kernels.gradient import autograd
+from vq_kernels.modules import codebook as codebook_module
+from vq_kernels.search import api, topk
 from vq_kernels.search.backend import choose_backend, has_float64
 
 
@@ -22,11 +22,11 @@ def gradient_of_the_codebook(x: Tensor, codebook: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("module", "call"),
     [
-        (search_op, lambda x, codebook: nearest_code(x, codebook).indices),
+        (api, lambda x, codebook: nearest_code(x, codebook).indices),
         (topk, lambda x, codebook: nearest_code_topk(x, codebook, 3).indices),
-        (gradient_op, gradient_of_the_codebook),
+        (autograd, gradient_of_the_codebook),
         (cosine, lambda x, codebook: cosine.most_similar_code(x, codebook).indices),
-        (codebooks, lambda x, codebook: perplexity(nearest_code(x, codebook).indices.bincount()).float()),
+        (codebook_module, lambda x, codebook: perplexity(nearest_code(x, codebook).indices.bincount()).float()),
     ],
     ids=["search", "topk", "gradient", "cosine", "perplexity"],
 )

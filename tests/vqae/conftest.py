@@ -14,8 +14,7 @@ from PIL import Image
 
 from tests.vqae.commands import TINY, Outcome
 from vqae import train
-from vqae.command_line import run_command
-from vqae.interrupt import SignalHandler
+from vqae.runtime.process import SignalHandler, run_command
 
 
 @pytest.fixture(scope="session", autouse=True)

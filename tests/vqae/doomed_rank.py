@@ -15,9 +15,8 @@ from unittest import mock
 
 from torch import Tensor
 
-from vqae.command_line import run_command
-from vqae.launch import Launch
-from vqae.trainer import Trainer
+from vqae.runtime.process import Launch, run_command
+from vqae.training.trainer import Trainer
 
 
 def main() -> None:

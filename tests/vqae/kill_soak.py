@@ -16,7 +16,7 @@ import time
 import torch
 
 from vqae import train
-from vqae.interrupt import SignalHandler
+from vqae.runtime.process import SignalHandler
 
 
 def start(arguments: list[str]) -> int:

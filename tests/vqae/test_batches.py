@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from vqae.batches import EpochOrder, in_order, place, split_train
-from vqae.errors import UsageError
+from vqae.data.batches import EpochOrder, in_order, place, split_train
+from vqae.runtime.errors import UsageError
 
 CPU = torch.device("cpu")
 

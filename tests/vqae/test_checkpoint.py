@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from tests.vqae.commands import files_in
-from vqae.checkpoint import build_model, load_checkpoint, model_of, save_checkpoint, write_whole
 from vqae.config import Config
-from vqae.errors import UsageError
+from vqae.runtime.errors import UsageError
+from vqae.training.checkpoint import build_model, load_checkpoint, model_of, save_checkpoint, write_whole
 
 CONFIG = Config(num_codes=16, code_dim=8, hidden_dims=(16,))
 

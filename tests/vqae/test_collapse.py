@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from vqae.collapse import collapse_warning
 from vqae.config import RECIPES, Config
+from vqae.training.metrics import collapse_warning
 
 CONFIG = Config(restart_after=15_360, batch_size=256)  # 60 steps
 LATE = 10_000  # steps

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import pytest
 
 from tests.vqae.commands import Outcome
-from vqae import command_line
-from vqae.errors import DivergedError, UsageError
-from vqae.interrupt import SignalHandler
+from vqae.runtime import process
+from vqae.runtime.errors import DivergedError, UsageError
+from vqae.runtime.process import SignalHandler
 
 
 def run(command: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch, work: Callable[[], None]) -> Outcome:
@@ -22,7 +22,7 @@ def run(command: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch, work: 
         assert arguments == ["--one", "2"]
         work()
 
-    monkeypatch.setattr(command_line, "import_module", lambda name: SimpleNamespace(main=main))
+    monkeypatch.setattr(process, "import_module", lambda name: SimpleNamespace(main=main))
     return command("vqae.test", "--one", 2)
 
 
@@ -61,10 +61,10 @@ def test_exit_codes_and_messages(
 def test_an_error_of_the_program_itself_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     main = fail(ZeroDivisionError("a bug"))
-    monkeypatch.setattr(command_line, "import_module", lambda name: SimpleNamespace(main=lambda *_: main()))
+    monkeypatch.setattr(process, "import_module", lambda name: SimpleNamespace(main=lambda *_: main()))
     try:
         with pytest.raises(ZeroDivisionError, match="a bug"):
-            command_line.run_command("vqae.test")
+            process.run_command("vqae.test")
     finally:
         logging.getLogger("vqae").setLevel(logging.NOTSET)
         for number, handler in handlers.items():
@@ -72,13 +72,15 @@ def test_an_error_of_the_program_itself_is_not_hidden(monkeypatch: pytest.Monkey
 
 
 def test_nothing_slow_is_loaded_before_the_handlers_stand() -> None:
-    code = "import sys, vqae.command_line; assert not {'torch', 'numpy', 'tyro', 'vqae.model'} & set(sys.modules)"
+    code = (
+        "import sys, vqae.runtime.process; assert not {'torch', 'numpy', 'tyro', 'vqae.model.vqae'} & set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 def test_the_package_names_the_model_and_nothing_else() -> None:
     import vqae
-    from vqae.model import VQAE
+    from vqae.model.vqae import VQAE
 
     assert vqae.VQAE is VQAE
     with pytest.raises(AttributeError, match="module 'vqae' has no attribute 'VQVAE'"):

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from tests.vqae.commands import Outcome
-from vqae.checkpoint import build_model
 from vqae.config import RECIPES, Config, find_device, flag
-from vqae.errors import UsageError
+from vqae.runtime.errors import UsageError
 from vqae.train import parse
+from vqae.training.checkpoint import build_model
 
 FIELDS = [field.name for field in dataclasses.fields(Config)]
 

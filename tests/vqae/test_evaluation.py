@@ -6,11 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from vqae.checkpoint import build_model
 from vqae.config import Config
-from vqae.evaluation import evaluate, psnr_db
-from vqae.model import VQAE
-from vqae.run_folder import json_line
+from vqae.model.vqae import VQAE
+from vqae.training.checkpoint import build_model, json_line
+from vqae.training.metrics import evaluate, psnr_db
 
 CPU = torch.device("cpu")
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from vqae.interrupt import Interrupted, SignalHandler
+from vqae.runtime.process import Interrupted, SignalHandler
 
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 both = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -81,7 +81,7 @@ def test_no_handler_of_exceptions_swallows_it() -> None:
 def test_the_process_really_ends_at_the_second_signal() -> None:
     code = """
 import time
-from vqae.interrupt import SignalHandler
+from vqae.runtime.process import SignalHandler
 
 signals = SignalHandler()
 signals.install()

@@ -6,7 +6,7 @@ from datetime import timedelta
 import pytest
 from torch.distributed import HashStore
 
-from vqae.job_store import store_of_this_life
+from vqae.runtime.distributed import store_of_this_life
 
 WORLD = 3
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.vqae.commands import Outcome, load
-from vqae.launch import Launch
+from vqae.runtime.process import Launch
 
 Command = Callable[..., Outcome]
 

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from vqae.errors import DivergedError
-from vqae.loss_watch import LossWatch
+from vqae.runtime.errors import DivergedError
+from vqae.training.metrics import LossWatch
 
 CPU = torch.device("cpu")
 

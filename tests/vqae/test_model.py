@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 from vq_kernels import VectorQuantizer, nearest_code
 from vqae import VQAE
-from vqae.checkpoint import build_model, save_checkpoint
 from vqae.config import Config
+from vqae.training.checkpoint import build_model, save_checkpoint
 
 NUM_CODES, BATCH = 16, 8
 

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vqae import VQAE, picture_init
-from vqae.checkpoint import build_model
+from vqae import VQAE
 from vqae.config import Config
-from vqae.picture_init import begin_from_pictures
+from vqae.model import pca_init
+from vqae.model.pca_init import begin_from_pictures
+from vqae.training.checkpoint import build_model
 
 
 def smooth_pictures(count: int, size: int = 32, rank: int = 6) -> Tensor:
@@ -97,7 +98,7 @@ def test_ridge_regression_is_the_same_with_few_rows_and_with_many() -> None:
         centred = (part - part.mean(0)).double()
         system = centred.T @ centred / 40 + 1e-2 * centred.square().mean() * torch.eye(num_columns)
         expected = torch.linalg.solve(system, centred.T @ (y - y.mean(0)).double() / 40).T
-        weight, bias = picture_init._ridge_regression(part, y)
+        weight, bias = pca_init._ridge_regression(part, y)
         torch.testing.assert_close(weight.double(), expected, rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(weight @ part.mean(0) + bias, y.mean(0))
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from vqae import plots
-from vqae.checkpoint import build_model
 from vqae.config import Config
-from vqae.model import VQAE
-from vqae.plots import _PANELS, plot_codebook, plot_curves, plot_reconstructions
+from vqae.model.vqae import VQAE
+from vqae.training import report
+from vqae.training.checkpoint import build_model
+from vqae.training.report import _PANELS, plot_codebook, plot_curves, plot_reconstructions
 
 TITLE_HEIGHT = 40
 
@@ -111,7 +111,7 @@ def test_curves_of_huge_losses(tmp_path: Path) -> None:
 def test_curves_show_the_codebooks_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each entry is a line in a panel, with its values; what an older line lacks is a gap."""
     figures = []
-    monkeypatch.setattr(plots, "_write_figure", lambda figure, *_: figures.append(figure))
+    monkeypatch.setattr(report, "_write_figure", lambda figure, *_: figures.append(figure))
     history: list[dict[str, Any]] = [
         {"epoch": 1.0, "restarts": 4000, "train_mse": 0.5},
         {"epoch": 2.0, **{name: index / len(NAMES) for index, name in enumerate(NAMES)}},
@@ -126,4 +126,4 @@ def test_curves_show_the_codebooks_life(tmp_path: Path, monkeypatch: pytest.Monk
     assert ends["codes used"] == ends["perplexity"] == pytest.approx(1.05 * 18)
     assert ends["share of the loss"] == 1
     assert ends["codes restarted in the epoch"] >= 4000
-    plots.plt.close(figure)
+    report.plt.close(figure)

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from vqae.progress import ProgressReporter
+from vqae.training.report import ProgressReporter
 
 
 class Terminal(io.StringIO):

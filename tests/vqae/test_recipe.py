@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from vqae.checkpoint import build_model
 from vqae.config import Config
-from vqae.model import VQAE
-from vqae.recipe import build_optimizer, build_schedule, learning_rate_factor
+from vqae.model.vqae import VQAE
+from vqae.training.checkpoint import build_model
+from vqae.training.optim import build_optimizer, build_schedule, learning_rate_factor
 
 CONFIG = Config(num_codes=16, code_dim=8, hidden_dims=(16,), restart_after=0)
 

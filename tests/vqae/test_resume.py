@@ -16,8 +16,8 @@ from PIL import Image
 
 from tests.vqae import kill_soak
 from tests.vqae.commands import Outcome, assert_same_run, files_in, load
-from vqae import trainer
-from vqae.trainer import Trainer
+from vqae.training import trainer
+from vqae.training.trainer import Trainer
 
 Command = Callable[..., Outcome]
 Start = Callable[..., subprocess.Popen[str]]

@@ -19,11 +19,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torchvision.datasets import CIFAR10
 
 from tests.vqae.commands import TINY, Outcome, files_in, load
-from vqae import VQAE, trainer
+from vqae import VQAE
 from vqae.config import Config
 from vqae.data import load as data_load
-from vqae.evaluation import Evaluation
-from vqae.events import write_events
+from vqae.training import trainer
+from vqae.training.metrics import Evaluation
+from vqae.training.report import write_events
 
 Command = Callable[..., Outcome]
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torchvision.models import resnet18
 
-from vqae.trimmed_conv import TrimmedConv2d
+from vqae.model.trimmed_conv import TrimmedConv2d
 
 
 def assert_same(plain: nn.Module, x: torch.Tensor) -> None:

@@ -14,16 +14,17 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from vqae import clock, train
-from vqae.batches import EpochOrder, in_order
-from vqae.checkpoint import build_model
+from vqae import train
 from vqae.config import Config
-from vqae.distributed import Agreement, check_same, from_first, in_all, in_any, is_first
-from vqae.errors import UsageError
-from vqae.evaluation import Evaluation, evaluate
-from vqae.interrupt import Interrupted, SignalHandler
-from vqae.model import VQAE
-from vqae.trainer import Trainer
+from vqae.data.batches import EpochOrder, in_order
+from vqae.model.vqae import VQAE
+from vqae.runtime import process
+from vqae.runtime.distributed import Agreement, check_same, from_first, in_all, in_any, is_first
+from vqae.runtime.errors import UsageError
+from vqae.runtime.process import Interrupted, SignalHandler
+from vqae.training.checkpoint import build_model
+from vqae.training.metrics import Evaluation, evaluate
+from vqae.training.trainer import Trainer
 
 WORLD = 2
 CPU = torch.device("cpu")
@@ -91,7 +92,7 @@ def learning_rates() -> list[list[float]]:
 
     At every look at the clock 4 s have gone by.
     """
-    with mock.patch.object(clock, "elapsed_s", side_effect=itertools.count(0 if is_first() else 20, 4)):
+    with mock.patch.object(process, "elapsed_s", side_effect=itertools.count(0 if is_first() else 20, 4)):
         trainer = make_trainer(Config(batch_size=4, max_minutes=1.0, **SMALL), 400)
         rates, schedule_step = [], trainer.schedule.step
 

@@ -7,13 +7,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vq_kernels.cosine import most_similar_code, unit
-from vq_kernels.draw import draw_lots, draw_replacements
-from vq_kernels.ema import RowSums, mean_codes, move_averages_, row_sums, smoothed_sizes
-from vq_kernels.kmeans import kmeans_if_needed
-from vq_kernels.passes import copy_to_search, is_second_pass, of_first_pass, unless_second_pass
+from vq_kernels.gradient.autograd import straight_through
+from vq_kernels.learning.dead_codes import draw_lots, draw_replacements
+from vq_kernels.learning.ema import RowSums, mean_codes, move_averages_, row_sums, smoothed_sizes
+from vq_kernels.learning.kmeans import kmeans_if_needed
+from vq_kernels.learning.recompute import copy_to_search, is_second_pass, of_first_pass, unless_second_pass
 from vq_kernels.search import nearest_code
 from vq_kernels.search.backend import Backend
-from vq_kernels.straight_through import straight_through
 
 
 class Chosen(NamedTuple):
@@ -38,7 +38,7 @@ class Codebook(nn.Module):
 
     Args:
         num_codebooks, num_codes, code_dim: C, K, D.
-        decay, eps: see `vq_kernels.ema`.
+        decay, eps: see `vq_kernels.learning.ema`.
         kmeans_iters: begin with so many iterations of k-means on the first batch; 0: at random.
         cosine: rows are unit vectors, and the search is for the largest dot product.
         dead_below: a code whose average number of rows is under it is put where a random row is; 0: never.

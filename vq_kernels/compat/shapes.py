@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from vq_kernels.layout import check_mask, mask_from_lens
-from vq_kernels.search.checks import check_dtype
+from vq_kernels.heads import check_mask, mask_from_lens
+from vq_kernels.search.validation import check_dtype
 
 PADDING = -1
 """The index of a position that a mask leaves out."""

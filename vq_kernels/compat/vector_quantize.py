@@ -10,11 +10,11 @@ from vq_kernels.compat.keywords import AT_CONSTRUCTION, IN_A_CALL, check_at_leas
 from vq_kernels.compat.losses import LossBreakdown, commitment_loss, indices_loss
 from vq_kernels.compat.shapes import PADDING, InputShape, check_targets, position_mask, projections
 from vq_kernels.cosine import unit
-from vq_kernels.layout import HeadLayout
+from vq_kernels.gradient.autograd import rotation_trick as turn_gradient
+from vq_kernels.gradient.autograd import straight_through
+from vq_kernels.heads import HeadLayout
 from vq_kernels.search.backend import BACKENDS, Backend
-from vq_kernels.search.checks import check_choice
-from vq_kernels.straight_through import rotation_trick as turn_gradient
-from vq_kernels.straight_through import straight_through
+from vq_kernels.search.validation import check_choice
 
 
 class VectorQuantize(nn.Module):
@@ -45,7 +45,7 @@ class VectorQuantize(nn.Module):
         accept_image_fmap: x is [b, dim, h, w].
         accept_3d_fmap: x is [b, dim, d, h, w].
         commitment_weight: >= 0, of MSE(x, quantized) in the loss.
-        rotation_trick: the gradient is turned from code to x, see `vq_kernels.straight_through`; None: if dim > 1.
+        rotation_trick: the gradient is turned from code to x, see `vq_kernels.gradient.autograd`; None: if dim > 1.
         sync_codebook: sum the averages over all ranks; None or True: whenever there is a process group, also one that
             was made after this layer.
         ema_update: the codes follow the means of their rows; None: True.

@@ -1,5 +1,5 @@
 """The gradient of the codebook: a segmented sum over each code's rows."""
 
-from vq_kernels.gradient.op import codebook_gradient_op, difference_sums
+from vq_kernels.gradient.autograd import codebook_gradient_op, difference_sums
 
 __all__ = ["codebook_gradient_op", "difference_sums"]

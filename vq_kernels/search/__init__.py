@@ -1,13 +1,13 @@
 """The exact nearest-code search."""
 
-from vq_kernels.search.nearest_code import (
+from vq_kernels.search.api import (
     NearestCode,
+    PreparedCodebook,
     SearchStatistics,
     nearest_code,
     search_statistics,
     select_backend,
 )
-from vq_kernels.search.prepared import PreparedCodebook
 from vq_kernels.search.topk import NearestCodes, nearest_code_topk
 
 __all__ = [

@@ -3,6 +3,8 @@
 import functools
 import os
 import warnings
+from importlib import import_module
+from types import ModuleType
 from typing import Literal
 
 import torch
@@ -37,6 +39,11 @@ def choose_backend(x: Tensor, codebook: Tensor, backend: str = "auto") -> tuple[
         _warn_once(f"vq_kernels searches with PyTorch instead of Triton: {obstacle}")
         return "torch", obstacle
     return "triton", "x is on CUDA, and Triton can run"
+
+
+def backend_module(name: str) -> ModuleType:
+    """The module with a backend's `prepare` and `search`. Triton is imported here, on first use."""
+    return import_module(f"vq_kernels.search.{'triton.launch' if name == 'triton' else 'torch_backend'}")
 
 
 def has_float64(device: torch.device) -> bool:

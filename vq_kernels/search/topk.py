@@ -13,11 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vq_kernels.search.api import PreparedCodebook
 from vq_kernels.search.backend import has_float64
-from vq_kernels.search.checks import check_pair
-from vq_kernels.search.largest_two import TILE_ELEMENTS
-from vq_kernels.search.prepared import PreparedCodebook
-from vq_kernels.search.torch_operand import CodebookOperand, augment, float32_will_do, prepare
+from vq_kernels.search.top2 import TILE_ELEMENTS
+from vq_kernels.search.torch_bounds import CodebookOperand, augment, float32_will_do, prepare
+from vq_kernels.search.validation import check_pair
 
 _DIRECT_ELEMENTS = 1 << 16  # numbers that the direct step holds at a time
 _CANDIDATES = 1 << 17  # that are ordered at a time

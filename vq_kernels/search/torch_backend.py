@@ -21,8 +21,8 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from vq_kernels.search.largest_two import TILE_ELEMENTS, LargestTwo
-from vq_kernels.search.torch_operand import CodebookOperand, augment, float32_will_do, prepare
+from vq_kernels.search.top2 import TILE_ELEMENTS, LargestTwo
+from vq_kernels.search.torch_bounds import CodebookOperand, augment, float32_will_do, prepare
 
 __all__ = ["prepare", "search"]
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import calculate_md5, check_integrity
 
-from vqae.errors import UsageError
+from vqae.runtime.errors import UsageError
 
 # A server that sends nothing for this long is given up.
 STALL_SECONDS = 20.0

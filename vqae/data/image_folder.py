@@ -19,7 +19,7 @@ from torch import Tensor
 from torchvision.datasets.folder import make_dataset
 from tqdm import tqdm
 
-from vqae.errors import UsageError
+from vqae.runtime.errors import UsageError
 
 # What Pillow raises at files that are no picture, are cut short or damaged. Not Exception: an exception that a signal
 # handler raises while a picture is being read must pass.

@@ -13,7 +13,7 @@ from torchvision.transforms.v2.functional import resize
 from vqae.data.cifar10 import DownloadError, read_cifar10
 from vqae.data.image_folder import read_image_folder
 from vqae.data.synthetic import draw_pictures
-from vqae.errors import UsageError
+from vqae.runtime.errors import UsageError
 
 Dataset = Literal["auto", "cifar10", "imagefolder", "synthetic"]
 Split = Literal["train", "test"]

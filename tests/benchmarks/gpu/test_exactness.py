@@ -14,8 +14,8 @@ from gpu.results import Results, make_header
 from gpu.stage import FINISHED, Context
 from torch import Tensor
 
-from vq_kernels.search.brute_force import brute_force_nearest
-from vq_kernels.search.op import nearest_code_op
+from vq_kernels.search.api import nearest_code_op
+from vq_kernels.search.reference import brute_force_nearest
 
 CPU = torch.device("cpu")
 DRAWN = [part for part in PARTS if part.kind not in ("patches", "embeddings")]

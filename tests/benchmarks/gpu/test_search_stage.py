@@ -13,7 +13,7 @@ from gpu.stage import FINISHED, Context
 from gpu.timing import quantiles_ms, replay_us
 from search_data import SearchData
 
-from vq_kernels.search.triton_plan import workspace_limit
+from vq_kernels.search.triton.plan import workspace_limit
 
 CPU = torch.device("cpu")
 

@@ -14,7 +14,7 @@ from gpu.table_form import NOT_YET
 from gpu.tables import TABLES, readme_table
 from torch import nn
 
-from vq_kernels.search.triton_plan import CONFIGS, SearchPlan
+from vq_kernels.search.triton.plan import CONFIGS, SearchPlan
 
 HEADER: dict[str, Any] = {
     "gpu": "NVIDIA H200", "driver": "580.1", "cuda": "13.0", "python": "3.12", "torch": "2.11", "triton": "3.6",

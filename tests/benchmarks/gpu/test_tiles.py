@@ -13,8 +13,8 @@ from gpu.stage import Context
 from gpu.tiles import SHAPES, Choice, fastest_choice, neighbours, sweep
 from torch import Tensor
 
-from vq_kernels.search.brute_force import brute_force_nearest
-from vq_kernels.search.triton_plan import CONFIGS, MAX_TILES_PER_SPLIT, SearchPlan
+from vq_kernels.search.reference import brute_force_nearest
+from vq_kernels.search.triton.plan import CONFIGS, MAX_TILES_PER_SPLIT, SearchPlan
 
 SHAPE = (24, 40, 16)
 RESIDENT, LOOPED = CONFIGS[0], next(config for config in CONFIGS if not config.resident)

@@ -16,8 +16,8 @@ from gpu.stage import FINISHED, Context
 from gpu.training import best_of, next_run, read_run
 
 from vq_kernels import vector_quantize
-from vqae.checkpoint import build_model
 from vqae.config import Config
+from vqae.training.checkpoint import build_model
 
 
 def context(folder: Path, *, rehearse: bool = True, data_dir: Path | None = None) -> Context:

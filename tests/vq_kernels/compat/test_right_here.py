@@ -23,7 +23,7 @@ from tests.vq_kernels.compat.beside import (
     step,
 )
 from vq_kernels import VectorQuantize
-from vq_kernels.search.brute_force import brute_force_nearest
+from vq_kernels.search.reference import brute_force_nearest
 
 MASKED_MODES = {
     "projection": {"codebook_dim": 6},

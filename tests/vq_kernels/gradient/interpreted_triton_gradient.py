@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vq_kernels.gradient.triton_gradient import SEGMENT_ROWS, codebook_gradient
+from vq_kernels.gradient.triton_backend import SEGMENT_ROWS, codebook_gradient
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 

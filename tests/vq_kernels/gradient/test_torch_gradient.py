@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vq_kernels.gradient import codebook_gradient_op
-from vq_kernels.gradient.torch_gradient import codebook_gradient
+from vq_kernels.gradient.torch_backend import codebook_gradient
 
 
 def case(

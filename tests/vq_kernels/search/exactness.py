@@ -10,7 +10,7 @@ from search_verification import wrong_rows
 from torch import Tensor
 
 from vq_kernels import NearestCode, nearest_code, select_backend
-from vq_kernels.search.brute_force import brute_force_nearest
+from vq_kernels.search.reference import brute_force_nearest
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether Triton's kernels run in its interpreter: on the CPU, and a thousand times slower."""

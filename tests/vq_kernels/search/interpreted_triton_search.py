@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from tests.vq_kernels.search.exactness import poisoned_allocations
-from vq_kernels.search import triton_backend
-from vq_kernels.search.triton_common import ceil_div
-from vq_kernels.search.triton_plan import CONFIGS, ScanConfig, SearchPlan
+from vq_kernels.search.triton import launch
+from vq_kernels.search.triton.common import ceil_div
+from vq_kernels.search.triton.plan import CONFIGS, ScanConfig, SearchPlan
 
 # Overflow is part of what is tested; numpy, which stands in for the device, warns of it.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -45,9 +45,9 @@ def brute_force(x: Tensor, codebook: Tensor) -> Tensor:
 def check(x: Tensor, codebook: Tensor, plan: SearchPlan | None = None) -> tuple[int, int, int]:
     """Search, compare everything with the brute force, and return how many rows were proved, resolved, drained."""
     if plan is None:
-        results = triton_backend.search(x, codebook, [], "exact")
+        results = launch.search(x, codebook, [], "exact")
     else:
-        results = triton_backend.search_with_plan(x, codebook, [], "exact", plan)
+        results = launch.search_with_plan(x, codebook, [], "exact", plan)
     indices, codes, sq_distances, statistics = results
     assert indices.dtype == torch.int64
     assert ((indices >= 0) & (indices < codebook.shape[0])).all()
@@ -79,7 +79,7 @@ def plan_for(config: ScanConfig, k: int, splits: int = 1, rows_per_launch: int =
 
 def test_this_process_interprets():
     assert os.environ["TRITON_INTERPRET"] == "1"
-    assert triton_backend.is_available("cpu")[0]
+    assert launch.is_available("cpu")[0]
 
 
 @pytest.mark.parametrize("dims", [(257, 513, 64), (70, 200, 200)])
@@ -88,7 +88,7 @@ def test_more_than_one_tile(dims: tuple[int, int, int]):
 
 
 def test_no_rows():
-    indices, codes, sq_distances, statistics = triton_backend.search(torch.empty(0, 5), torch.ones(3, 5), [], "exact")
+    indices, codes, sq_distances, statistics = launch.search(torch.empty(0, 5), torch.ones(3, 5), [], "exact")
     assert (indices.shape, codes.shape, sq_distances.shape) == ((0,), (0, 5), (0,))
     assert statistics.tolist() == [0, 0, 0]
 
@@ -108,16 +108,16 @@ def test_every_configuration(name: str):
 
 def test_prepared_tensors_serve_many_searches():
     x, codebook = gaussian(40, 50, 24)
-    prepared = triton_backend.prepare(codebook)
+    prepared = launch.prepare(codebook)
     before = [tensor.clone() for tensor in prepared]
     for rows in (x[:7], x):
-        assert torch.equal(triton_backend.search(rows, codebook, prepared, "exact")[0], brute_force(rows, codebook))
+        assert torch.equal(launch.search(rows, codebook, prepared, "exact")[0], brute_force(rows, codebook))
     assert all(torch.equal(tensor, old) for tensor, old in zip(prepared, before, strict=True))
 
 
 def test_fast_takes_the_best_score():
     x, codebook = gaussian(200, 300, 32)
-    indices, codes, _, statistics = triton_backend.search(x, codebook, [], "fast")
+    indices, codes, _, statistics = launch.search(x, codebook, [], "fast")
     assert (indices == brute_force(x, codebook)).float().mean() > 0.98
     assert torch.equal(codes, codebook[indices])
     assert statistics.tolist() == [200, 0, 0]
@@ -152,7 +152,7 @@ def test_scores_that_order_two_codes_wrongly():
     pairs = codebook.view(32, 2, 32)
     x = pairs.mean(1) + 1e-5 * (pairs[:, 0] - pairs[:, 1])
     expected = brute_force(x, codebook)
-    fast = triton_backend.search(x, codebook, [], "fast")[0]
+    fast = launch.search(x, codebook, [], "fast")[0]
     assert not torch.equal(fast, expected)
     _, resolved, drained = check(x, codebook)
     assert resolved + drained > 0
@@ -167,7 +167,7 @@ def test_rows_and_codes_of_different_sizes(scale: float):
 
 def test_two_runs_agree_and_the_lists_do_not_matter():
     x, codebook = gaussian(150, 90, 10)
-    first = triton_backend.search(x, codebook.repeat(3, 1), [], "exact")
-    backwards = triton_backend.search(x.flip(0), codebook.repeat(3, 1), [], "exact")
+    first = launch.search(x, codebook.repeat(3, 1), [], "exact")
+    backwards = launch.search(x.flip(0), codebook.repeat(3, 1), [], "exact")
     for name, one, other in zip(("indices", "codes", "sq_distances"), first, backwards, strict=False):
         assert torch.equal(one, other.flip(0)), name

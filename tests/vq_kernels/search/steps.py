@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import pytest
 from torch import Tensor
 
-from vq_kernels.search.prepared import backend_module
+from vq_kernels.search.api import backend_module
 
 STEPS = ("proved", "resolved", "drained")
 

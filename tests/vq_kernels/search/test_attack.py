@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.vq_kernels.search.exactness import DTYPES, INTERPRETED, check_exact
 from tests.vq_kernels.search.steps import STEPS
-from vq_kernels.search.brute_force import brute_force_nearest
+from vq_kernels.search.reference import brute_force_nearest
 
 N, K, D = 12 if INTERPRETED else 100, 130, 16
 # What float32 vectors of a data set are there for: at least one has to go this way. The others have to be proved.

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from tests.vq_kernels.search.exactness import DTYPES, INTERPRETED, check_exact, check_outputs, device_of
 from vq_kernels import NearestCode, PreparedCodebook, nearest_code, nearest_code_topk
-from vq_kernels.search.brute_force import brute_force_nearest
-from vq_kernels.search.torch_operand import float32_will_do
+from vq_kernels.search.reference import brute_force_nearest
+from vq_kernels.search.torch_bounds import float32_will_do
 
 T = TypeVar("T")
 WIDE_DTYPES = tuple(dtype for dtype in DTYPES if dtype.itemsize >= 4)

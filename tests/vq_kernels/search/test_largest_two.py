@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vq_kernels.search.largest_two import LargestTwo, num_slots, padded
+from vq_kernels.search.top2 import LargestTwo, num_slots, padded
 
 
 @pytest.mark.parametrize("num_rows", [1, 63, 1000])

@@ -11,7 +11,7 @@ import torch
 from tests.vq_kernels.search.memory import extra_mib
 from vq_kernels import PreparedCodebook, nearest_code, search_statistics, select_backend
 from vq_kernels.search import backend as backend_module
-from vq_kernels.search.brute_force import brute_force_nearest
+from vq_kernels.search.reference import brute_force_nearest
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:

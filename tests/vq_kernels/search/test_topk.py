@@ -6,7 +6,7 @@ from torch import Tensor
 
 from tests.vq_kernels.search.memory import extra_mib
 from vq_kernels import VectorQuantizer, nearest_code, nearest_code_topk
-from vq_kernels.search.checks import SUPPORTED_DTYPES
+from vq_kernels.search.validation import SUPPORTED_DTYPES
 
 TIE = 1e-13
 

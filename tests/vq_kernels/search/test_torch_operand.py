@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vq_kernels.search.torch_operand import augment, prepare
+from vq_kernels.search.torch_bounds import augment, prepare
 
 N, K, D = 200, 100, 24
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from vq_kernels import PreparedCodebook, VectorQuantizer, nearest_code, vector_quantize
-from vq_kernels.gradient.triton_gradient import codebook_gradient
-from vq_kernels.search import triton_backend
-from vq_kernels.search.triton_plan import pick_config, plan_search, workspace_limit
+from vq_kernels.gradient.triton_backend import codebook_gradient
+from vq_kernels.search.triton import launch
+from vq_kernels.search.triton.plan import pick_config, plan_search, workspace_limit
 
 pytestmark = [
     pytest.mark.gpu,
@@ -38,7 +38,7 @@ def nearest(x: Tensor, codebook: Tensor) -> Tensor:
 )
 def test_exact(dims: tuple[int, int, int], offset: float, dtype: torch.dtype):
     x, codebook = make(*dims, dtype, offset)
-    indices, codes, sq_distances, statistics = triton_backend.search(x, codebook, [], "exact")
+    indices, codes, sq_distances, statistics = launch.search(x, codebook, [], "exact")
     assert torch.equal(indices, nearest(x, codebook))
     assert torch.equal(codes, codebook[indices])
     torch.testing.assert_close(
@@ -55,7 +55,7 @@ def test_exact(dims: tuple[int, int, int], offset: float, dtype: torch.dtype):
 def test_the_smallest_and_the_largest_sizes(dims: tuple[int, int, int], offset: float):
     """20,000 codes and more are searched in parts."""
     x, codebook = make(*dims, offset=offset)
-    assert torch.equal(triton_backend.search(x, codebook, [], "exact")[0], nearest(x, codebook))
+    assert torch.equal(launch.search(x, codebook, [], "exact")[0], nearest(x, codebook))
 
 
 @pytest.mark.parametrize("dims", [(4096, 1024, 64), (1000, 600, 512)])
@@ -87,7 +87,7 @@ def test_fast_is_nearly_right(dims: tuple[int, int, int]):
 @pytest.mark.parametrize("dims", [(4096, 1000, 64), (4096, 1000, 128), (1000, 600, 512)])
 def test_views(dims: tuple[int, int, int], view: Callable[[Tensor], Tensor]):
     x, codebook = (view(tensor) for tensor in make(*dims))
-    assert torch.equal(triton_backend.search(x, codebook, [], "exact")[0], nearest(x, codebook))
+    assert torch.equal(launch.search(x, codebook, [], "exact")[0], nearest(x, codebook))
 
 
 @pytest.mark.parametrize("d", [64, 512])
@@ -95,11 +95,11 @@ def test_offsets_beyond_int32(d: int):
     """N * D passes 2**31: the last rows are where a 32-bit offset would wrap."""
     dims = (2**31 // d + 1000, 100, d)
     x, codebook = make(*dims, torch.float16)
-    properties = triton_backend.device_properties(x.device)
+    properties = launch.device_properties(x.device)
     plan = plan_search(*dims, pick_config(*dims, x.dtype, properties), properties)
     # In one launch: `search` would cut it into several, each with small offsets of its own.
     plan = dataclasses.replace(plan, rows_per_launch=2**31)
-    indices, codes, _, _ = triton_backend.search_with_plan(x, codebook, [], "exact", plan)
+    indices, codes, _, _ = launch.search_with_plan(x, codebook, [], "exact", plan)
     for part in (slice(0, 2000), slice(-2000, None)):
         assert torch.equal(indices[part], nearest(x[part], codebook))
         assert torch.equal(codes[part], codebook[indices[part]])
@@ -111,7 +111,7 @@ def test_offsets_beyond_int32(d: int):
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
 def test_tensors_on_another_than_the_current_device():
     x, codebook = (tensor.to("cuda:1") for tensor in make(1000, 200, 64))
-    indices = triton_backend.search(x, codebook, [], "exact")[0]
+    indices = launch.search(x, codebook, [], "exact")[0]
     assert indices.device == x.device
     assert torch.equal(indices, nearest(x, codebook))
     codebook_gradient(x, codebook, indices, True)
@@ -119,7 +119,7 @@ def test_tensors_on_another_than_the_current_device():
 
 def test_equal_codes_are_drained_to_the_lowest():
     x, codebook = make(5000, 64, 32)
-    indices, _, _, statistics = triton_backend.search(x, codebook.repeat(8, 1), [], "exact")
+    indices, _, _, statistics = launch.search(x, codebook.repeat(8, 1), [], "exact")
     assert torch.equal(indices, nearest(x, codebook))
     assert statistics[0] == 0
     assert statistics[2] > 0
@@ -127,10 +127,10 @@ def test_equal_codes_are_drained_to_the_lowest():
 
 def test_nothing_waits_for_the_device():
     x, codebook = make(5000, 600, 64)
-    triton_backend.search(x, codebook, [], "exact")  # compiles
+    launch.search(x, codebook, [], "exact")  # compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
-        indices = triton_backend.search(x, codebook, [], "exact")[0]
+        indices = launch.search(x, codebook, [], "exact")[0]
         for deterministic in (True, False):
             codebook_gradient(x, codebook, indices, deterministic)
     finally:
@@ -140,10 +140,10 @@ def test_nothing_waits_for_the_device():
 @pytest.mark.parametrize("dims", [(256, 1024, 512), (5000, 600, 64)])
 def test_a_cuda_graph_holds_a_search(dims: tuple[int, int, int]):
     x, codebook = make(*dims)
-    triton_backend.search(x, codebook, [], "exact")
+    launch.search(x, codebook, [], "exact")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        indices = triton_backend.search(x, codebook, [], "exact")[0]
+        indices = launch.search(x, codebook, [], "exact")[0]
     x.copy_(x.flip(0))
     graph.replay()
     assert torch.equal(indices, nearest(x, codebook))
@@ -155,22 +155,22 @@ def test_a_cuda_graph_holds_a_search(dims: tuple[int, int, int]):
 )
 def test_memory(dims: tuple[int, int, int]):
     x, codebook = make(*dims)
-    triton_backend.search(x, codebook, [], "exact")
+    launch.search(x, codebook, [], "exact")
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    found = triton_backend.search(x, codebook, [], "exact")
+    found = launch.search(x, codebook, [], "exact")
     torch.cuda.synchronize()
     assert torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated() <= workspace_limit(*dims)
     assert found[0].shape == (dims[0],)
 
 
 def test_a_short_last_batch_compiles_nothing():
-    from vq_kernels.search.triton_scan import _scan_kernel
+    from vq_kernels.search.triton.scan import _scan_kernel
 
     x, codebook = make(65_536, 1024, 64)
-    triton_backend.search(x, codebook, [], "exact")
+    launch.search(x, codebook, [], "exact")
     compiled = sum(len(cache[0]) for cache in _scan_kernel.device_caches.values())
-    triton_backend.search(x[:60_001], codebook, [], "exact")
+    launch.search(x[:60_001], codebook, [], "exact")
     assert sum(len(cache[0]) for cache in _scan_kernel.device_caches.values()) == compiled
 
 

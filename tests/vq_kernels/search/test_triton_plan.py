@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vq_kernels.search import triton_backend, triton_prepare, triton_resolve, triton_rows, triton_scan
-from vq_kernels.search.triton_common import ceil_div
-from vq_kernels.search.triton_plan import (
+from vq_kernels.search.triton import launch, prepare, rerank, rows, scan
+from vq_kernels.search.triton.common import ceil_div
+from vq_kernels.search.triton.plan import (
     CONFIGS,
     MAX_TILES_PER_SPLIT,
     DeviceProperties,
@@ -19,7 +19,7 @@ from vq_kernels.search.triton_plan import (
     plan_search,
     workspace_limit,
 )
-from vq_kernels.search.triton_prepare import CODE_PADDING, row_pitch
+from vq_kernels.search.triton.prepare import CODE_PADDING, row_pitch
 
 A100, H100, B200 = (DeviceProperties(*p) for p in (((8, 0), 108), ((9, 0), 132), ((10, 0), 148)))
 SHAPES = [
@@ -92,13 +92,13 @@ def test_a_search_keeps_within_its_memory(
 ):
     """All launches of a search, on tensors without data: what it holds at a time beyond inputs and outputs."""
     n, k, d = shape
-    for module in (triton_prepare, triton_rows, triton_scan, triton_resolve):
+    for module in (prepare, rows, scan, rerank):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, NoKernel())
-    monkeypatch.setattr(triton_backend, "device_properties", lambda device: properties)
+    monkeypatch.setattr(launch, "device_properties", lambda device: properties)
     x, codebook = (torch.empty(rows, d, device="meta") for rows in (n, k))
     with Allocations() as allocations:
-        found = triton_backend.search(x, codebook, [], "exact")
+        found = launch.search(x, codebook, [], "exact")
         assert allocations.most - allocations.live <= workspace_limit(n, k, d)
     assert found[0].shape == (n,)
 

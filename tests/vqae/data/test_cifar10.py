@@ -12,7 +12,7 @@ from torchvision.datasets import CIFAR10
 from tests.vqae.data.conftest import PictureServer, TinyCifar10
 from vqae.data import cifar10
 from vqae.data.cifar10 import DownloadError, read_cifar10
-from vqae.errors import UsageError
+from vqae.runtime.errors import UsageError
 
 
 def test_reads_both_splits_in_the_files_order(tiny_cifar10: TinyCifar10, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from vqae.data.image_folder import read_image_folder, read_picture
-from vqae.errors import UsageError
+from vqae.runtime.errors import UsageError
 
 REAL_PICTURES = Path(__file__).parents[4] / "shared" / "data" / "cifar10-jpeg.tar.xz"
 

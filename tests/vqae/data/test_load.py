@@ -10,7 +10,7 @@ from PIL import Image
 from tests.vqae.data.conftest import PictureServer, TinyCifar10
 from vqae.data import load, load_pictures, load_split
 from vqae.data.load import Dataset
-from vqae.errors import UsageError
+from vqae.runtime.errors import UsageError
 
 
 @pytest.fixture(autouse=True)

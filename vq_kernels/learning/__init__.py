@@ -1,0 +1,1 @@
+"""How codebooks learn: moving averages, k-means, dead codes, optimizers."""

@@ -1,0 +1,1 @@
+"""The quantizers as modules."""

@@ -1,0 +1,276 @@
+# Kernels are Python that Triton compiles, so their tensors carry no types.
+# mypy: allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+"""What the Triton scan needs to know of a codebook: shifted, scaled, rounded codes and their norms.
+
+    mu   = mean over the finite codes                          (float64 sum, kept as float32)
+    e    = the exponent for which max |c_k - mu| * 2**e < 2**14
+    c'_k = fp16((c_k - mu) * 2**e)
+    h_k  = 0.5 * ||(c_k - mu) * 2**e||**2                      (float64 sum, kept as float32)
+    C, R, C', H = max ||(c_k - mu) * 2**e||, max ||(c_k - mu) * 2**e - c'_k||, max ||c'_k||, max h_k, rounded up
+
+Reads the codebook three times, writes 2 bytes an entry and 4 bytes a code; three launches, no host synchronisation,
+no float64 array of the codebook's size. Any float32 mu is right, since distances do not move with it: a 16-bit
+codebook whose mean is small beside its spread keeps mu = 0, and is then represented exactly.
+
+Bound of the rounding to fp16: Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., section 2.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vq_kernels.search.triton.common import LARGE_HALF_NORM, ceil_div, device_of
+
+# Half norms and codes are padded to a multiple of the widest tile, so that the scan needs no mask over codes.
+CODE_PADDING = 128
+_BLOCK_K = 32
+_BLOCK_D = 64
+# Partial sums that are combined at once: one program combines them all, so it is their latency that counts.
+_BLOCK_P = 16
+# Allowed in so many words: left to itself the compiler aims for fewer, and spills a few for some dtypes.
+_STATISTICS_REGISTERS = 224
+
+
+class TritonCodebook(NamedTuple):
+    """The prepared tensors, in the order in which they travel as a list.
+
+    Attributes:
+        codes16: [K padded to 128, pitch] float16, c'; rows past K and codes with NaN or Inf are 0.
+        half_norms: [K padded to 128] float32, h; 2**104 past K and for codes with NaN or Inf.
+        shift: [D] float32, mu.
+        bounds: [4] float32, C, R, C' and H in scaled units, each rounded up; codes with NaN or Inf stay out.
+        exponent: [1] int32, e.
+    """
+
+    codes16: Tensor
+    half_norms: Tensor
+    shift: Tensor
+    bounds: Tensor
+    exponent: Tensor
+
+
+def row_pitch(code_dim: int) -> int:
+    """Columns of a stored c' row: padded to 16 bytes where D > 4, to a power of two (at least 2) below."""
+    return ceil_div(code_dim, 8) * 8 if code_dim > 4 else max(2, triton.next_power_of_2(code_dim))
+
+
+def prepared_nbytes(num_codes: int, code_dim: int) -> int:
+    """Bytes of `codes16` and `half_norms`, the two prepared tensors that grow with K."""
+    return ceil_div(num_codes, CODE_PADDING) * CODE_PADDING * (2 * row_pitch(code_dim) + 4)
+
+
+@triton.jit(do_not_specialize=["K", "codes_per_program"])
+def _column_statistics_kernel(
+    codebook_ptr,  # [K, D], any strides
+    stride_k,
+    stride_d,
+    half_norms_ptr,  # [K padded] float32: receives 0 for a finite code, LARGE_HALF_NORM for another
+    partials_ptr,  # [programs, 4, D] float64: sum, least, greatest, number of finite codes
+    K,
+    D,
+    codes_per_program,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    program = tl.program_id(0)
+    first = program * codes_per_program
+    last = tl.minimum(first + codes_per_program, K)
+    offs_d = tl.arange(0, BLOCK_D)
+    num_finite = tl.zeros([BLOCK_K], tl.float64)
+    for start in range(first, last, BLOCK_K):
+        offs_k = start + tl.arange(0, BLOCK_K)
+        rows = codebook_ptr + offs_k.to(tl.int64)[:, None] * stride_k
+        finite = tl.full([BLOCK_K], 1, tl.int32)
+        for start_d in range(0, D, BLOCK_D):
+            columns = start_d + offs_d
+            mask = (offs_k < last)[:, None] & (columns < D)[None, :]
+            values = tl.load(rows + columns.to(tl.int64)[None, :] * stride_d, mask=mask, other=0.0).to(tl.float32)
+            finite = tl.minimum(finite, tl.min((tl.abs(values) < float("inf")).to(tl.int32), axis=1))
+        tl.store(half_norms_ptr + offs_k, tl.where(finite == 1, 0.0, LARGE_HALF_NORM), mask=offs_k < last)
+        num_finite += tl.where((finite == 1) & (offs_k < last), 1.0, 0.0)
+    tl.debug_barrier()  # the marks written above are read below by other threads of this program
+    count = tl.sum(num_finite, axis=0)
+    for start_d in range(0, D, BLOCK_D):
+        columns = start_d + offs_d
+        total = tl.zeros([BLOCK_D], tl.float64)
+        least = tl.full([BLOCK_D], float("inf"), tl.float64)
+        greatest = tl.full([BLOCK_D], float("-inf"), tl.float64)
+        for start in range(first, last, BLOCK_K):
+            offs_k = start + tl.arange(0, BLOCK_K)
+            mark = tl.load(half_norms_ptr + offs_k, mask=offs_k < last, other=1.0)
+            mask = (mark == 0.0)[:, None] & (columns < D)[None, :]
+            addresses = codebook_ptr + offs_k.to(tl.int64)[:, None] * stride_k
+            values = tl.load(addresses + columns.to(tl.int64)[None, :] * stride_d, mask=mask, other=0.0).to(tl.float64)
+            total += tl.sum(values, axis=0)
+            least = tl.minimum(least, tl.min(tl.where(mask, values, float("inf")), axis=0))
+            greatest = tl.maximum(greatest, tl.max(tl.where(mask, values, float("-inf")), axis=0))
+        partial = partials_ptr + program * 4 * D + columns
+        tl.store(partial, total, mask=columns < D)
+        tl.store(partial + D, least, mask=columns < D)
+        tl.store(partial + 2 * D, greatest, mask=columns < D)
+        tl.store(partial + 3 * D, count + tl.zeros([BLOCK_D], tl.float64), mask=columns < D)
+
+
+@triton.jit
+def _combine_columns(partials_ptr, columns, D, num_partials, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Mean as float32, and the greatest |c| and |c - mean| of each column."""
+    offs_p = tl.arange(0, BLOCK_P)
+    total = tl.zeros([BLOCK_P, BLOCK_D], tl.float64)
+    count = tl.zeros([BLOCK_P, BLOCK_D], tl.float64)
+    least = tl.full([BLOCK_P, BLOCK_D], float("inf"), tl.float64)
+    greatest = tl.full([BLOCK_P, BLOCK_D], float("-inf"), tl.float64)
+    for start_p in range(0, num_partials, BLOCK_P):
+        source = partials_ptr + (start_p + offs_p)[:, None] * 4 * D + columns[None, :]
+        mask = (start_p + offs_p < num_partials)[:, None] & (columns < D)[None, :]
+        total += tl.load(source, mask=mask, other=0.0)
+        least = tl.minimum(least, tl.load(source + D, mask=mask, other=float("inf")))
+        greatest = tl.maximum(greatest, tl.load(source + 2 * D, mask=mask, other=float("-inf")))
+        count += tl.load(source + 3 * D, mask=mask, other=0.0)
+    num_finite, lowest, highest = tl.sum(count, axis=0), tl.min(least, axis=0), tl.max(greatest, axis=0)
+    known = num_finite > 0
+    mean = tl.where(known, tl.sum(total, axis=0) / tl.maximum(num_finite, 1.0), 0.0).to(tl.float32)
+    centre = mean.to(tl.float64)
+    unshifted = tl.where(known, tl.maximum(tl.abs(lowest), tl.abs(highest)), 0.0)
+    shifted = tl.where(known, tl.maximum(highest - centre, centre - lowest), 0.0)
+    return mean, unshifted, shifted
+
+
+@triton.jit(do_not_specialize=["num_partials"])
+def _shift_kernel(
+    partials_ptr,  # [programs, 4, D] float64
+    shift_ptr,  # [D] float32
+    exponent_ptr,  # [1] int32
+    D,
+    num_partials,
+    SIXTEEN_BIT: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    offs_d = tl.arange(0, BLOCK_D)
+    energy_unshifted = tl.zeros([BLOCK_D], tl.float64)
+    energy_shifted = tl.zeros([BLOCK_D], tl.float64)
+    widest_unshifted = tl.zeros([BLOCK_D], tl.float64)
+    widest_shifted = tl.zeros([BLOCK_D], tl.float64)
+    for start_d in range(0, D, BLOCK_D):
+        columns = start_d + offs_d
+        mean, unshifted, shifted = _combine_columns(partials_ptr, columns, D, num_partials, BLOCK_P, BLOCK_D)
+        tl.store(shift_ptr + columns, mean, mask=columns < D)
+        energy_unshifted += unshifted * unshifted
+        energy_shifted += shifted * shifted
+        widest_unshifted = tl.maximum(widest_unshifted, unshifted)
+        widest_shifted = tl.maximum(widest_shifted, shifted)
+    widest = tl.max(widest_shifted, axis=0)
+    if SIXTEEN_BIT:
+        # Without a shift 16-bit values are exact: E loses its rounding terms, about 2**-12 * (2 ||x - mu|| C) * 0.6,
+        # and keeps the accumulation, (D + 16) * 2**-23 * 1.5 * C**2, which the norm of mu makes larger.
+        accumulation = (D + 16) * 1.8e-7
+        unshifted_error = tl.sum(energy_unshifted, axis=0) * accumulation
+        shifted_error = tl.sum(energy_shifted, axis=0) * (accumulation + 2.9e-4)
+        if unshifted_error <= shifted_error:
+            widest = tl.max(widest_unshifted, axis=0)
+            tl.debug_barrier()  # the means are overwritten, perhaps by other threads of this program
+            for start_d in range(0, D, BLOCK_D):
+                columns = start_d + offs_d
+                tl.store(shift_ptr + columns, tl.zeros([BLOCK_D], tl.float32), mask=columns < D)
+    binary_exponent = ((widest.to(tl.int64, bitcast=True) >> 52) - 1023).to(tl.int32)
+    tl.store(exponent_ptr, tl.where(widest > 0, 13 - binary_exponent, 0))
+
+
+@triton.jit
+def _round_up(value):
+    """A float64 bound as a float32 that is not smaller."""
+    return (value * (1 + 1e-6) + 1e-30).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["K"])
+def _round_codes_kernel(
+    codebook_ptr,  # [K, D], any strides
+    stride_k,
+    stride_d,
+    shift_ptr,  # [D] float32
+    exponent_ptr,  # [1] int32
+    codes16_ptr,  # [K padded, PITCH] float16
+    half_norms_ptr,  # [K padded] float32
+    bounds_ptr,  # [4] float32, zeros before
+    K,
+    D,
+    PITCH: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    offs_k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    mark = tl.load(half_norms_ptr + offs_k, mask=offs_k < K, other=1.0)
+    finite = (offs_k < K) & (mark == 0.0)
+    scale = ((tl.load(exponent_ptr).to(tl.int64) + 1023) << 52).to(tl.float64, bitcast=True)
+    square = tl.zeros([BLOCK_K, BLOCK_D], tl.float64)
+    residual_square = tl.zeros([BLOCK_K, BLOCK_D], tl.float64)
+    rounded_square = tl.zeros([BLOCK_K, BLOCK_D], tl.float64)
+    for start_d in range(0, PITCH, BLOCK_D):
+        columns = start_d + tl.arange(0, BLOCK_D)
+        mask = finite[:, None] & (columns < D)[None, :]
+        addresses = codebook_ptr + offs_k.to(tl.int64)[:, None] * stride_k + columns.to(tl.int64)[None, :] * stride_d
+        values = tl.load(addresses, mask=mask, other=0.0).to(tl.float64)
+        shift = tl.load(shift_ptr + columns, mask=columns < D, other=0.0).to(tl.float64)
+        scaled = tl.where(mask, (values - shift[None, :]) * scale, 0.0)
+        rounded = scaled.to(tl.float32).to(tl.float16)  # the residual below is that of both roundings
+        target = codes16_ptr + offs_k.to(tl.int64)[:, None] * PITCH + columns[None, :]
+        tl.store(target, rounded, mask=(columns < PITCH)[None, :])
+        residual = scaled - rounded.to(tl.float64)
+        square += scaled * scaled
+        residual_square += residual * residual
+        rounded_square += rounded.to(tl.float64) * rounded.to(tl.float64)
+    square_norm = tl.sum(square, axis=1)
+    tl.debug_barrier()  # the marks that every thread has read above are overwritten
+    # Trap: +inf here would become NaN once packed; LARGE_HALF_NORM stays finite under every scale of a row.
+    tl.store(half_norms_ptr + offs_k, tl.where(finite, (0.5 * square_norm).to(tl.float32), LARGE_HALF_NORM))
+    # float64's own rounding of c - mu is within 2**-53 of C in every entry: 1e-13 * C holds it up to D = 2**20.
+    norm = tl.sqrt(tl.max(square_norm, axis=0))
+    residual_norm = tl.sqrt(tl.max(tl.sum(residual_square, axis=1), axis=0)) + 1e-13 * norm
+    rounded_norm = tl.sqrt(tl.max(tl.sum(rounded_square, axis=1), axis=0))
+    tl.atomic_max(bounds_ptr, _round_up(norm))
+    tl.atomic_max(bounds_ptr + 1, _round_up(residual_norm))
+    tl.atomic_max(bounds_ptr + 2, _round_up(rounded_norm))
+    tl.atomic_max(bounds_ptr + 3, _round_up(0.5 * tl.max(square_norm, axis=0)))
+
+
+def launch_prepare(codebook: Tensor) -> TritonCodebook:
+    """Shift, scale and round a codebook for the scan.
+
+    Args:
+        codebook: [K, D], K >= 1, float32, float16 or bfloat16, any strides.
+
+    Returns:
+        The five prepared tensors, on the codebook's device. Nothing waits for the device.
+    """
+    num_codes, code_dim = codebook.shape
+    padded, pitch = ceil_div(num_codes, CODE_PADDING) * CODE_PADDING, row_pitch(code_dim)
+    make = codebook.new_empty
+    prepared = TritonCodebook(
+        codes16=make((padded, pitch), dtype=torch.float16),
+        half_norms=make((padded,), dtype=torch.float32),
+        shift=make((code_dim,), dtype=torch.float32),
+        bounds=codebook.new_zeros((4,), dtype=torch.float32),
+        exponent=make((1,), dtype=torch.int32),
+    )
+    # At most 128 programs and 2 MiB of partial sums.
+    programs = max(1, min(ceil_div(num_codes, _BLOCK_K), 128, 2**16 // code_dim))
+    codes_per_program = ceil_div(ceil_div(num_codes, programs), _BLOCK_K) * _BLOCK_K
+    programs = ceil_div(num_codes, codes_per_program)
+    partials = make((programs, 4, code_dim), dtype=torch.float64)
+    with device_of(codebook):
+        _column_statistics_kernel[(programs,)](
+            codebook, *codebook.stride(), prepared.half_norms, partials, num_codes, code_dim, codes_per_program,
+            BLOCK_K=_BLOCK_K, BLOCK_D=_BLOCK_D, num_warps=8, maxnreg=_STATISTICS_REGISTERS,
+        )  # fmt: skip
+        _shift_kernel[(1,)](
+            partials, prepared.shift, prepared.exponent, code_dim, programs,
+            SIXTEEN_BIT=codebook.dtype != torch.float32, BLOCK_P=_BLOCK_P, BLOCK_D=_BLOCK_D, num_warps=8,
+        )  # fmt: skip
+        _round_codes_kernel[(padded // _BLOCK_K,)](
+            codebook, *codebook.stride(), prepared.shift, prepared.exponent, prepared.codes16, prepared.half_norms,
+            prepared.bounds, num_codes, code_dim, PITCH=pitch, BLOCK_K=_BLOCK_K, BLOCK_D=_BLOCK_D,
+        )  # fmt: skip
+    return prepared

@@ -1,0 +1,230 @@
+# Kernels are Python that Triton compiles, so their tensors carry no types.
+# mypy: allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+"""The scan: every score on the tensor cores, the best of each row, and the proof that it is the best.
+
+    s[n, k] = x'_n . c'_k - h_k ratio_n                fp16 products, float32 accumulator that starts at -h ratio
+    slot j of a row holds max over tiles and parity of s[n, tile * BLOCK_K + 2 j + parity], its place in the low bits
+    lost[n] = the best score that a slot let go
+    index[n] = the place of the best slot, proved where best - runner-up > 2 E (triton_rows.py, triton_finish.py)
+
+Reads x once (D > BLOCK_D: x' instead, made by a launch before) and the rounded codebook once a tile of rows, from L2;
+writes 12 bytes and one code a row. No [N, K] matrix and no index array exist. The search is van den Oord et al. 2017,
+arXiv:1711.00937, eq. 1.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vq_kernels.search.triton.certify import Lists, Outputs, certify, is_settled, slot_winners, write_rows
+from vq_kernels.search.triton.common import LOWEST_SCORE, ROW_NOT_FINITE, ceil_div, device_of
+from vq_kernels.search.triton.plan import SearchPlan
+from vq_kernels.search.triton.prepare import TritonCodebook, row_pitch
+from vq_kernels.search.triton.rows import (
+    half_norm_ratio,
+    launch_rows,
+    mark_margin,
+    round_rows,
+    row_exponent,
+    row_margin,
+    shift_rows,
+)
+
+
+@triton.jit
+def _fold(
+    scores, best, lost, place, keep_mask, parity_place, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    EXACT: tl.constexpr,
+):  # fmt: skip
+    """One tile of scores [BLOCK_N, BLOCK_K] into the slots. 4 ALU instructions a score, all inside a thread.
+
+    Neighbouring columns share a slot, which halves the registers; `lost` needs no place, so 8 columns hold it.
+    """
+    bits = scores.to(tl.int32, bitcast=True)
+    even, odd = tl.split(tl.reshape(bits, (BLOCK_N, BLOCK_K // 2, 2)))
+    # Added, not OR-ed: the addition runs on the multiply-add units, beside the ALU, which is the bottleneck.
+    even = ((even & keep_mask) + place).to(tl.float32, bitcast=True)
+    odd = ((odd & keep_mask) + (place + parity_place)).to(tl.float32, bitcast=True)
+    higher = tl.maximum(even, odd)
+    if EXACT:
+        let_go = tl.maximum(tl.minimum(even, odd), tl.minimum(best, higher))
+        lost = tl.maximum(lost, tl.max(tl.reshape(let_go, (BLOCK_N, BLOCK_K // 16, 8)), axis=1))
+    return tl.maximum(best, higher), lost
+
+
+# A short last batch or another K is no new kernel.
+@triton.jit(do_not_specialize=["N", "K", "tiles_per_split", "tile_mask"])
+def _scan_kernel(
+    x_ptr,  # [N, D], any strides
+    stride_xn,
+    stride_xd,
+    rows16_ptr,  # [N padded, PITCH] float16, x'; not read where RESIDENT
+    ratios_ptr,  # [N] float32; not read where RESIDENT
+    margins_ptr,  # [N] float32: read where not RESIDENT, written where RESIDENT and SPLIT
+    codebook_ptr,  # [K, D], any strides
+    stride_ck,
+    stride_cd,
+    codes16_ptr,  # [K padded, PITCH] float16, c'
+    half_norms_ptr,  # [K padded] float32, h
+    shift_ptr,  # [D] float32
+    bounds_ptr,  # [4] float32
+    exponent_ptr,  # [1] int32
+    indices_ptr,  # [N] int64
+    codes_ptr,  # [N, D]
+    sq_distances_ptr,  # [N] float32
+    values_ptr,  # [splits, 5, N] float32, where SPLIT
+    places_ptr,  # [splits, 4, N] int32, where SPLIT
+    counters_ptr,  # [2] int32
+    resolve_rows_ptr,  # [N] int32
+    candidates_ptr,  # [N, 4] int32
+    drain_rows_ptr,  # [N] int32
+    N,
+    K,
+    tiles_per_split,
+    tile_mask,
+    D: tl.constexpr,
+    PITCH: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    RESIDENT: tl.constexpr,
+    SPLIT: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_rows = offs_n < N
+    offs_k = tl.arange(0, BLOCK_K)
+    offs_d = tl.arange(0, BLOCK_D)
+    split = tl.program_id(1)
+    first_tile = split * tiles_per_split
+    last_tile = tl.minimum(first_tile + tiles_per_split, tl.cdiv(K, BLOCK_K))
+
+    if RESIDENT:
+        code_exponent = tl.load(exponent_ptr)
+        mask = in_rows[:, None] & (offs_d < D)[None, :]
+        row_addresses = x_ptr + offs_n.to(tl.int64)[:, None] * stride_xn + offs_d.to(tl.int64)[None, :] * stride_xd
+        values = tl.load(row_addresses, mask=mask, other=0.0).to(tl.float32)
+        shift = tl.load(shift_ptr + offs_d, mask=offs_d < D, other=0.0)
+        shifted, rounding, shifted_in_range = shift_rows(values, shift[None, :])
+        finite = tl.min((tl.abs(values) < float("inf")).to(tl.int32), axis=1)
+        in_range = tl.min(shifted_in_range.to(tl.int32), axis=1)
+        exponent = row_exponent(tl.max(tl.abs(shifted), axis=1), code_exponent)
+        rows16, residual_square, rounded_square = round_rows(shifted, rounding, exponent)
+        ratio = half_norm_ratio(exponent, code_exponent)
+        margin = row_margin(residual_square, rounded_square, exponent, code_exponent, bounds_ptr, tile_mask, D)
+        margin = mark_margin(margin, finite, in_range)
+        if SPLIT:  # at once: it would cost a register in the loop
+            tl.store(margins_ptr + offs_n, margin, mask=in_rows & (split == 0))
+    else:
+        ratio = tl.load(ratios_ptr + offs_n, mask=in_rows, other=1.0)
+        margin = tl.load(margins_ptr + offs_n, mask=in_rows, other=ROW_NOT_FINITE)
+
+    keep_mask = ~tile_mask
+    parity_place = (tile_mask + 1) >> 1
+    descent = -ratio  # negated once a row, not once a score
+    best = tl.full([BLOCK_N, BLOCK_K // 2], LOWEST_SCORE, tl.float32)
+    lost = tl.full([BLOCK_N, 8], LOWEST_SCORE, tl.float32)
+    if RESIDENT:
+        for tile in range(first_tile, last_tile):
+            start_k = tile * BLOCK_K
+            half_norms = tl.load(half_norms_ptr + start_k + offs_k)
+            code_addresses = codes16_ptr + start_k.to(tl.int64) * PITCH + (offs_k[:, None] * PITCH + offs_d[None, :])
+            codes16 = tl.load(code_addresses, mask=(offs_d < PITCH)[None, :], other=0.0)
+            scores = tl.dot(rows16, tl.trans(codes16), half_norms[None, :] * descent[:, None])
+            place = tile - first_tile
+            best, lost = _fold(scores, best, lost, place, keep_mask, parity_place, BLOCK_N, BLOCK_K, EXACT)
+    else:
+        for tile in tl.range(first_tile, last_tile, flatten=True):
+            start_k = tile * BLOCK_K
+            half_norms = tl.load(half_norms_ptr + start_k + offs_k)
+            scores = half_norms[None, :] * descent[:, None]
+            for start_d in range(0, PITCH, BLOCK_D):
+                columns = start_d + offs_d
+                row_addresses = rows16_ptr + offs_n.to(tl.int64)[:, None] * PITCH + columns[None, :]
+                rows16 = tl.load(row_addresses, mask=(columns < PITCH)[None, :], other=0.0)
+                code_addresses = (
+                    codes16_ptr + start_k.to(tl.int64) * PITCH + (offs_k[:, None] * PITCH + columns[None, :])
+                )
+                codes16 = tl.load(code_addresses, mask=(columns < PITCH)[None, :], other=0.0)
+                scores = tl.dot(rows16, tl.trans(codes16), scores)
+            place = tile - first_tile
+            best, lost = _fold(scores, best, lost, place, keep_mask, parity_place, BLOCK_N, BLOCK_K, EXACT)
+
+    v0, v1, v2, v3, i0, i1, i2, i3, hidden = slot_winners(best, lost, first_tile, tile_mask, K, BLOCK_K, EXACT)
+    if SPLIT:
+        value_ptrs = values_ptr + (split * 5).to(tl.int64) * N + offs_n
+        place_ptrs = places_ptr + (split * 4).to(tl.int64) * N + offs_n
+        tl.store(value_ptrs, v0, mask=in_rows)
+        tl.store(value_ptrs + N, v1, mask=in_rows)
+        tl.store(value_ptrs + 2 * N, v2, mask=in_rows)
+        tl.store(value_ptrs + 3 * N, v3, mask=in_rows)
+        tl.store(value_ptrs + 4 * N, hidden, mask=in_rows)
+        tl.store(place_ptrs, i0, mask=in_rows)
+        tl.store(place_ptrs + N, i1, mask=in_rows)
+        tl.store(place_ptrs + 2 * N, i2, mask=in_rows)
+        tl.store(place_ptrs + 3 * N, i3, mask=in_rows)
+    else:
+        if EXACT:
+            index = certify(
+                v0, v1, v2, v3, i0, i1, i2, i3, hidden, margin, offs_n, in_rows, counters_ptr, resolve_rows_ptr,
+                candidates_ptr, drain_rows_ptr,
+            )  # fmt: skip
+        else:
+            index = tl.where(is_settled(v0, margin), 0, i0)
+        write_rows(
+            index, margin, offs_n, in_rows, x_ptr, stride_xn, stride_xd, codebook_ptr, stride_ck, stride_cd,
+            indices_ptr, codes_ptr, sq_distances_ptr, D, BLOCK_N, 32 if D > 16 else 16,
+        )  # fmt: skip
+
+
+class SplitStates(NamedTuple):
+    """The state of N rows in each part of the codebook: values [splits, 5, N], places [splits, 4, N], margins [N]."""
+
+    values: Tensor
+    places: Tensor
+    margins: Tensor
+
+
+def launch_scan(
+    x: Tensor,
+    codebook: Tensor,
+    prepared: TritonCodebook,
+    plan: SearchPlan,
+    outputs: Outputs,
+    lists: Lists | None,
+) -> SplitStates | None:
+    """Scan the codebook for the rows x [N, D].
+
+    Args:
+        x: at most plan.rows_per_launch rows.
+        codebook: [K, D], the values that `prepared` was made of.
+        outputs: written for every row, unless the codebook is split.
+        lists: receive the rows that are not proved; None takes the best score without proof.
+
+    Returns:
+        The states to merge where plan.splits > 1, else None.
+    """
+    config = plan.config
+    (num_rows, code_dim), num_codes = x.shape, codebook.shape[0]
+    rows16, ratios, margins = (None, None, None) if config.resident else launch_rows(x, prepared, plan)
+    states = None
+    if plan.splits > 1:
+        states = SplitStates(
+            values=x.new_empty((plan.splits, 5, num_rows), dtype=torch.float32),
+            places=x.new_empty((plan.splits, 4, num_rows), dtype=torch.int32),
+            margins=x.new_empty((num_rows,), dtype=torch.float32) if margins is None else margins,
+        )
+        margins = states.margins
+    with device_of(x):
+        _scan_kernel[(ceil_div(num_rows, config.block_n), plan.splits)](
+            x, *x.stride(), rows16, ratios, margins, codebook, *codebook.stride(), *prepared, *outputs,
+            *(states[:2] if states else (None, None)), *(lists or (None,) * 4), num_rows, num_codes,
+            plan.tiles_per_split, plan.tile_mask, D=code_dim, PITCH=row_pitch(code_dim), BLOCK_N=config.block_n,
+            BLOCK_K=config.block_k, BLOCK_D=config.columns(code_dim), RESIDENT=config.resident,
+            SPLIT=states is not None, EXACT=lists is not None, num_warps=config.num_warps,
+            num_stages=config.num_stages, maxnreg=config.max_registers,
+        )  # fmt: skip
+    return states

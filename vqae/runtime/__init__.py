@@ -1,0 +1,1 @@
+"""Processes: signals, exit codes, several processes."""
