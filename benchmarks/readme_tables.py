@@ -1,4 +1,4 @@
-"""Write the tables of README.md and of docs/learning.md, migrating.md and performance.md from the committed results.
+"""Write the tables of README.md and of the documents from the committed results.
 
     python benchmarks/readme_tables.py           # rewrite them, and draw the plot of the GPU's results if there are any
     python benchmarks/readme_tables.py --check   # exit 1 if a table would change
@@ -124,15 +124,15 @@ def step_table() -> str:
 
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"model": model_table, "search": search_table, "gpu-search": gpu_tables.readme_table},
-    "docs/learning.md": {
+    "docs/explanations/learning.md": {
         "ablation": lambda: ablation_table(read_lines_if_any("ablation.jsonl")),
         "rate-distortion": lambda: rate_distortion_table(read_lines_if_any("rate_distortion.jsonl")),
         "use": lambda: use_table(
             [*read_lines_if_any("rate_distortion.jsonl"), *read_lines_if_any("batch_sizes.jsonl")]
         ),
     },
-    "docs/migrating.md": {"step": step_table},
-    "docs/performance.md": {
+    "docs/guides/migrating.md": {"step": step_table},
+    "docs/explanations/performance.md": {
         **gpu_tables.TABLES,
         "gpu-rate-distortion": lambda: rate_distortion_table(gpu_results("rate_distortion")),
     },

@@ -2,7 +2,7 @@
 
     python benchmarks/recipe_ablation.py --data-dir DIR --epochs 2 --seeds 0 1 2
     python benchmarks/recipe_ablation.py --data-dir DIR --epochs 2 --variants default "no restarts"
-    python benchmarks/readme_tables.py    # writes docs/learning.md's table from the results
+    python benchmarks/readme_tables.py    # writes docs/explanations/learning.md's table from the results
 
 A variant changes one ingredient of the default, or adds one; `VARIANTS` has their settings. Each finished run is a line
 of benchmarks/results/cpu/ablation.jsonl; what is there already is not done again, and a run that was stopped goes on.

@@ -26,7 +26,7 @@ from tests.vqae.commands import TINY, Outcome, load
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 SMALL = f"{shlex.join(TINY)} --dataset imagefolder --data-dir PICTURES"
 
 # By document and heading: what each text of the block is replaced by, before PICTURES and PORT are.
@@ -42,7 +42,7 @@ SUBSTITUTIONS: dict[str, tuple[tuple[str, str], ...]] = {
         ("--nproc-per-node 8", "--nproc-per-node 1"),
         ("HOST:29400", "localhost:PORT"),
     ),
-    "docs/performance.md, How to measure it": (  # goes on with a rehearsal that is finished: `finish_rehearsal`
+    "docs/explanations/performance.md, How to measure it": (  # goes on with a finished rehearsal
         ("--out RESULTS", "--out RESULTS --rehearse"),
         ("--wheels WHEELS", "--wheels PICTURES"),
     ),

@@ -9,7 +9,7 @@ search                      stage "search"; clocks and bare rates in timing
 tiles                       stage "tiles"; kernels and counters in profiles
 training, sweep             the stages of these names; pictures and plain_model serve them
 precompile                  kernels compiled side by side, for search and tiles
-floors, predict             docs/performance.md: what no search can beat, and what is expected of ours
+floors, predict             docs/explanations/performance.md: what no search can beat, and what is expected of ours
 predict_training            what is expected of a step of training
 measured, tables            the lines that were measured, and the tables made of them, in table_form
 """

@@ -1,4 +1,4 @@
-"""The tables and the plot of docs/performance.md and the README, from the results of a GPU. Tables need no package."""
+"""The tables and the plot of docs/explanations/performance.md and the README, from the results of a GPU."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -351,7 +351,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpu-exactness": exactness_table,
     "gpu-training": training_table,
 }
-"""The tables of docs/performance.md, by their names there."""
+"""The tables of docs/explanations/performance.md, by their names there."""
 
 
 def plot_throughput(file: Path) -> None:

@@ -1,6 +1,6 @@
 """Times of one call on the GPU, and what the GPU reaches on the simplest work there is.
 
-The floors of docs/performance.md stand on these rates.
+The floors of docs/explanations/performance.md stand on these rates.
 """
 
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""The tables of docs/learning.md: means and spreads, ratios, and what is refused."""
+"""The tables of docs/explanations/learning.md: means and spreads, ratios, and what is refused."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""The tables of README.md and docs/learning.md are those that the committed results give."""
+"""The tables of README.md and docs/explanations/learning.md are those that the committed results give."""
 
 from pathlib import Path
 
@@ -29,8 +29,8 @@ def test_a_file_without_its_table_is_named(name: str) -> None:
 def test_both_files_are_written_and_checked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "docs").mkdir()
     for name in TABLES:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         text = (ROOT / name).read_text()
         (tmp_path / name).write_text(text.replace("-->\n", "-->\nold\n"))
     monkeypatch.setattr(readme_tables, "ROOT", tmp_path)

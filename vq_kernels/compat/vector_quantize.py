@@ -22,7 +22,7 @@ class VectorQuantize(nn.Module):
     `VectorQuantize` (1.32.0), whose arguments, results and state dict it has, with the exact search of this library.
 
     Example, with dim=256 and codebook_size=512: x [8, 1024, 256] gives quantized [8, 1024, 256], indices [8, 1024] and
-    a loss [], which is 0 in eval mode. docs/migrating.md lists what is the same, what differs and what is not there.
+    a loss [], which is 0 in eval mode. docs/guides/migrating.md lists what is the same and what differs.
 
     Args:
         dim: of x's vectors.

@@ -1,4 +1,4 @@
-"""The floors, the predictions, and the tables of docs/performance.md: figures only where something was measured."""
+"""The floors, the predictions, and the tables of performance.md: figures only where something was measured."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""docs/migrating.md lists every keyword of theirs, and says of each what the code does."""
+"""docs/guides/migrating.md lists every keyword of theirs, and says of each what the code does."""
 
 import inspect
 import re
@@ -11,7 +11,7 @@ from tests.vq_kernels.compat.beside import Theirs
 from vq_kernels import VectorQuantize
 from vq_kernels.compat.keywords import AT_CONSTRUCTION, IN_A_CALL
 
-TEXT = (Path(__file__).parents[3] / "docs" / "migrating.md").read_text()
+TEXT = (Path(__file__).parents[3] / "docs" / "guides" / "migrating.md").read_text()
 
 
 def rows(after: str) -> dict[str, str]:
