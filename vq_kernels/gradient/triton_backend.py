@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vq_kernels.search.triton.common import ceil_div, device_of
+from vq_kernels.search.triton.common import ENABLE_FP_FUSION, ceil_div, device_of
 
 SEGMENT_ROWS = 64
 # Partial sums of a code that are added at once.
@@ -148,10 +148,12 @@ def _sorted_gradient(x: Tensor, codebook: Tensor, indices: Tensor) -> tuple[Tens
             _segment_kernel[(num_segments, column_blocks)](
                 x, *x.stride(), codebook, *codebook.stride(), order, row_starts, segment_starts, segment_codes,
                 partials, num_codes, code_dim, SEGMENT_ROWS=SEGMENT_ROWS, BLOCK_D=COLUMNS,
+                enable_fp_fusion=ENABLE_FP_FUSION,
             )  # fmt: skip
         _combine_kernel[(num_codes, column_blocks)](
-            segment_starts, partials, sums, code_dim, COMBINED_SEGMENTS=COMBINED_SEGMENTS, BLOCK_D=COLUMNS
-        )
+            segment_starts, partials, sums, code_dim, COMBINED_SEGMENTS=COMBINED_SEGMENTS, BLOCK_D=COLUMNS,
+            enable_fp_fusion=ENABLE_FP_FUSION,
+        )  # fmt: skip
     return sums, counts
 
 
@@ -163,6 +165,6 @@ def _atomic_gradient(x: Tensor, codebook: Tensor, indices: Tensor) -> tuple[Tens
         with device_of(x):
             _atomic_kernel[(ceil_div(num_rows, ATOMIC_ROWS), ceil_div(code_dim, COLUMNS))](
                 x, *x.stride(), codebook, *codebook.stride(), indices.contiguous(), sums, counts, num_rows, code_dim,
-                BLOCK_N=ATOMIC_ROWS, BLOCK_D=COLUMNS,
+                BLOCK_N=ATOMIC_ROWS, BLOCK_D=COLUMNS, enable_fp_fusion=ENABLE_FP_FUSION,
             )  # fmt: skip
     return sums.float(), counts

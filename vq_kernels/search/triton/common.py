@@ -18,6 +18,11 @@ ROW_NOT_FINITE = tl.constexpr(-1.0)
 # The least float64 that rounds past float32.
 FLOAT32_OVERFLOW = tl.constexpr(3.4028235677973366e38)
 
+# Whether the compiler may turn a product and a sum into one fused multiply-add; every launch states it, since Triton
+# 3.10 changes the default. True is the default until 3.9. A fused operation rounds once instead of twice, so the error
+# bounds hold either way (docs/exactness.md).
+ENABLE_FP_FUSION = True
+
 
 def ceil_div(numerator: int, denominator: int) -> int:
     """The least whole number that is at least numerator / denominator."""

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vq_kernels.search.triton.common import LARGE_HALF_NORM, ceil_div, device_of
+from vq_kernels.search.triton.common import ENABLE_FP_FUSION, LARGE_HALF_NORM, ceil_div, device_of
 
 # Half norms and codes are padded to a multiple of the widest tile, so that the scan needs no mask over codes.
 CODE_PADDING = 128
@@ -264,13 +264,16 @@ def launch_prepare(codebook: Tensor) -> TritonCodebook:
         _column_statistics_kernel[(programs,)](
             codebook, *codebook.stride(), prepared.half_norms, partials, num_codes, code_dim, codes_per_program,
             BLOCK_K=_BLOCK_K, BLOCK_D=_BLOCK_D, num_warps=8, maxnreg=_STATISTICS_REGISTERS,
+            enable_fp_fusion=ENABLE_FP_FUSION,
         )  # fmt: skip
         _shift_kernel[(1,)](
             partials, prepared.shift, prepared.exponent, code_dim, programs,
             SIXTEEN_BIT=codebook.dtype != torch.float32, BLOCK_P=_BLOCK_P, BLOCK_D=_BLOCK_D, num_warps=8,
+            enable_fp_fusion=ENABLE_FP_FUSION,
         )  # fmt: skip
         _round_codes_kernel[(padded // _BLOCK_K,)](
             codebook, *codebook.stride(), prepared.shift, prepared.exponent, prepared.codes16, prepared.half_norms,
             prepared.bounds, num_codes, code_dim, PITCH=pitch, BLOCK_K=_BLOCK_K, BLOCK_D=_BLOCK_D,
+            enable_fp_fusion=ENABLE_FP_FUSION,
         )  # fmt: skip
     return prepared

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vq_kernels.search.triton.certify import Lists, Outputs, certify, insert, is_settled, round_to, write_rows
-from vq_kernels.search.triton.common import FLOAT32_OVERFLOW, ROW_NOT_FINITE, ceil_div, device_of
+from vq_kernels.search.triton.common import ENABLE_FP_FUSION, FLOAT32_OVERFLOW, ROW_NOT_FINITE, ceil_div, device_of
 from vq_kernels.search.triton.plan import SearchPlan
 from vq_kernels.search.triton.scan import SplitStates
 
@@ -245,7 +245,7 @@ def launch_merge(
         _merge_kernel[(ceil_div(num_rows, MERGE_ROWS),)](
             x, *x.stride(), states.margins, codebook, *codebook.stride(), *outputs, states.values, states.places,
             *(lists or (None,) * 4), num_rows, plan.splits, D=code_dim, BLOCK_N=MERGE_ROWS, BLOCK_D=MERGE_COLUMNS,
-            EXACT=lists is not None, num_warps=4,
+            EXACT=lists is not None, num_warps=4, enable_fp_fusion=ENABLE_FP_FUSION,
         )  # fmt: skip
 
 
@@ -258,9 +258,9 @@ def launch_resolve(
     with device_of(x):
         _resolve_kernel[(min(ceil_div(num_rows, RESOLVE_ROWS), 16 * multiprocessors),)](
             *shared, lists.resolve_rows, lists.candidates, statistics, num_rows, code_dim, BLOCK_R=RESOLVE_ROWS,
-            BLOCK_D=DIFFERENCE_COLUMNS, num_warps=4, maxnreg=DECIDE_REGISTERS,
+            BLOCK_D=DIFFERENCE_COLUMNS, num_warps=4, maxnreg=DECIDE_REGISTERS, enable_fp_fusion=ENABLE_FP_FUSION,
         )  # fmt: skip
         _drain_kernel[(min(ceil_div(num_rows, DRAIN_ROWS), 4 * multiprocessors),)](
             *shared, lists.drain_rows, codebook.shape[0], code_dim, BLOCK_R=DRAIN_ROWS, BLOCK_K=DRAIN_CODES,
-            BLOCK_D=DIFFERENCE_COLUMNS, num_warps=4, maxnreg=DECIDE_REGISTERS,
+            BLOCK_D=DIFFERENCE_COLUMNS, num_warps=4, maxnreg=DECIDE_REGISTERS, enable_fp_fusion=ENABLE_FP_FUSION,
         )  # fmt: skip

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vq_kernels.search.triton.common import ROW_NOT_FINITE, ceil_div, device_of
+from vq_kernels.search.triton.common import ENABLE_FP_FUSION, ROW_NOT_FINITE, ceil_div, device_of
 from vq_kernels.search.triton.plan import SearchPlan
 from vq_kernels.search.triton.prepare import TritonCodebook, row_pitch
 
@@ -175,5 +175,6 @@ def launch_rows(x: Tensor, prepared: TritonCodebook, plan: SearchPlan) -> tuple[
         _rows_kernel[(padded // block_n,)](
             x, *x.stride(), prepared.shift, prepared.exponent, prepared.bounds, rows16, ratios, margins, num_rows,
             plan.tile_mask, D=code_dim, PITCH=row_pitch(code_dim), BLOCK_N=block_n, BLOCK_D=128,
+            enable_fp_fusion=ENABLE_FP_FUSION,
         )  # fmt: skip
     return rows16, ratios, margins

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vq_kernels.search.triton.certify import Lists, Outputs, certify, is_settled, slot_winners, write_rows
-from vq_kernels.search.triton.common import LOWEST_SCORE, ROW_NOT_FINITE, ceil_div, device_of
+from vq_kernels.search.triton.common import ENABLE_FP_FUSION, LOWEST_SCORE, ROW_NOT_FINITE, ceil_div, device_of
 from vq_kernels.search.triton.plan import SearchPlan
 from vq_kernels.search.triton.prepare import TritonCodebook, row_pitch
 from vq_kernels.search.triton.rows import (
@@ -117,7 +117,7 @@ def _scan_kernel(
         margin = row_margin(residual_square, rounded_square, exponent, code_exponent, bounds_ptr, tile_mask, D)
         margin = mark_margin(margin, finite, in_range)
         if SPLIT:  # at once: it would cost a register in the loop
-            tl.store(margins_ptr + offs_n, margin, mask=in_rows & (split == 0))
+            tl.store(margins_ptr + offs_n, margin, mask=offs_n < tl.where(split == 0, N, 0))
     else:
         ratio = tl.load(ratios_ptr + offs_n, mask=in_rows, other=1.0)
         margin = tl.load(margins_ptr + offs_n, mask=in_rows, other=ROW_NOT_FINITE)
@@ -225,6 +225,6 @@ def launch_scan(
             plan.tiles_per_split, plan.tile_mask, D=code_dim, PITCH=row_pitch(code_dim), BLOCK_N=config.block_n,
             BLOCK_K=config.block_k, BLOCK_D=config.columns(code_dim), RESIDENT=config.resident,
             SPLIT=states is not None, EXACT=lists is not None, num_warps=config.num_warps,
-            num_stages=config.num_stages, maxnreg=config.max_registers,
+            num_stages=config.num_stages, maxnreg=config.max_registers, enable_fp_fusion=ENABLE_FP_FUSION,
         )  # fmt: skip
     return states
