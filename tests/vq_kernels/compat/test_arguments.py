@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.vq_kernels.compat.beside import DIM, NUM_CODES, OWN_CODES, Theirs, draw
+from tests.vq_kernels.compat.side_by_side import DIM, NUM_CODES, OWN_CODES, Theirs, draw
 from vq_kernels import VectorQuantize
 from vq_kernels.compat.keywords import AT_CONSTRUCTION, IN_A_CALL
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.vq_kernels.compat.beside import Theirs
+from tests.vq_kernels.compat.side_by_side import Theirs
 from vq_kernels import VectorQuantize
 from vq_kernels.compat.keywords import AT_CONSTRUCTION, IN_A_CALL
 

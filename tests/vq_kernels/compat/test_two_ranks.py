@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.multiprocessing
 
-from tests.vq_kernels.compat.beside import assert_all_close
+from tests.vq_kernels.compat.side_by_side import assert_all_close
 from tests.vq_kernels.compat.two_ranks import LAYERS, WORLD, batches, make, run
 from vq_kernels import nearest_code
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.vq_kernels.compat.beside import DIM, MODES, NUM_CODES, OWN_CODES, draw
+from tests.vq_kernels.compat.side_by_side import DIM, MODES, NUM_CODES, OWN_CODES, draw
 from vq_kernels import VectorQuantize, nearest_code
 
 FEW_MODES = ["default", "cosine", "heads with own codes, projection, cosine", "learnable", "k-means", "dead codes"]

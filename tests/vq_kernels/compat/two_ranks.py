@@ -7,7 +7,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from tests.vq_kernels.compat.beside import DIM, MODES, NUM_CODES, draw
+from tests.vq_kernels.compat.side_by_side import DIM, MODES, NUM_CODES, draw
 from vq_kernels import VectorQuantize
 
 WORLD = 2

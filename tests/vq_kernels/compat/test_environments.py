@@ -10,7 +10,7 @@ from torch.func import functional_call, grad
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from tests.vq_kernels.compat.beside import (
+from tests.vq_kernels.compat.side_by_side import (
     DIM,
     MODES,
     NUM_CODES,

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.multiprocessing
 
-from tests.vq_kernels.residual_ranks import LAYERS, STEPS, WORLD, batches, make, run
+from tests.vq_kernels.modules.residual_ranks import LAYERS, STEPS, WORLD, batches, make, run
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.multiprocessing
 
-from tests.vq_kernels.restart_ranks import LAYERS, SIZES, STEPS, WORLD, make, rows, run, train
+from tests.vq_kernels.learning.dead_code_ranks import LAYERS, SIZES, STEPS, WORLD, make, rows, run, train
 from vq_kernels import nearest_code
 from vq_kernels.learning.dead_codes import spread_rows
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from tests.vq_kernels.compat.beside import (
+from tests.vq_kernels.compat.side_by_side import (
     DIM,
     LEARNABLE,
     MODES,

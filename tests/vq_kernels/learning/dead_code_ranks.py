@@ -1,4 +1,4 @@
-"""What each of two processes does in test_restart_rows.py."""
+"""What each of two processes does in test_dead_codes.py."""
 
 from pathlib import Path
 from typing import Any

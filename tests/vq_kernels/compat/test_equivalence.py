@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.vq_kernels.compat.beside import (
+from tests.vq_kernels.compat.side_by_side import (
     DIM,
     LEARNABLE,
     MODES,
