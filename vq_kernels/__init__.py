@@ -1,8 +1,11 @@
-"""Vector quantization for PyTorch whose nearest-code search is exact."""
+"""Vector quantization for PyTorch with an exact nearest-code search."""
+
+import warnings
+from typing import Any
 
 from vq_kernels.compat import VectorQuantize
 from vq_kernels.functional import Quantized, vector_quantize
-from vq_kernels.learning.optim import attach_gap_step, gap_parameter_group
+from vq_kernels.learning.optim import attach_count_normalised_step, count_normalised_param_group
 from vq_kernels.modules.codebook import perplexity
 from vq_kernels.modules.residual_vector_quantizer import ResidualVectorQuantizer
 from vq_kernels.modules.vector_quantizer import VectorQuantizer
@@ -26,8 +29,8 @@ __all__ = [
     "SearchStatistics",
     "VectorQuantize",
     "VectorQuantizer",
-    "attach_gap_step",
-    "gap_parameter_group",
+    "attach_count_normalised_step",
+    "count_normalised_param_group",
     "nearest_code",
     "nearest_code_topk",
     "perplexity",
@@ -35,3 +38,12 @@ __all__ = [
     "select_backend",
     "vector_quantize",
 ]
+
+_RENAMED = {"attach_gap_step": attach_count_normalised_step, "gap_parameter_group": count_normalised_param_group}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _RENAMED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn(f"{name} was renamed to {_RENAMED[name].__name__}", DeprecationWarning, stacklevel=2)
+    return _RENAMED[name]

@@ -1,4 +1,4 @@
-"""A codebook step that does not vanish with the codebook's size, for any optimiser."""
+"""The count-normalised codebook step: the online k-means rate 1/n_k as an SGD step, for any codebook size."""
 
 from typing import Any
 
@@ -7,41 +7,42 @@ import torch
 from vq_kernels.modules.codebook import LearnedCodebooks
 
 
-def gap_parameter_group(quantizer: LearnedCodebooks, share: float) -> dict[str, Any]:
-    """The codebook's parameter group for an SGD whose step moves each chosen code by `share` of its gap.
+def count_normalised_param_group(quantizer: LearnedCodebooks, fraction: float) -> dict[str, Any]:
+    """Returns an SGD parameter group whose step moves each chosen code `fraction` of the way to the mean of its rows.
 
-    Use together with `attach_gap_step`. No momentum and no weight decay: a code moves only when rows choose it.
+    Use it together with `attach_count_normalised_step`. It has no momentum and no weight decay, so a code moves only
+    when rows choose it.
 
     Args:
-        quantizer: a `VectorQuantizer` or a `ResidualVectorQuantizer`, whose codebook it is.
-        share: of the gap between a code and the mean of its rows that one step closes, in (0, 2).
+        quantizer: a `VectorQuantizer` or a `ResidualVectorQuantizer`.
+        fraction: in (0, 2); 1 is a k-means step.
 
     Raises:
-        ValueError: share outside of (0, 2), where the step would diverge; or a quantizer to which this step does not
-            apply: its codebook has no gradient, or one that passes through a normalisation.
+        ValueError: fraction is outside of (0, 2), where the step diverges; or the quantizer's codebook has no gradient
+            (`ema_decay`), or a gradient that passes through a normalisation (`metric="cosine"`).
     """
-    if not 0 < share < 2:
-        raise ValueError(f"share must be in (0, 2), got {share}")
+    if not 0 < fraction < 2:
+        raise ValueError(f"fraction must be in (0, 2), got {fraction}")
     if quantizer.ema_decay is not None:
         raise ValueError(f"quantizer must learn by gradients, got one with ema_decay={quantizer.ema_decay}")
     if quantizer.metric != "euclidean":
         raise ValueError(f"quantizer must have metric 'euclidean', got {quantizer.metric!r}")
-    return {"params": [quantizer.codebook], "lr": share, "momentum": 0.0, "weight_decay": 0.0}
+    return {"params": [quantizer.codebook], "lr": fraction, "momentum": 0.0, "weight_decay": 0.0}
 
 
-def attach_gap_step(optimizer: torch.optim.Optimizer, quantizer: LearnedCodebooks) -> Any:
-    """Before each step, divide each code's gradient by its share of the batch.
+def attach_count_normalised_step(optimizer: torch.optim.Optimizer, quantizer: LearnedCodebooks) -> Any:
+    """Adds a hook to the optimizer that divides each code's gradient by its share of the batch before each step.
 
-    The gradient of the loss at code k is 2·n_k / (N·D) times the gap between the code and the mean of its n_k rows:
-    with N·D in the millions, a step of ordinary length moves nothing. Multiplied by N·D / (2·n_k) it is the gap itself,
-    whatever the batch, the codebook's size and the code's use, and the learning rate is the share of it that a step
-    closes.
-    It expects the gradient of one training forward pass, with the loss at weight 1.
+    The gradient of the loss at code k is 2·n_k / (N·D) times the difference between the code and the mean of its n_k
+    rows. Since N·D is in the millions, a step of ordinary length moves nothing. The hook multiplies the gradient by
+    N·D / (2·n_k), which leaves the difference itself: the learning rate becomes the fraction of it that a step covers,
+    whatever the batch size, the codebook size and the code's usage. It expects the gradient of one training forward
+    pass, with the loss at weight 1.
 
     Returns:
-        The hook's handle; its `remove()` takes the hook off.
+        The handle of the hook; `handle.remove()` removes it.
 
-    Source: the derivation above; MacQueen 1967 for the step toward the mean.
+    Source: the derivation above; MacQueen 1967 for the step towards the mean.
     """
 
     def divide_by_counts(_optimizer: Any, _args: Any, _kwargs: Any) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from vq_kernels import attach_gap_step, gap_parameter_group
+from vq_kernels import attach_count_normalised_step, count_normalised_param_group
 from vqae.config import Config
 from vqae.model.vqae import VQAE
 
@@ -16,7 +16,7 @@ def build_optimizer(model: VQAE, config: Config) -> torch.optim.SGD:
     """SGD in three groups: encoder and decoder with momentum, the codebook without momentum or decay."""
     codebook = model.quantizer.codebook
     if config.codebook_step == "share":
-        codebook_group = gap_parameter_group(model.quantizer, config.codebook_lr)
+        codebook_group = count_normalised_param_group(model.quantizer, config.codebook_lr)
     else:
         codebook_group = {"params": [codebook], "lr": config.codebook_lr, "momentum": 0.0, "weight_decay": 0.0}
     networks: list[dict[str, Any]] = [
@@ -30,7 +30,7 @@ def build_optimizer(model: VQAE, config: Config) -> torch.optim.SGD:
         weight_decay=config.weight_decay,
     )
     if config.codebook_step == "share":
-        attach_gap_step(optimizer, model.quantizer)
+        attach_count_normalised_step(optimizer, model.quantizer)
     return optimizer
 
 

@@ -8,7 +8,7 @@ import torch.distributed
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from vq_kernels import VectorQuantizer, attach_gap_step, gap_parameter_group
+from vq_kernels import VectorQuantizer, attach_count_normalised_step, count_normalised_param_group
 from vq_kernels.learning.dead_codes import spread_rows
 
 WORLD = 2
@@ -38,8 +38,8 @@ def train(name: str, batches: list[Tensor], *, share: float = 1.0, seed: int = 1
     quantizer = make(name)
     torch.manual_seed(seed)
     parallel = DistributedDataParallel(quantizer) if torch.distributed.is_initialized() else quantizer
-    optimizer = torch.optim.SGD([gap_parameter_group(quantizer, 0.3)])
-    attach_gap_step(optimizer, quantizer)
+    optimizer = torch.optim.SGD([count_normalised_param_group(quantizer, 0.3)])
+    attach_count_normalised_step(optimizer, quantizer)
     for batch in batches:
         optimizer.zero_grad()
         torch.autograd.backward(share * parallel(batch).loss)

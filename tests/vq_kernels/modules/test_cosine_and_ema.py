@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from vq_kernels import VectorQuantizer, attach_gap_step, gap_parameter_group, nearest_code
+from vq_kernels import VectorQuantizer, attach_count_normalised_step, count_normalised_param_group, nearest_code
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -159,10 +159,10 @@ def test_a_second_batch_may_come_before_the_backward(name: str) -> None:
     assert layer.weight.grad.isfinite().all()
 
 
-def test_the_gap_step_with_heads_of_their_own() -> None:
+def test_the_count_normalised_step_with_heads_of_their_own() -> None:
     quantizer = make(heads=2, separate_codebooks=True)
-    optimizer = torch.optim.SGD([gap_parameter_group(quantizer, 1.0)])
-    attach_gap_step(optimizer, quantizer)
+    optimizer = torch.optim.SGD([count_normalised_param_group(quantizer, 1.0)])
+    attach_count_normalised_step(optimizer, quantizer)
     x = draw(50, 8)
     indices, loss = quantizer(x)[1:]
     loss.backward()
@@ -180,9 +180,9 @@ def test_the_gap_step_with_heads_of_their_own() -> None:
         ({"metric": "cosine"}, "quantizer must have metric 'euclidean', got 'cosine'"),
     ],
 )
-def test_the_gap_step_is_for_plain_gradients(options: dict[str, object], message: str) -> None:
+def test_the_count_normalised_step_is_for_plain_gradients(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        gap_parameter_group(make(**options), 0.1)
+        count_normalised_param_group(make(**options), 0.1)
 
 
 @pytest.mark.parametrize(

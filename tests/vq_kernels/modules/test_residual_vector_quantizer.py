@@ -10,7 +10,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from vq_kernels import ResidualVectorQuantizer, attach_gap_step, gap_parameter_group, nearest_code, vector_quantize
+from vq_kernels import (
+    ResidualVectorQuantizer,
+    attach_count_normalised_step,
+    count_normalised_param_group,
+    nearest_code,
+    vector_quantize,
+)
 from vq_kernels.search.reference import brute_force_nearest
 
 STAGES, CODES, DIM = 3, 20, 4
@@ -302,10 +308,10 @@ def test_half_precision_is_widened() -> None:
     assert torch.equal(quantized, wide.quantized.half())
 
 
-def test_the_gap_step() -> None:
+def test_the_count_normalised_step() -> None:
     quantizer = make()
-    optimizer = torch.optim.SGD([gap_parameter_group(quantizer, 1.0)])
-    attach_gap_step(optimizer, quantizer)
+    optimizer = torch.optim.SGD([count_normalised_param_group(quantizer, 1.0)])
+    attach_count_normalised_step(optimizer, quantizer)
     x = draw(100, DIM)
     before = quantizer.codebook.detach().clone()
     indices, loss = quantizer(x)[1:]
