@@ -24,8 +24,7 @@ import torch
 from gpu.floors import PUBLISHED, Shape
 from gpu.results import Line, make_header, read_lines
 from vq_kernels.search.triton.common import ceil_div
-from vq_kernels.search.triton.plan import DeviceProperties, ScanConfig, SearchPlan, pick_config, plan_search
-from vq_kernels.search.triton.prepare import row_pitch
+from vq_kernels.search.triton.plan import DeviceProperties, ScanConfig, SearchPlan, pick_config, plan_search, row_pitch
 
 SHAPES: tuple[Shape, ...] = (
     (256, 512, 512), (256, 1_024, 512), (1_024, 1_024, 512), (65_536, 1_024, 64), (65_536, 8_192, 256),

@@ -21,7 +21,7 @@ from torch import Tensor
 from gpu.commands import Finished, run_command, tail
 from gpu.stage import FINISHED, Context
 from vq_kernels.gradient import triton_backend
-from vq_kernels.search.triton import prepare, rerank, rows, scan
+from vq_kernels.search.triton import prepare, rerank, scan
 from vq_kernels.search.triton.common import ceil_div
 from vq_kernels.search.triton.launch import device_properties, search_with_plan
 from vq_kernels.search.triton.plan import SearchPlan, pick_config
@@ -29,7 +29,7 @@ from vq_kernels.search.triton.plan import SearchPlan, pick_config
 # An error that an API returns and the caller deals with, as PyTorch does when it asks what is there, is no finding.
 TOOLS = {"memcheck": ("--padding", "64", "--report-api-errors", "no"), "racecheck": ()}
 
-_MODULES = (prepare, rows, scan, rerank, triton_backend)
+_MODULES = (prepare, scan, rerank, triton_backend)
 _ERRORS_FOUND = 9  # exit code
 _SUMMARY = re.compile(r"(?:ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard)")
 _ROWS, _CODES = 24, 140  # neither a multiple of a tile; more codes than a tile of any configuration holds

@@ -1,26 +1,25 @@
-"""The codebook's gradient in plain PyTorch, for any device."""
+"""The gradient of the codebook in PyTorch, for any device."""
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-_BUFFER_ELEMENTS = 1 << 20  # of the differences held at a time
+_BUFFER_ELEMENTS = 1 << 20  # differences held at a time
 
 
 def codebook_gradient(x: Tensor, codebook: Tensor, indices: Tensor, deterministic: bool) -> tuple[Tensor, Tensor]:
-    """For each code, the sum over its rows of (code - row), and how many rows it has.
+    """Sum (code - row) over the rows of each code, and count the rows.
 
-    The differences are summed, in float64, as they are: n·c - Σx would cancel.
+    The differences are summed in float64, because n·c - Σx cancels if the codes are good.
 
     Args:
         x: [N, D], a floating dtype.
         codebook: [K, D].
         indices: [N] int64 in [0, K).
-        deterministic: add up each code's rows in their order, whatever the device; else by atomic additions where the
-            device has them.
+        deterministic: add the rows of each code in order, on every device; otherwise CUDA adds atomically.
 
     Returns:
-        difference_sums [K, D], float32 (float64 where an input is), and counts [K] int64.
+        difference_sums [K, D] float32 (float64 if an input is), and counts [K] int64.
     """
     num_codes, code_dim = codebook.shape
     sums = torch.zeros(num_codes, code_dim, dtype=torch.float64, device=x.device)

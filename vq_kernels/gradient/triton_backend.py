@@ -1,15 +1,18 @@
 # Kernels are Python that Triton compiles, so their tensors carry no types.
 # mypy: allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
-"""The codebook's gradient, a segmented sum, in two forms.
+"""The gradient of the codebook in Triton: a segmented sum, in two forms.
 
     difference_sums[k] = sum over rows i with indices[i] = k of (c_k - x_i)
     counts[k]          = number of those rows
 
-The differences are summed, since n c - sum(x) cancels where the codes are good, in float64. Reads x once, gathers the
-codes, writes [K, D]. Deterministic: rows sorted by code (stable), cut into segments of at most SEGMENT_ROWS rows of one
-code, a sum a segment into a workspace [N / SEGMENT_ROWS + K, D], the segments of a code added in order. Atomic: one
-addition an entry, in whatever order, to a workspace [K, D]. Gradient of loss 2 in van den Oord et al. 2017,
-arXiv:1711.00937, eq. 3.
+The differences are summed in float64, because n c - sum(x) cancels if the codes are good. Reads x once, gathers the
+codes, writes [K, D].
+
+Deterministic: rows are sorted by code (stable) and divided into segments of at most SEGMENT_ROWS rows of one code. Each
+segment has one sum in a workspace [N / SEGMENT_ROWS + K, D]; the segments of a code are added in order. Atomic: one
+addition per entry, in any order, to a workspace [K, D].
+
+Source: the second term of van den Oord et al. 2017, arXiv:1711.00937, eq. 3.
 """
 
 import torch
@@ -20,31 +23,23 @@ from torch import Tensor
 from vq_kernels.search.triton.common import ENABLE_FP_FUSION, ceil_div, device_of
 
 SEGMENT_ROWS = 64
-# Partial sums of a code that are added at once.
-COMBINED_SEGMENTS = 32
-ATOMIC_ROWS = 32
-COLUMNS = 64
+_COMBINED_SEGMENTS = 32
+_ATOMIC_ROWS = 32
+_COLUMNS = 64
 
 
 @triton.jit(do_not_specialize=["K"])
 def _segment_kernel(
-    x_ptr,  # [N, D], any strides
-    stride_xn,
-    stride_xd,
-    codebook_ptr,  # [K, D], any strides
-    stride_ck,
-    stride_cd,
+    x_ptr, stride_xn, stride_xd,  # [N, D], any strides
+    codebook_ptr, stride_ck, stride_cd,  # [K, D], any strides
     order_ptr,  # [N] int64, rows sorted by code
     row_starts_ptr,  # [K + 1] int64, where each code's rows start in `order`
     segment_starts_ptr,  # [K + 1] int64, where each code's segments start
     segment_codes_ptr,  # [segments] int64, the code of each segment; K past the last
     partials_ptr,  # [segments, D] float64
-    K,
-    D,
-    SEGMENT_ROWS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """The sum of one segment in float64, for one block of columns."""
+    K, D, SEGMENT_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Sum one segment in float64, for one block of columns."""
     segment = tl.program_id(0).to(tl.int64)
     code = tl.load(segment_codes_ptr + segment)
     if code < K:
@@ -65,11 +60,9 @@ def _combine_kernel(
     segment_starts_ptr,  # [K + 1] int64
     partials_ptr,  # [segments, D] float64
     sums_ptr,  # [K, D] float32
-    D,
-    COMBINED_SEGMENTS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """A code's segments, added in order."""
+    D, COMBINED_SEGMENTS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Add the segments of a code, in order."""
     code = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
     first = tl.load(segment_starts_ptr + code)
@@ -85,21 +78,14 @@ def _combine_kernel(
 
 @triton.jit(do_not_specialize=["N"])
 def _atomic_kernel(
-    x_ptr,  # [N, D], any strides
-    stride_xn,
-    stride_xd,
-    codebook_ptr,  # [K, D], any strides
-    stride_ck,
-    stride_cd,
+    x_ptr, stride_xn, stride_xd,  # [N, D], any strides
+    codebook_ptr, stride_ck, stride_cd,  # [K, D], any strides
     indices_ptr,  # [N] int64
     sums_ptr,  # [K, D] float64, zeros before
     counts_ptr,  # [K] int64, zeros before
-    N,
-    D,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """The differences of a block of rows, for one block of columns, added wherever they belong."""
+    N, D, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Add the differences of a block of rows to their codes, for one block of columns."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask = (rows < N)[:, None] & (columns < D)[None, :]
@@ -113,18 +99,16 @@ def _atomic_kernel(
 
 
 def codebook_gradient(x: Tensor, codebook: Tensor, indices: Tensor, deterministic: bool) -> tuple[Tensor, Tensor]:
-    """Sums of (code - row) over each code's rows, and the number of those rows.
+    """Sum (code - row) over the rows of each code, and count the rows.
 
     Args:
         x: [N, D], float32, float16 or bfloat16, any strides.
-        codebook: [K, D], likewise, on x's device.
+        codebook: [K, D], on x's device; its dtype may differ from x's.
         indices: [N] int64 in [0, K).
-        deterministic: the same bits in every run, at the price of a sort; else atomic additions.
+        deterministic: sort first, for the same bits in every run; otherwise add atomically.
 
     Returns:
         difference_sums [K, D] float32, counts [K] int64.
-
-    Source: van den Oord et al. 2017, arXiv:1711.00937, eq. 3, second term.
     """
     return _sorted_gradient(x, codebook, indices) if deterministic else _atomic_gradient(x, codebook, indices)
 
@@ -136,22 +120,22 @@ def _sorted_gradient(x: Tensor, codebook: Tensor, indices: Tensor) -> tuple[Tens
     counts = row_starts.diff()
     segment_starts = torch.zeros_like(row_starts)
     torch.cumsum((counts + SEGMENT_ROWS - 1) // SEGMENT_ROWS, dim=0, out=segment_starts[1:])
-    # As many as there can be, which the host knows without asking the device how many there are.
+    # The most segments possible, so that the host need not wait for their number.
     num_segments = num_rows // SEGMENT_ROWS + min(num_codes, num_rows)
     segments = torch.arange(num_segments, device=x.device)
     segment_codes = torch.searchsorted(segment_starts, segments, right=True) - 1
     partials = x.new_empty((num_segments, code_dim), dtype=torch.float64)
     sums = codebook.new_empty((num_codes, code_dim), dtype=torch.float32)
-    column_blocks = ceil_div(code_dim, COLUMNS)
+    column_blocks = ceil_div(code_dim, _COLUMNS)
     with device_of(x):
         if num_segments:
             _segment_kernel[(num_segments, column_blocks)](
                 x, *x.stride(), codebook, *codebook.stride(), order, row_starts, segment_starts, segment_codes,
-                partials, num_codes, code_dim, SEGMENT_ROWS=SEGMENT_ROWS, BLOCK_D=COLUMNS,
+                partials, num_codes, code_dim, SEGMENT_ROWS=SEGMENT_ROWS, BLOCK_D=_COLUMNS,
                 enable_fp_fusion=ENABLE_FP_FUSION,
             )  # fmt: skip
         _combine_kernel[(num_codes, column_blocks)](
-            segment_starts, partials, sums, code_dim, COMBINED_SEGMENTS=COMBINED_SEGMENTS, BLOCK_D=COLUMNS,
+            segment_starts, partials, sums, code_dim, COMBINED_SEGMENTS=_COMBINED_SEGMENTS, BLOCK_D=_COLUMNS,
             enable_fp_fusion=ENABLE_FP_FUSION,
         )  # fmt: skip
     return sums, counts
@@ -163,8 +147,8 @@ def _atomic_gradient(x: Tensor, codebook: Tensor, indices: Tensor) -> tuple[Tens
     counts = torch.zeros(num_codes, dtype=torch.int64, device=x.device)
     if num_rows:
         with device_of(x):
-            _atomic_kernel[(ceil_div(num_rows, ATOMIC_ROWS), ceil_div(code_dim, COLUMNS))](
+            _atomic_kernel[(ceil_div(num_rows, _ATOMIC_ROWS), ceil_div(code_dim, _COLUMNS))](
                 x, *x.stride(), codebook, *codebook.stride(), indices.contiguous(), sums, counts, num_rows, code_dim,
-                BLOCK_N=ATOMIC_ROWS, BLOCK_D=COLUMNS, enable_fp_fusion=ENABLE_FP_FUSION,
+                BLOCK_N=_ATOMIC_ROWS, BLOCK_D=_COLUMNS, enable_fp_fusion=ENABLE_FP_FUSION,
             )  # fmt: skip
     return sums.float(), counts

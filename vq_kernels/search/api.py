@@ -1,5 +1,11 @@
-"""The search as users call it."""
+"""The public functions of the exact nearest-code search, and the operator that they call.
 
+`nearest_code` and `search_statistics` check their arguments and call the operator `vq_kernels::nearest_code`, which
+selects a backend (backend.py) and runs its `search`. The operator is opaque to torch.compile and torch.export. During
+export to ONNX, onnx_export.py replaces it.
+"""
+
+import warnings
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -19,7 +25,7 @@ class NearestCode(NamedTuple):
     Attributes:
         indices: [...], int64, in [0, K).
         codes: [..., D], the codebook's rows at `indices`, in x's dtype.
-        sq_distances: [...], float32, the squared Euclidean distance to the code as the codebook holds it.
+        sq_distances: [...], float32, the squared Euclidean distance to the code in the codebook's dtype.
     """
 
     indices: Tensor
@@ -28,25 +34,50 @@ class NearestCode(NamedTuple):
 
 
 class SearchStatistics(NamedTuple):
-    """How many rows each step of a search decided; they add up to N."""
+    """The number of rows that each step of a search decided. They add up to N.
 
-    proved: int
-    resolved: int
-    drained: int
+    Attributes:
+        certified: the error bound of the first scan certified the best code.
+        reranked: float64 distances to a few candidates decided.
+        exhaustive: too many candidates, so the row was searched in float64.
+    """
+
+    certified: int
+    reranked: int
+    exhaustive: int
+
+    @property
+    def proved(self) -> int:
+        """Deprecated name of `certified`."""
+        return _with_deprecation_warning("proved", "certified", self.certified)
+
+    @property
+    def resolved(self) -> int:
+        """Deprecated name of `reranked`."""
+        return _with_deprecation_warning("resolved", "reranked", self.reranked)
+
+    @property
+    def drained(self) -> int:
+        """Deprecated name of `exhaustive`."""
+        return _with_deprecation_warning("drained", "exhaustive", self.exhaustive)
+
+
+def _with_deprecation_warning(old: str, new: str, value: int) -> int:
+    warnings.warn(f"SearchStatistics.{old} is deprecated, use {new}", DeprecationWarning, stacklevel=3)
+    return value
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class PreparedCodebook:
-    """A codebook with all that a search needs of it: shifted, scaled, rounded, with its norms and error bounds.
+    """A codebook prepared for repeated searches: shifted, scaled and rounded, with its norms and error bounds.
 
-    Made by `PreparedCodebook.from_codebook`, for one backend, which VQ_KERNELS_BACKEND may choose then. It owns a copy
-    of the codes, so that no later write to the codebook it was made from changes it; prepare again after the codebook
-    has changed.
+    Created by `PreparedCodebook.from_codebook` for one backend. It holds a copy of the codes, so later changes to the
+    codebook do not affect it. Prepare again after the codebook has changed.
 
     Attributes:
         codebook: [K, D], the copy.
         backend: "triton" or "torch", the backend it is prepared for.
-        operands: what that backend reads, in its own layout.
+        operands: the tensors that backend reads.
     """
 
     codebook: Tensor
@@ -55,11 +86,11 @@ class PreparedCodebook:
 
     @classmethod
     def from_codebook(cls, codebook: Tensor, *, backend: str = "auto") -> "PreparedCodebook":
-        """Prepare a codebook [K, D] (float32, float16, bfloat16 or float64) for repeated searches.
+        """Prepare a codebook [K, D] (float32, float16, bfloat16 or float64).
 
         Raises:
-            TypeError, ValueError: as `nearest_code` does.
-            RuntimeError: backend="triton" cannot run here; says why.
+            TypeError, ValueError: as `nearest_code`.
+            RuntimeError: backend="triton" cannot run here, with the reason.
         """
         check_codebook(codebook)
         with torch.no_grad():
@@ -68,11 +99,82 @@ class PreparedCodebook:
             return cls(copy, name, tuple(backend_module(name).prepare(copy)))
 
 
-def unpacked(codebook: Tensor | PreparedCodebook, backend: Backend) -> tuple[Tensor, list[Tensor], Backend]:
-    """The codes as a tensor, what is prepared of them (or nothing), and the backend to ask for.
+def nearest_code(
+    x: Tensor,
+    codebook: Tensor | PreparedCodebook,
+    *,
+    backend: Backend = "auto",
+    precision: Literal["exact", "fast"] = "exact",
+) -> NearestCode:
+    """Find the codebook row closest to each vector, exactly.
+
+    The indices equal those of a float64 brute-force search over the same values, with the lowest index on a tie. (If
+    two distances agree to within float64's own rounding, 1e-13 relative, either index may be returned.) Neither
+    autocast nor the precision of float32 matrix products changes a result. The [N, K] distances are never stored.
+    Models export to ONNX, where the search is exact too: see `vq_kernels.search.onnx_export`.
+
+    Args:
+        x: [..., D], float32, float16, bfloat16 or float64, any strides.
+        codebook: [K, D], K >= 1, on x's device; its dtype may differ from x's. Or a `PreparedCodebook`.
+        backend: "auto", "triton" or "torch"; see `select_backend`. Only "torch" supports float64.
+        precision: "exact"; or "fast", which takes the best rounded score of the first scan without a certificate. Its
+            error depends on the norms of x and of the codes, both relative to the codebook's mean. With "torch" the
+            squared distance exceeds the minimum by at most 1.1·(D + 16)·2⁻²²·‖c‖·(‖x‖ + ‖c‖), where c is the returned
+            code; typically by a hundredth of that, in one row of a thousand. With "triton", which rounds to 16 bits,
+            the excess is up to a thousand times as large, typically in up to 3 % of rows. The error matters where a few
+            far codes dominate the norms or x is far from all codes: most indices may then be wrong, some by far.
+
+    Returns:
+        NearestCode(indices [...] int64 in [0, K), codes [..., D] in x's dtype, sq_distances [...] float32, within 1e-5
+        relative, inf if float32 overflows). Not differentiable: see `vector_quantize`. A row with NaN or Inf gets
+        index 0 and a NaN distance. A code with NaN or Inf is never chosen, unless no code is finite; the index is then
+        0.
 
     Raises:
-        ValueError: an unknown backend, or another than the one that the codebook was prepared for.
+        TypeError: a dtype is not supported.
+        ValueError: D, the device or K does not match, the backend or precision is unknown, or the codebook was prepared
+            for another backend.
+        RuntimeError: backend="triton" cannot run here, with the reason.
+
+    Source: van den Oord et al. 2017, arXiv:1711.00937, eq. 1.
+    """
+    indices, codes, sq_distances, _ = _search(x, codebook, backend, precision)
+    return NearestCode(indices.view(x.shape[:-1]), codes.view(x.shape), sq_distances.view(x.shape[:-1]))
+
+
+def search_statistics(x: Tensor, codebook: Tensor | PreparedCodebook, *, backend: Backend = "auto") -> SearchStatistics:
+    """Count the rows of x that each step of the search decides. Arguments and errors as for `nearest_code`."""
+    statistics = _search(x, codebook, backend, "exact")[3]
+    return SearchStatistics(*statistics.tolist())
+
+
+def select_backend(x: Tensor, codebook: Tensor | PreparedCodebook, backend: Backend = "auto") -> tuple[Backend, str]:
+    """Return the backend that searches x in codebook, and the reason.
+
+    Args:
+        x: [..., D].
+        codebook: [K, D], on x's device; or a `PreparedCodebook`, whose backend is used.
+        backend: "triton" or "torch" is returned as it is. "auto" is replaced by the environment variable
+            VQ_KERNELS_BACKEND if set; otherwise it selects Triton for CUDA tensors if it can run, else PyTorch. If a
+            CUDA tensor cannot use Triton, "auto" warns once per reason.
+
+    Returns:
+        (name, reason), where name is "triton" or "torch".
+
+    Raises:
+        TypeError, ValueError: as `nearest_code`.
+        RuntimeError: backend="triton" cannot run here, with the reason.
+    """
+    codes, operands, backend = unpacked(codebook, backend)
+    check_pair(x, codes)
+    return (backend, "codebook was prepared for it") if operands else choose_backend(x, codes, backend)
+
+
+def unpacked(codebook: Tensor | PreparedCodebook, backend: Backend) -> tuple[Tensor, list[Tensor], Backend]:
+    """Return the codes as a tensor, the prepared operands (empty for a tensor), and the backend to use.
+
+    Raises:
+        ValueError: the backend is unknown, or the codebook was prepared for another one.
     """
     check_choice("backend", backend, BACKENDS)
     if not isinstance(codebook, PreparedCodebook):
@@ -84,87 +186,33 @@ def unpacked(codebook: Tensor | PreparedCodebook, backend: Backend) -> tuple[Ten
     return codebook.codebook, list(codebook.operands), codebook.backend
 
 
-def nearest_code(
-    x: Tensor,
-    codebook: Tensor | PreparedCodebook,
-    *,
-    backend: Backend = "auto",
-    precision: Literal["exact", "fast"] = "exact",
-) -> NearestCode:
-    """The codebook row closest to each vector, exactly.
-
-    The same indices as a float64 brute-force search over the same values; the lowest index on a tie. (Where two
-    distances agree to within float64's own rounding, 1e-13 relative, either may be given.) Neither autocast nor the
-    switches for float32 matrix products change a result. Of the [N, K] distances no more than a tile is ever
-    held. A model that holds a search can be exported to ONNX, where it is as exact: see
-    `vq_kernels.search.onnx_export`.
-
-    Args:
-        x: [..., D], float32, float16, bfloat16 or float64, any strides.
-        codebook: [K, D], K >= 1, on x's device, its dtype may differ from x's; or a `PreparedCodebook`.
-        backend: "auto", "triton" or "torch"; see `select_backend`. float64 is for "torch".
-        precision: "exact"; or "fast", which takes the best of the first scan's rounded scores without a proof. What it
-            costs depends on the lengths of x and of the codes, both less the codebook's mean: by "torch" the squared
-            distance exceeds the least by at most 1.1·(D + 16)·2⁻²²·‖c‖·(‖x‖ + ‖c‖), c the code given; as a rule by a
-            hundredth of that, in one row of a thousand. By "triton", which rounds to 16 bits, it is up to a thousand
-            times as much, in up to 3 % of rows as a rule. Beside the distance that is much where a few far codes
-            lengthen all others, or where x is far from all codes: then most rows may be wrong, and some by far.
-
-    Returns:
-        NearestCode(indices [...] int64 in [0, K), codes [..., D] in x's dtype, sq_distances [...] float32, within 1e-5
-        relative, inf where float32 overflows). Not differentiable: see `vector_quantize`. A row holding NaN or Inf gets
-        index 0 and a NaN distance. A code holding NaN or Inf is chosen only where there is no finite one; then 0 is.
-
-    Raises:
-        TypeError: a dtype that is not supported.
-        ValueError: D, the device or K does not fit, an unknown backend or precision, or another backend than the one
-            that the codebook was prepared for.
-        RuntimeError: backend="triton" cannot run here; says why.
-
-    Source: van den Oord et al. 2017, arXiv:1711.00937, eq. 1.
-    """
-    indices, codes, sq_distances, _ = _search(x, codebook, backend, precision)
-    return NearestCode(indices.view(x.shape[:-1]), codes.view(x.shape), sq_distances.view(x.shape[:-1]))
-
-
-def search_statistics(x: Tensor, codebook: Tensor | PreparedCodebook, *, backend: Backend = "auto") -> SearchStatistics:
-    """How many of x's rows the first scan proved, how many were resolved among a few candidates by float64 differences,
-    how many had too many candidates for that and were searched in float64. Arguments and errors as for `nearest_code`.
-    """
-    statistics = _search(x, codebook, backend, "exact")[3]
-    return SearchStatistics(*statistics.tolist())
-
-
-def select_backend(x: Tensor, codebook: Tensor | PreparedCodebook, backend: Backend = "auto") -> tuple[Backend, str]:
-    """The backend that a search of x in codebook uses, and the reason.
-
-    Args:
-        x: [..., D].
-        codebook: [K, D], on x's device; or a `PreparedCodebook`, which has a backend of its own.
-        backend: "triton" or "torch" is taken as it is; "auto" (or what VQ_KERNELS_BACKEND puts in its place) takes
-            Triton for CUDA tensors where it can run, else PyTorch, and warns, once for each reason, where a CUDA
-            tensor has to do without Triton.
-
-    Returns:
-        (name, reason): name is "triton" or "torch".
-
-    Raises:
-        TypeError, ValueError: as `nearest_code` does.
-        RuntimeError: backend="triton" cannot run here; says why.
-    """
-    codes, operands, backend = unpacked(codebook, backend)
-    check_pair(x, codes)
-    return (backend, "codebook was prepared for it") if operands else choose_backend(x, codes, backend)
-
-
 def _search(
     x: Tensor, codebook: Tensor | PreparedCodebook, backend: Backend, precision: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     check_choice("precision", precision, PRECISIONS)
     codebook, operands, backend = unpacked(codebook, backend)
     check_pair(x, codebook)
-    rows = x.detach().reshape(-1, x.shape[-1])
-    indices, codes, sq_distances, statistics = nearest_code_op(rows, codebook.detach(), operands, backend, precision)
+    return nearest_code_op(x.detach().reshape(-1, x.shape[-1]), codebook.detach(), operands, backend, precision)
+
+
+def nearest_code_op(
+    x: Tensor, codebook: Tensor, operands: list[Tensor], backend: str, precision: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Call the operator; during export to ONNX, call its replacement.
+
+    Args:
+        x: [N, D].
+        codebook: [K, D].
+        operands: what the backend has prepared of the codebook, or empty.
+        backend: "auto", "triton" or "torch".
+        precision: "exact" or "fast".
+
+    Returns:
+        indices [N], codes [N, D], sq_distances [N], statistics [3] int64; see `NearestCode` and `SearchStatistics`.
+    """
+    if torch.onnx.is_in_onnx_export():
+        return onnx_export.search(x, codebook)
+    indices, codes, sq_distances, statistics = _operator(x, codebook, operands, backend, precision)
     return indices, codes, sq_distances, statistics
 
 
@@ -172,7 +220,6 @@ def _search(
 def _operator(
     x: Tensor, codebook: Tensor, operands: list[Tensor], backend: str, precision: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x [N, D], codebook [K, D], operands of the backend (or none) -> indices, codes, sq_distances, statistics."""
     if not has_float64(x.device):
         found = _operator(x.cpu(), codebook.cpu(), [operand.cpu() for operand in operands], backend, precision)
         indices, codes, sq_distances, statistics = (result.to(x.device) for result in found)
@@ -193,13 +240,3 @@ def _(
         x.new_empty(num_rows, dtype=torch.float32),
         x.new_empty(3, dtype=torch.int64),
     )
-
-
-def nearest_code_op(
-    x: Tensor, codebook: Tensor, operands: list[Tensor], backend: str, precision: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The operator, and what takes its place while a module is exported to ONNX; arguments and results are its own."""
-    if torch.onnx.is_in_onnx_export():
-        return onnx_export.search(x, codebook)
-    indices, codes, sq_distances, statistics = _operator(x, codebook, operands, backend, precision)
-    return indices, codes, sq_distances, statistics

@@ -16,7 +16,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether Triton's kernels run in its interpreter: on the CPU, and a thousand times slower."""
 
 BACKENDS_HERE = ("triton",) if INTERPRETED else ("torch", "triton") if torch.cuda.is_available() else ("torch",)
-"""What this process tests. test_triton_search.py starts one that interprets, for Triton alone."""
+"""What this process tests. test_triton_launch.py starts one that interprets, for Triton alone."""
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, *((torch.float64,) if "torch" in BACKENDS_HERE else ()))
 """What x and the codebook can be in this process; float64 is for PyTorch."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vq_kernels.search.api import backend_module
 
-STEPS = ("proved", "resolved", "drained")
+STEPS = ("certified", "reranked", "exhaustive")
 
 
 class Totals:
@@ -23,7 +23,7 @@ class Totals:
         self.counts.setdefault(backend, Counter()).update({"searches": searches, **rows})
 
     def lines(self) -> Iterator[str]:
-        """One line a backend; test_triton_search.py reads it back from a process of its own."""
+        """One line a backend; test_triton_launch.py reads it back from a process of its own."""
         for backend, counts in self.counts.items():
             rows = ", ".join(f"{counts[step]} {step}" for step in STEPS)
             yield f"{backend}: {counts['searches']} searches; rows: {rows}"

@@ -113,9 +113,9 @@ def test_a_bound_without_the_half_norm_in_the_accumulation_is_too_small(code_dim
     assert (error <= prepared.error_bound(packed_bits=0)).all()
 
 
-@pytest.mark.parametrize(("twins_apart", "least_proved", "misled"), [(None, 0.9, False), (1e-3, 0.4, True)])
+@pytest.mark.parametrize(("twins_apart", "least_certified", "misled"), [(None, 0.9, False), (1e-3, 0.4, True)])
 def test_what_the_certificate_proves_on_the_model_is_right(
-    twins_apart: float | None, least_proved: float, misled: bool
+    twins_apart: float | None, least_certified: float, misled: bool
 ) -> None:
     x, codebook = make_search_data("clustered", 500, 256, 16, seed=4)
     if twins_apart is not None:
@@ -123,8 +123,8 @@ def test_what_the_certificate_proves_on_the_model_is_right(
     prepared = prepare(x.double().numpy(), codebook.double().numpy())
     scores = truncating_product(prepared.rows, prepared.codes, -prepared.half_norms, group=8, fraction_bits=24)
     winners = torch.from_numpy(scores).topk(2, dim=1)
-    proved = (winners.values[:, 0] - winners.values[:, 1]).numpy() > 2 * prepared.error_bound(packed_bits=0)
+    certified = (winners.values[:, 0] - winners.values[:, 1]).numpy() > 2 * prepared.error_bound(packed_bits=0)
     right = winners.indices[:, 0].numpy() == prepared.true_scores.argmax(axis=1)
-    assert right[proved].all()
-    assert proved.mean() > least_proved
+    assert right[certified].all()
+    assert certified.mean() > least_certified
     assert right.all() != misled

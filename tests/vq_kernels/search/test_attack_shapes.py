@@ -126,7 +126,7 @@ def test_codes_whose_sum_overflows(backend: str, steps: Counter[str], size: floa
     num_rows = 100 if INTERPRETED else 1000
     x, codebook = (size * (0.5 + 0.5 * t.sigmoid()) for t in gaussian(num_rows, 64, 4))
     found = check_exact(backend, x, codebook)
-    assert steps["proved"] > (990 if backend == "torch" else num_rows // 2)
+    assert steps["certified"] > (990 if backend == "torch" else num_rows // 2)
     device = device_of(backend)
     fast = nearest_code(x.to(device), codebook.to(device), backend=backend, precision="fast")
     assert (fast.indices.cpu() != found.indices).sum() <= (1 if backend == "torch" else num_rows // 20)
@@ -136,15 +136,15 @@ def test_no_search_is_made_where_no_code_is_finite(backend: str, steps: Counter[
     x, codebook = gaussian(50, 30, 4)
     codebook[:, 0] = torch.nan
     check_exact(backend, x, codebook)
-    assert steps == Counter(proved=50)
+    assert steps == Counter(certified=50)
 
 
 @pytest.mark.parametrize("radius", [3e-4, 1.0, 3000.0])
-def test_rows_far_from_all_codes_are_proved(backend: str, steps: Counter[str], radius: float) -> None:
+def test_rows_far_from_all_codes_are_certified(backend: str, steps: Counter[str], radius: float) -> None:
     _, codebook = gaussian(1, 60, 1)
     x = torch.linspace(0.5, 2, 100)[:, None] * 2.0**29 * radius
     check_exact(backend, x, radius * codebook)
-    assert steps == Counter(proved=100)
+    assert steps == Counter(certified=100)
 
 
 def test_more_dimensions_than_float32_has_bounds_for() -> None:

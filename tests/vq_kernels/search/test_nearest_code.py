@@ -154,11 +154,10 @@ def test_statistics_add_up_and_each_step_is_reached() -> None:
     codebook = draw(400, 8, seed=1)
     ties = (codebook[:50] + codebook[50:100]) / 2  # about as far from two codes
     same = codebook[:1].expand(400, 8)
-    assert search_statistics(draw(200, 8), codebook).proved > 190
+    assert search_statistics(draw(200, 8), codebook).certified > 190
     near_ties = search_statistics(codebook[0] + 0.5 * (codebook[1:2] - codebook[0]) + 0 * ties, codebook[:2])
-    assert near_ties.resolved == 50
-    drained = search_statistics(draw(20, 8), same)
-    assert drained.drained == 20
+    assert near_ties.reranked == 50
+    assert search_statistics(draw(20, 8), same).exhaustive == 20
     assert sum(search_statistics(ties, codebook)) == 50
 
 

@@ -117,7 +117,7 @@ def test_tensors_on_another_than_the_current_device():
     codebook_gradient(x, codebook, indices, True)
 
 
-def test_equal_codes_are_drained_to_the_lowest():
+def test_equal_codes_are_exhaustive_and_give_the_lowest_index():
     x, codebook = make(5000, 64, 32)
     indices, _, _, statistics = launch.search(x, codebook.repeat(8, 1), [], "exact")
     assert torch.equal(indices, nearest(x, codebook))

@@ -9,17 +9,18 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vq_kernels.search.triton import launch, prepare, rerank, rows, scan
+from vq_kernels.search.triton import launch, prepare, rerank, scan
 from vq_kernels.search.triton.common import ceil_div
 from vq_kernels.search.triton.plan import (
+    CODE_PADDING,
     CONFIGS,
     MAX_TILES_PER_SPLIT,
     DeviceProperties,
     pick_config,
     plan_search,
+    row_pitch,
     workspace_limit,
 )
-from vq_kernels.search.triton.prepare import CODE_PADDING, row_pitch
 
 A100, H100, B200 = (DeviceProperties(*p) for p in (((8, 0), 108), ((9, 0), 132), ((10, 0), 148)))
 SHAPES = [
@@ -92,7 +93,7 @@ def test_a_search_keeps_within_its_memory(
 ):
     """All launches of a search, on tensors without data: what it holds at a time beyond inputs and outputs."""
     n, k, d = shape
-    for module in (prepare, rows, scan, rerank):
+    for module in (prepare, scan, rerank):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, NoKernel())
     monkeypatch.setattr(launch, "device_properties", lambda device: properties)

@@ -1,34 +1,246 @@
-"""Constants and small helpers that the Triton kernels share."""
+# Kernels are Python that Triton compiles, so their tensors carry no types.
+# mypy: allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+"""What the kernels of the search share: constants, a row's margin, the certificate, and the outputs of a row.
+
+The margin. In units scaled by 2**(e_x + e_c), let X = (x - mu) 2**e_x and C_k = (c_k - mu) 2**e_c before rounding, and
+h_k = 0.5 ||C_k||**2 ratio with ratio = 2**(e_x - e_c). The true score X . C_k - h_k and the score in the scan differ by
+at most
+
+    E = r_x C                                   rounding of the row: |(X - x') . C_k| <= ||X - x'|| ||C_k||
+      + ||x'|| R                                rounding of the codes: |x' . (C_k - c'_k)|
+      + (D + 16) 2**-23 (||x'|| C' + H ratio)   the tensor core's accumulator, which starts at -h and truncates
+      + 2**(b - 23) (||x'|| C' + H ratio)       the position of the code, in the b lowest mantissa bits
+      + 2**-23 H ratio                          rounding of h to float32
+      + H ratio, only if the ratio was raised to 2**-40 (h is then far below the other terms)
+      + 2**-60                                  underflow
+
+The margin is 2 E, computed in float32 and rounded up. r_x and ||x'|| are float32 sums of D squares; each is raised by
+(D + 32) 2**-23 relative and 2**-60 absolute, which also covers the square root of the hardware (within 2**-23; 0 for
+subnormals). C, R, C' and H come rounded up from prepare.py. E is raised by 2**-18 for its own dozen roundings and for
+that of best - runner-up. docs/explanations/exactness.md has the proof. Source of the accumulator's term: Blanchard et
+al., Mixed Precision Block Fused Multiply-Add, SIAM J. Sci. Comput. 42 (2020), with truncation instead of rounding.
+
+The certificate. The state of a row over some codes is its four best scores with their codes, in order, and `hidden`,
+the best score that is not among the four. States of parts of a codebook merge into one. With m = 2 E a row is
+
+    certified    if v0 - max(v1, hidden) > m; strictly, so equal scores are never certified
+    reranked     else if v0 - hidden > m: the nearest code is among the four
+    exhaustive   otherwise: any code may be the nearest
+"""
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
 # Half norm of a code that must never win (NaN, Inf, past K). A row scales it by 2**-40 to 2**20, which leaves it
-# finite and at least 2**64, while no true score passes 2**60.
+# finite and at least 2**64. True scores stay below 2**60.
 LARGE_HALF_NORM = tl.constexpr(2.0**104)
-# The greatest score of a row is below this only where no code is finite.
+# The best score of a row is below this only if no code is finite.
 NO_FINITE_CODE = tl.constexpr(-(2.0**62))
-# Below every score, packed or not; finite, so that differences of it are never NaN.
+# Below every score, packed or not; finite, so that differences are never NaN.
 LOWEST_SCORE = tl.constexpr(-3.0e38)
-# A margin that marks a row with NaN or Inf; true margins are positive.
+# Marks a row with NaN or Inf; true margins are positive.
 ROW_NOT_FINITE = tl.constexpr(-1.0)
-# The least float64 that rounds past float32.
-FLOAT32_OVERFLOW = tl.constexpr(3.4028235677973366e38)
-
-# Whether the compiler may turn a product and a sum into one fused multiply-add; every launch states it, since Triton
-# 3.10 changes the default. True is the default until 3.9. A fused operation rounds once instead of twice, so the error
-# bounds hold either way (docs/exactness.md).
+# Whether the compiler may fuse a product and a sum into one multiply-add. Every launch states it, because Triton 3.10
+# changes the default; up to 3.9 it is True. A fused operation rounds once instead of twice, so the error bounds hold
+# either way (docs/explanations/exactness.md).
 ENABLE_FP_FUSION = True
 
 
+class Outputs(NamedTuple):
+    """What a search returns of N rows: indices [N] int64, codes [N, D] in x's dtype, sq_distances [N] float32."""
+
+    indices: Tensor
+    codes: Tensor
+    sq_distances: Tensor
+
+
+class Uncertified(NamedTuple):
+    """The rows that the scan does not certify, on the device.
+
+    Attributes:
+        counters: [2] int32, the number of rows to rerank and of exhaustive rows; zeros before the scan.
+        rerank_rows: [N] int32, the rows whose nearest code is among their candidates.
+        candidates: [N, 4] int32, in the order of rerank_rows.
+        exhaustive_rows: [N] int32, the rows that need a distance to every code.
+    """
+
+    counters: Tensor
+    rerank_rows: Tensor
+    candidates: Tensor
+    exhaustive_rows: Tensor
+
+
 def ceil_div(numerator: int, denominator: int) -> int:
-    """The least whole number that is at least numerator / denominator."""
+    """numerator / denominator, rounded up."""
     return -(-numerator // denominator)
 
 
 def device_of(tensor: Tensor) -> AbstractContextManager[object]:
-    """Makes a CUDA tensor's device the current one, on which Triton launches; nothing to do on the CPU."""
+    """Make a CUDA tensor's device the current one, on which Triton launches. Does nothing for a CPU tensor."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+@triton.jit
+def shift_rows(values, shift):
+    """values - shift [BLOCK_N, BLOCK_D], the rounding error of that difference (TwoSum), and whether it is finite.
+
+    Entries whose shifted value is not finite become 0, so that no NaN enters the scan.
+    """
+    shifted = values - shift
+    back = shifted - values
+    lost = (values - (shifted - back)) - (shift + back)
+    in_range = tl.abs(shifted) < float("inf")
+    return tl.where(in_range, shifted, 0.0), tl.where(in_range, lost, 0.0), in_range
+
+
+@triton.jit
+def _power_of_two(exponent):
+    """2**exponent as float32, for -126 <= exponent <= 127."""
+    return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def row_exponent(largest, code_exponent):
+    """The exponent e_x of each row's scale: largest * 2**e_x < 2**14.
+
+    At most 20 above the codes' exponent: rows that are tiny compared to the codes need no more, and h * ratio stays in
+    range.
+    """
+    binary_exponent = (largest.to(tl.int32, bitcast=True) >> 23) - 127
+    return tl.minimum(13 - binary_exponent, tl.minimum(code_exponent + 20, 126))
+
+
+@triton.jit
+def round_rows(shifted, lost, exponent):
+    """x' [BLOCK_N, BLOCK_D] float16, and per row the sums of squares of (x - mu) 2**e_x - x' and of x'."""
+    scale = _power_of_two(exponent)[:, None]
+    scaled = shifted * scale
+    rounded = scaled.to(tl.float16)
+    # Exact but for the last sum: the first difference has no more bits than `scaled`.
+    residual = (scaled - rounded.to(tl.float32)) + lost * scale
+    widened = rounded.to(tl.float32)
+    return rounded, tl.sum(residual * residual, axis=1), tl.sum(widened * widened, axis=1)
+
+
+@triton.jit
+def half_norm_ratio(exponent, code_exponent):
+    """2**(e_x - e_c), the scale of the half norms for a row; at least 2**-40, below which h does not matter."""
+    return _power_of_two(tl.maximum(exponent - code_exponent, -40))
+
+
+@triton.jit
+def row_margin(residual_square, rounded_square, exponent, code_exponent, bounds_ptr, tile_mask, D: tl.constexpr):
+    """2 E of each row, every term rounded up. The terms are in the order of this file's docstring."""
+    code_norm = tl.load(bounds_ptr)  # C
+    code_residual = tl.load(bounds_ptr + 1)  # R
+    code_rounded = tl.load(bounds_ptr + 2)  # C'
+    half_norm = tl.load(bounds_ptr + 3) * half_norm_ratio(exponent, code_exponent)  # H ratio
+    raise_by: tl.constexpr = 1.0 + (D + 32) * 2.0**-23
+    residual_norm = tl.sqrt(residual_square) * raise_by + 2.0**-60
+    rounded_norm = tl.sqrt(rounded_square) * raise_by + 2.0**-60
+    # Trap: the accumulator starts at -h and is truncated in proportion to h too, so H belongs in `magnitude`.
+    magnitude = rounded_norm * code_rounded + half_norm
+    error = residual_norm * code_norm + rounded_norm * code_residual
+    error += magnitude * ((D + 16) * 2.0**-23)
+    error += magnitude * ((tile_mask + 1).to(tl.float32) * 2.0**-23)
+    error += half_norm * 2.0**-23
+    error += tl.where(exponent - code_exponent < -40, half_norm, 0.0)
+    error += 2.0**-60
+    return 2.0 * (error * (1.0 + 2.0**-18))
+
+
+@triton.jit
+def mark_margin(margin, finite, in_range):
+    """The margin; ROW_NOT_FINITE for rows with NaN or Inf, +inf (certifies nothing) for rows that overflow shifted."""
+    return tl.where(finite == 0, ROW_NOT_FINITE, tl.where(in_range == 0, float("inf"), margin))
+
+
+@triton.jit
+def is_settled(v0, margin):
+    """Whether the index is 0 whatever the scores are: no code is finite, or the row is not."""
+    return (v0 < NO_FINITE_CODE) | (margin < 0)
+
+
+@triton.jit
+def certify(
+    v0, v1, v2, v3, i0, i1, i2, i3, hidden, margin, offs_n, in_rows, counters_ptr, rerank_rows_ptr, candidates_ptr,
+    exhaustive_rows_ptr,
+):  # fmt: skip
+    """The index of each row. Rows that are not certified are added to `Uncertified`.
+
+    Candidates beyond the margin are replaced by the best. The order in which rows are added depends on timing; what is
+    computed for them does not.
+    """
+    settled = is_settled(v0, margin)
+    certified = settled | (v0 - tl.maximum(v1, hidden) > margin)
+    complete = v0 - hidden > margin  # False if the margin is NaN
+    rerank = in_rows & (certified == 0) & complete
+    exhaustive = in_rows & (certified == 0) & (complete == 0)
+    position = _reserve(counters_ptr, rerank)
+    tl.store(rerank_rows_ptr + position, offs_n, mask=rerank)
+    tl.store(candidates_ptr + 4 * position, i0, mask=rerank)
+    tl.store(candidates_ptr + 4 * position + 1, tl.where(v0 - v1 <= margin, i1, i0), mask=rerank)
+    tl.store(candidates_ptr + 4 * position + 2, tl.where(v0 - v2 <= margin, i2, i0), mask=rerank)
+    tl.store(candidates_ptr + 4 * position + 3, tl.where(v0 - v3 <= margin, i3, i0), mask=rerank)
+    tl.store(exhaustive_rows_ptr + _reserve(counters_ptr + 1, exhaustive), offs_n, mask=exhaustive)
+    return tl.where(settled, 0, i0)
+
+
+@triton.jit
+def _reserve(counter_ptr, wanted):
+    """A position for each row that wants one. One atomic per program, none if no row wants one."""
+    number = wanted.to(tl.int32)
+    total = tl.sum(number, axis=0)
+    first = tl.atomic_add(counter_ptr, total, mask=total > 0)
+    first = tl.where(total > 0, first, 0)
+    return first + tl.cumsum(number, axis=0) - number
+
+
+@triton.jit
+def round_to(code, dtype: tl.constexpr):
+    """A gathered code in x's dtype, rounded to nearest even.
+
+    bfloat16 is rounded by its bits first, because Triton's interpreter truncates where the hardware rounds.
+    """
+    code = code.to(tl.float32)
+    if dtype == tl.bfloat16:
+        bits = code.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+        code = tl.where(tl.abs(code) < float("inf"), bits.to(tl.float32, bitcast=True), code)
+    return code.to(dtype)
+
+
+@triton.jit
+def write_rows(
+    index, margin, offs_n, in_rows, x_ptr, stride_xn, stride_xd, codebook_ptr, stride_ck, stride_cd, indices_ptr,
+    codes_ptr, sq_distances_ptr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Write index, code and squared distance of BLOCK_N rows.
+
+    The differences are rounded to float32. Their squares are summed twice, plain and scaled by 2**128: the second sum
+    holds what underflows in the first, and is taken if it is finite.
+    """
+    offs_d = tl.arange(0, BLOCK_D)
+    rows = offs_n.to(tl.int64)
+    plain = tl.zeros([BLOCK_N], tl.float32)
+    raised = tl.zeros([BLOCK_N], tl.float32)
+    for start_d in range(0, D, BLOCK_D):
+        columns = (start_d + offs_d).to(tl.int64)[None, :]
+        mask = in_rows[:, None] & (columns < D)
+        values = tl.load(x_ptr + rows[:, None] * stride_xn + columns * stride_xd, mask=mask, other=0.0)
+        source = codebook_ptr + index.to(tl.int64)[:, None] * stride_ck + columns * stride_cd
+        code = tl.load(source, mask=mask, other=0.0)
+        tl.store(codes_ptr + rows[:, None] * D + columns, round_to(code, codes_ptr.dtype.element_ty), mask=mask)
+        difference = code.to(tl.float32) - values.to(tl.float32)
+        large = difference * 2.0**64
+        plain += tl.sum(difference * difference, axis=1)
+        raised += tl.sum(large * large, axis=1)
+    sq_distance = tl.where(raised < float("inf"), (raised * 2.0**-64) * 2.0**-64, plain)
+    sq_distance = tl.where(margin < 0, float("nan"), sq_distance)  # a row with NaN or Inf
+    tl.store(indices_ptr + rows, index.to(tl.int64), mask=in_rows)
+    tl.store(sq_distances_ptr + rows, sq_distance, mask=in_rows)

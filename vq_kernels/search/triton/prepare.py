@@ -1,18 +1,22 @@
 # Kernels are Python that Triton compiles, so their tensors carry no types.
 # mypy: allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
-"""What the Triton scan needs to know of a codebook: shifted, scaled, rounded codes and their norms.
+"""Prepares both sides of the scan: codes and rows, shifted, scaled, rounded to float16, with their norms.
 
-    mu   = mean over the finite codes                          (float64 sum, kept as float32)
+    mu   = mean over the finite codes                          (float64 sum, stored as float32)
     e    = the exponent for which max |c_k - mu| * 2**e < 2**14
     c'_k = fp16((c_k - mu) * 2**e)
-    h_k  = 0.5 * ||(c_k - mu) * 2**e||**2                      (float64 sum, kept as float32)
+    h_k  = 0.5 * ||(c_k - mu) * 2**e||**2                      (float64 sum, stored as float32)
     C, R, C', H = max ||(c_k - mu) * 2**e||, max ||(c_k - mu) * 2**e - c'_k||, max ||c'_k||, max h_k, rounded up
+    x'_n = fp16((x_n - mu) * 2**e_n), if D is too long for the scan to keep a tile of x' on the chip; see common.py
 
-Reads the codebook three times, writes 2 bytes an entry and 4 bytes a code; three launches, no host synchronisation,
-no float64 array of the codebook's size. Any float32 mu is right, since distances do not move with it: a 16-bit
-codebook whose mean is small beside its spread keeps mu = 0, and is then represented exactly.
+The codebook takes three launches, which read it three times and write 2 bytes per entry and 4 bytes per code; there is
+no float64 copy. The rows take one launch, which reads x twice and writes 2 bytes per entry and 8 bytes per row. Nothing
+waits for the device.
 
-Bound of the rounding to fp16: Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., section 2.
+Distances do not depend on mu, so any float32 mu is right. A 16-bit codebook whose mean is small compared to its spread
+gets mu = 0, and is then represented exactly.
+
+Source of the bound on rounding to fp16: Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., section 2.
 """
 
 from typing import NamedTuple
@@ -22,26 +26,37 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vq_kernels.search.triton.common import ENABLE_FP_FUSION, LARGE_HALF_NORM, ceil_div, device_of
+from vq_kernels.search.triton.common import (
+    ENABLE_FP_FUSION,
+    LARGE_HALF_NORM,
+    ceil_div,
+    device_of,
+    half_norm_ratio,
+    mark_margin,
+    round_rows,
+    row_exponent,
+    row_margin,
+    shift_rows,
+)
+from vq_kernels.search.triton.plan import CODE_PADDING, SearchPlan, row_pitch
 
-# Half norms and codes are padded to a multiple of the widest tile, so that the scan needs no mask over codes.
-CODE_PADDING = 128
 _BLOCK_K = 32
 _BLOCK_D = 64
-# Partial sums that are combined at once: one program combines them all, so it is their latency that counts.
+# Partial sums combined at once. One program combines them all, so their latency counts.
 _BLOCK_P = 16
-# Allowed in so many words: left to itself the compiler aims for fewer, and spills a few for some dtypes.
+# The compiler aims for fewer on its own, and then spills for some dtypes.
 _STATISTICS_REGISTERS = 224
+_ROWS_BLOCK_N, _ROWS_BLOCK_D = 16, 128
 
 
 class TritonCodebook(NamedTuple):
-    """The prepared tensors, in the order in which they travel as a list.
+    """The prepared tensors of a codebook, in the order in which they are passed as a list.
 
     Attributes:
         codes16: [K padded to 128, pitch] float16, c'; rows past K and codes with NaN or Inf are 0.
         half_norms: [K padded to 128] float32, h; 2**104 past K and for codes with NaN or Inf.
         shift: [D] float32, mu.
-        bounds: [4] float32, C, R, C' and H in scaled units, each rounded up; codes with NaN or Inf stay out.
+        bounds: [4] float32, C, R, C' and H in scaled units, each rounded up, without codes with NaN or Inf.
         exponent: [1] int32, e.
     """
 
@@ -52,29 +67,13 @@ class TritonCodebook(NamedTuple):
     exponent: Tensor
 
 
-def row_pitch(code_dim: int) -> int:
-    """Columns of a stored c' row: padded to 16 bytes where D > 4, to a power of two (at least 2) below."""
-    return ceil_div(code_dim, 8) * 8 if code_dim > 4 else max(2, triton.next_power_of_2(code_dim))
-
-
-def prepared_nbytes(num_codes: int, code_dim: int) -> int:
-    """Bytes of `codes16` and `half_norms`, the two prepared tensors that grow with K."""
-    return ceil_div(num_codes, CODE_PADDING) * CODE_PADDING * (2 * row_pitch(code_dim) + 4)
-
-
 @triton.jit(do_not_specialize=["K", "codes_per_program"])
 def _column_statistics_kernel(
-    codebook_ptr,  # [K, D], any strides
-    stride_k,
-    stride_d,
+    codebook_ptr, stride_k, stride_d,  # [K, D], any strides
     half_norms_ptr,  # [K padded] float32: receives 0 for a finite code, LARGE_HALF_NORM for another
     partials_ptr,  # [programs, 4, D] float64: sum, least, greatest, number of finite codes
-    K,
-    D,
-    codes_per_program,
-    BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    K, D, codes_per_program, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     program = tl.program_id(0)
     first = program * codes_per_program
     last = tl.minimum(first + codes_per_program, K)
@@ -91,7 +90,7 @@ def _column_statistics_kernel(
             finite = tl.minimum(finite, tl.min((tl.abs(values) < float("inf")).to(tl.int32), axis=1))
         tl.store(half_norms_ptr + offs_k, tl.where(finite == 1, 0.0, LARGE_HALF_NORM), mask=offs_k < last)
         num_finite += tl.where((finite == 1) & (offs_k < last), 1.0, 0.0)
-    tl.debug_barrier()  # the marks written above are read below by other threads of this program
+    tl.debug_barrier()  # other threads of this program read the marks below
     count = tl.sum(num_finite, axis=0)
     for start_d in range(0, D, BLOCK_D):
         columns = start_d + offs_d
@@ -116,7 +115,7 @@ def _column_statistics_kernel(
 
 @triton.jit
 def _combine_columns(partials_ptr, columns, D, num_partials, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Mean as float32, and the greatest |c| and |c - mean| of each column."""
+    """The mean as float32, and the greatest |c| and |c - mean| of each column."""
     offs_p = tl.arange(0, BLOCK_P)
     total = tl.zeros([BLOCK_P, BLOCK_D], tl.float64)
     count = tl.zeros([BLOCK_P, BLOCK_D], tl.float64)
@@ -143,12 +142,8 @@ def _shift_kernel(
     partials_ptr,  # [programs, 4, D] float64
     shift_ptr,  # [D] float32
     exponent_ptr,  # [1] int32
-    D,
-    num_partials,
-    SIXTEEN_BIT: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    D, num_partials, SIXTEEN_BIT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     offs_d = tl.arange(0, BLOCK_D)
     energy_unshifted = tl.zeros([BLOCK_D], tl.float64)
     energy_shifted = tl.zeros([BLOCK_D], tl.float64)
@@ -164,14 +159,14 @@ def _shift_kernel(
         widest_shifted = tl.maximum(widest_shifted, shifted)
     widest = tl.max(widest_shifted, axis=0)
     if SIXTEEN_BIT:
-        # Without a shift 16-bit values are exact: E loses its rounding terms, about 2**-12 * (2 ||x - mu|| C) * 0.6,
-        # and keeps the accumulation, (D + 16) * 2**-23 * 1.5 * C**2, which the norm of mu makes larger.
+        # Without a shift 16-bit values are exact. E then has no rounding terms, about 2**-12 * (2 ||x - mu|| C) * 0.6,
+        # but a larger accumulation term, (D + 16) * 2**-23 * 1.5 * C**2.
         accumulation = (D + 16) * 1.8e-7
         unshifted_error = tl.sum(energy_unshifted, axis=0) * accumulation
         shifted_error = tl.sum(energy_shifted, axis=0) * (accumulation + 2.9e-4)
         if unshifted_error <= shifted_error:
             widest = tl.max(widest_unshifted, axis=0)
-            tl.debug_barrier()  # the means are overwritten, perhaps by other threads of this program
+            tl.debug_barrier()  # other threads of this program may overwrite the means
             for start_d in range(0, D, BLOCK_D):
                 columns = start_d + offs_d
                 tl.store(shift_ptr + columns, tl.zeros([BLOCK_D], tl.float32), mask=columns < D)
@@ -181,26 +176,20 @@ def _shift_kernel(
 
 @triton.jit
 def _round_up(value):
-    """A float64 bound as a float32 that is not smaller."""
+    """A float32 that is not smaller than a float64 bound."""
     return (value * (1 + 1e-6) + 1e-30).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["K"])
 def _round_codes_kernel(
-    codebook_ptr,  # [K, D], any strides
-    stride_k,
-    stride_d,
+    codebook_ptr, stride_k, stride_d,  # [K, D], any strides
     shift_ptr,  # [D] float32
     exponent_ptr,  # [1] int32
     codes16_ptr,  # [K padded, PITCH] float16
     half_norms_ptr,  # [K padded] float32
     bounds_ptr,  # [4] float32, zeros before
-    K,
-    D,
-    PITCH: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    K, D, PITCH: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     offs_k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     mark = tl.load(half_norms_ptr + offs_k, mask=offs_k < K, other=1.0)
     finite = (offs_k < K) & (mark == 0.0)
@@ -215,7 +204,7 @@ def _round_codes_kernel(
         values = tl.load(addresses, mask=mask, other=0.0).to(tl.float64)
         shift = tl.load(shift_ptr + columns, mask=columns < D, other=0.0).to(tl.float64)
         scaled = tl.where(mask, (values - shift[None, :]) * scale, 0.0)
-        rounded = scaled.to(tl.float32).to(tl.float16)  # the residual below is that of both roundings
+        rounded = scaled.to(tl.float32).to(tl.float16)  # the residual below covers both roundings
         target = codes16_ptr + offs_k.to(tl.int64)[:, None] * PITCH + columns[None, :]
         tl.store(target, rounded, mask=(columns < PITCH)[None, :])
         residual = scaled - rounded.to(tl.float64)
@@ -223,10 +212,10 @@ def _round_codes_kernel(
         residual_square += residual * residual
         rounded_square += rounded.to(tl.float64) * rounded.to(tl.float64)
     square_norm = tl.sum(square, axis=1)
-    tl.debug_barrier()  # the marks that every thread has read above are overwritten
+    tl.debug_barrier()  # every thread has read the marks, which are now overwritten
     # Trap: +inf here would become NaN once packed; LARGE_HALF_NORM stays finite under every scale of a row.
     tl.store(half_norms_ptr + offs_k, tl.where(finite, (0.5 * square_norm).to(tl.float32), LARGE_HALF_NORM))
-    # float64's own rounding of c - mu is within 2**-53 of C in every entry: 1e-13 * C holds it up to D = 2**20.
+    # The rounding of c - mu in float64 is within 2**-53 C per entry: 1e-13 * C covers it up to D = 2**20.
     norm = tl.sqrt(tl.max(square_norm, axis=0))
     residual_norm = tl.sqrt(tl.max(tl.sum(residual_square, axis=1), axis=0)) + 1e-13 * norm
     rounded_norm = tl.sqrt(tl.max(tl.sum(rounded_square, axis=1), axis=0))
@@ -237,13 +226,13 @@ def _round_codes_kernel(
 
 
 def launch_prepare(codebook: Tensor) -> TritonCodebook:
-    """Shift, scale and round a codebook for the scan.
+    """Prepare a codebook for the scan.
 
     Args:
         codebook: [K, D], K >= 1, float32, float16 or bfloat16, any strides.
 
     Returns:
-        The five prepared tensors, on the codebook's device. Nothing waits for the device.
+        The five prepared tensors, on the codebook's device.
     """
     num_codes, code_dim = codebook.shape
     padded, pitch = ceil_div(num_codes, CODE_PADDING) * CODE_PADDING, row_pitch(code_dim)
@@ -277,3 +266,74 @@ def launch_prepare(codebook: Tensor) -> TritonCodebook:
             enable_fp_fusion=ENABLE_FP_FUSION,
         )  # fmt: skip
     return prepared
+
+
+@triton.jit
+def _load_shifted(rows, in_rows, columns, stride_d, shift_ptr, D: tl.constexpr):
+    """Columns of the rows [BLOCK_N, BLOCK_D] as float32, and what `shift_rows` returns for them."""
+    mask = in_rows[:, None] & (columns < D)[None, :]
+    values = tl.load(rows + columns.to(tl.int64)[None, :] * stride_d, mask=mask, other=0.0).to(tl.float32)
+    shift = tl.load(shift_ptr + columns, mask=columns < D, other=0.0)
+    shifted, lost, in_range = shift_rows(values, shift[None, :])
+    return values, shifted, lost, in_range
+
+
+@triton.jit(do_not_specialize=["N", "tile_mask"])
+def _rows_kernel(
+    x_ptr, stride_n, stride_d,  # [N, D], any strides
+    shift_ptr,  # [D] float32
+    exponent_ptr,  # [1] int32
+    bounds_ptr,  # [4] float32
+    rows16_ptr,  # [N padded to BLOCK_N, PITCH] float16
+    ratios_ptr,  # [N] float32
+    margins_ptr,  # [N] float32
+    N, tile_mask, D: tl.constexpr, PITCH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """x', ratio and margin of each row."""
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)
+    in_rows = offs_n < N
+    rows = x_ptr + offs_n.to(tl.int64)[:, None] * stride_n
+    finite = tl.full([BLOCK_N], 1, tl.int32)
+    in_range = tl.full([BLOCK_N], 1, tl.int32)
+    largest = tl.zeros([BLOCK_N], tl.float32)
+    for start_d in range(0, D, BLOCK_D):
+        values, shifted, _, shifted_in_range = _load_shifted(rows, in_rows, start_d + offs_d, stride_d, shift_ptr, D)
+        finite = tl.minimum(finite, tl.min((tl.abs(values) < float("inf")).to(tl.int32), axis=1))
+        in_range = tl.minimum(in_range, tl.min(shifted_in_range.to(tl.int32), axis=1))
+        largest = tl.maximum(largest, tl.max(tl.abs(shifted), axis=1))
+    code_exponent = tl.load(exponent_ptr)
+    exponent = row_exponent(largest, code_exponent)
+    residual_square = tl.zeros([BLOCK_N], tl.float32)
+    rounded_square = tl.zeros([BLOCK_N], tl.float32)
+    for start_d in range(0, PITCH, BLOCK_D):
+        columns = start_d + offs_d
+        _, shifted, lost, _ = _load_shifted(rows, in_rows, columns, stride_d, shift_ptr, D)
+        rounded, residual_part, rounded_part = round_rows(shifted, lost, exponent)
+        residual_square += residual_part
+        rounded_square += rounded_part
+        target = rows16_ptr + offs_n.to(tl.int64)[:, None] * PITCH + columns[None, :]
+        tl.store(target, rounded, mask=(columns < PITCH)[None, :])
+    margin = row_margin(residual_square, rounded_square, exponent, code_exponent, bounds_ptr, tile_mask, D)
+    tl.store(ratios_ptr + offs_n, half_norm_ratio(exponent, code_exponent), mask=in_rows)
+    tl.store(margins_ptr + offs_n, mark_margin(margin, finite, in_range), mask=in_rows)
+
+
+def launch_rows(x: Tensor, prepared: TritonCodebook, plan: SearchPlan) -> tuple[Tensor, Tensor, Tensor]:
+    """Prepare rows for a scan that loops over D.
+
+    Returns:
+        x' [N padded to a tile, pitch] float16, ratios [N] float32 and margins [N] float32.
+    """
+    (num_rows, code_dim), pitch = x.shape, row_pitch(x.shape[1])
+    padded = ceil_div(num_rows, plan.config.block_n) * plan.config.block_n
+    rows16 = x.new_empty((padded, pitch), dtype=torch.float16)
+    ratios = x.new_empty((num_rows,), dtype=torch.float32)
+    margins = torch.empty_like(ratios)
+    with device_of(x):
+        _rows_kernel[(padded // _ROWS_BLOCK_N,)](
+            x, *x.stride(), prepared.shift, prepared.exponent, prepared.bounds, rows16, ratios, margins, num_rows,
+            plan.tile_mask, D=code_dim, PITCH=pitch, BLOCK_N=_ROWS_BLOCK_N, BLOCK_D=_ROWS_BLOCK_D,
+            enable_fp_fusion=ENABLE_FP_FUSION,
+        )  # fmt: skip
+    return rows16, ratios, margins

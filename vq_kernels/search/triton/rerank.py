@@ -1,85 +1,96 @@
 # Kernels are Python that Triton compiles, so their tensors carry no types.
 # mypy: allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
-"""What follows the scan: parts of the codebook merged, and the rows it did not prove decided in float64.
+"""Completes a scan: merges the parts of a split codebook, and decides uncertified rows in float64.
 
-    merge     the states of the splits, in order, into one; then the certificate, as in a scan of one part
-    resolve   argmin over a row's candidates of sum_d (float64(x_d) - float64(c_d))**2
-    drain     the same over all codes
+    merge        the states of all parts, in order; then the certificate, as in a scan of one part
+    rerank       argmin over a row's candidates of sum_d (float64(x_d) - float64(c_d))**2
+    exhaustive   the same over all codes
 
-Only direct differences decide: a float64 product of shifted values still cancels. Every distance of a row is summed in
-one order, so identical codes have identical distances, and the lower index wins. Both launches have a fixed size and
-read the length of their list on the device, so nothing waits and a CUDA graph can hold them.
+Rows are decided by direct differences only, because a float64 product of shifted values still cancels. All distances of
+a row are summed in the same order, so identical codes have identical distances, and the lowest index wins. The launches
+have a fixed size and read the number of rows on the device: nothing waits, and a CUDA graph can capture them.
+
+Reads 5 scores and 4 codes per row and part; D numbers per row and candidate (rerank), the codebook once per 4 rows
+(exhaustive). Writes one index, code and distance per row.
 """
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from vq_kernels.search.triton.certify import Lists, Outputs, certify, insert, is_settled, round_to, write_rows
-from vq_kernels.search.triton.common import ENABLE_FP_FUSION, FLOAT32_OVERFLOW, ROW_NOT_FINITE, ceil_div, device_of
+from vq_kernels.search.triton.common import (
+    ENABLE_FP_FUSION,
+    ROW_NOT_FINITE,
+    Outputs,
+    Uncertified,
+    ceil_div,
+    certify,
+    device_of,
+    is_settled,
+    round_to,
+    write_rows,
+)
 from vq_kernels.search.triton.plan import SearchPlan
 from vq_kernels.search.triton.scan import SplitStates
 
-CANDIDATES = tl.constexpr(4)
-MERGE_ROWS, MERGE_COLUMNS = 64, 32
-RESOLVE_ROWS, DRAIN_ROWS, DRAIN_CODES = 8, 4, 16
-# Allowed in so many words: left to itself the compiler aims for 96 or less, and spills a few for some dtypes.
-DECIDE_REGISTERS = 168
-# Columns whose differences are taken at once; short enough for float64 to stay in registers.
-DIFFERENCE_COLUMNS = 32
+_FLOAT32_OVERFLOW = tl.constexpr(3.4028235677973366e38)  # the least float64 that rounds to infinity in float32
+_CANDIDATES = tl.constexpr(4)
+_MERGE_ROWS, _MERGE_COLUMNS = 64, 32
+_RERANK_ROWS, _EXHAUSTIVE_ROWS, _EXHAUSTIVE_CODES = 8, 4, 16
+# The compiler aims for 96 or fewer on its own, and then spills for some dtypes.
+_FLOAT64_REGISTERS = 168
+# Columns per step; few enough for the float64 differences to stay in registers.
+_DIFFERENCE_COLUMNS = 32
+
+
+@triton.jit
+def _insert(value, index, v0, v1, v2, v3, i0, i1, i2, i3, hidden):
+    """The row state with one more score. Of equal scores the earlier one stays ahead."""
+    above0, above1, above2, above3 = value > v0, value > v1, value > v2, value > v3
+    hidden = tl.maximum(hidden, tl.where(above3, v3, value))
+    v3, i3 = tl.where(above2, v2, tl.where(above3, value, v3)), tl.where(above2, i2, tl.where(above3, index, i3))
+    v2, i2 = tl.where(above1, v1, tl.where(above2, value, v2)), tl.where(above1, i1, tl.where(above2, index, i2))
+    v1, i1 = tl.where(above0, v0, tl.where(above1, value, v1)), tl.where(above0, i0, tl.where(above1, index, i1))
+    v0, i0 = tl.where(above0, value, v0), tl.where(above0, index, i0)
+    return v0, v1, v2, v3, i0, i1, i2, i3, hidden
 
 
 @triton.jit(do_not_specialize=["N", "splits"])
 def _merge_kernel(
-    x_ptr,  # [N, D], any strides
-    stride_xn,
-    stride_xd,
+    x_ptr, stride_xn, stride_xd,  # [N, D], any strides
     margins_ptr,  # [N] float32
-    codebook_ptr,  # [K, D], any strides
-    stride_ck,
-    stride_cd,
-    indices_ptr,  # [N] int64
-    codes_ptr,  # [N, D]
-    sq_distances_ptr,  # [N] float32
-    values_ptr,  # [splits, 5, N] float32
-    places_ptr,  # [splits, 4, N] int32
-    counters_ptr,  # [2] int32
-    resolve_rows_ptr,  # [N] int32
-    candidates_ptr,  # [N, 4] int32
-    drain_rows_ptr,  # [N] int32
-    N,
-    splits,
-    D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    EXACT: tl.constexpr,
-):
+    codebook_ptr, stride_ck, stride_cd,  # [K, D], any strides
+    indices_ptr, codes_ptr, sq_distances_ptr,  # Outputs
+    state_scores_ptr, state_codes_ptr,  # SplitStates
+    counters_ptr, rerank_rows_ptr, candidates_ptr, exhaustive_rows_ptr,  # Uncertified, if EXACT
+    N, splits, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_rows = offs_n < N
     margin = tl.load(margins_ptr + offs_n, mask=in_rows, other=ROW_NOT_FINITE)
-    value_ptrs = values_ptr + offs_n
-    place_ptrs = places_ptr + offs_n
-    v0 = tl.load(value_ptrs, mask=in_rows, other=0.0)
-    v1 = tl.load(value_ptrs + N, mask=in_rows, other=0.0)
-    v2 = tl.load(value_ptrs + 2 * N, mask=in_rows, other=0.0)
-    v3 = tl.load(value_ptrs + 3 * N, mask=in_rows, other=0.0)
-    hidden = tl.load(value_ptrs + 4 * N, mask=in_rows, other=0.0)
-    i0 = tl.load(place_ptrs, mask=in_rows, other=0)
-    i1 = tl.load(place_ptrs + N, mask=in_rows, other=0)
-    i2 = tl.load(place_ptrs + 2 * N, mask=in_rows, other=0)
-    i3 = tl.load(place_ptrs + 3 * N, mask=in_rows, other=0)
+    score_ptrs = state_scores_ptr + offs_n
+    state_code_ptrs = state_codes_ptr + offs_n
+    v0 = tl.load(score_ptrs, mask=in_rows, other=0.0)
+    v1 = tl.load(score_ptrs + N, mask=in_rows, other=0.0)
+    v2 = tl.load(score_ptrs + 2 * N, mask=in_rows, other=0.0)
+    v3 = tl.load(score_ptrs + 3 * N, mask=in_rows, other=0.0)
+    hidden = tl.load(score_ptrs + 4 * N, mask=in_rows, other=0.0)
+    i0 = tl.load(state_code_ptrs, mask=in_rows, other=0)
+    i1 = tl.load(state_code_ptrs + N, mask=in_rows, other=0)
+    i2 = tl.load(state_code_ptrs + 2 * N, mask=in_rows, other=0)
+    i3 = tl.load(state_code_ptrs + 3 * N, mask=in_rows, other=0)
     for _ in range(1, splits):
-        value_ptrs += 5 * N
-        place_ptrs += 4 * N
-        hidden = tl.maximum(hidden, tl.load(value_ptrs + 4 * N, mask=in_rows, other=0.0))
-        for place in tl.static_range(4):
-            value = tl.load(value_ptrs + place * N, mask=in_rows, other=0.0)
-            index = tl.load(place_ptrs + place * N, mask=in_rows, other=0)
-            v0, v1, v2, v3, i0, i1, i2, i3, hidden = insert(value, index, v0, v1, v2, v3, i0, i1, i2, i3, hidden)
+        score_ptrs += 5 * N
+        state_code_ptrs += 4 * N
+        hidden = tl.maximum(hidden, tl.load(score_ptrs + 4 * N, mask=in_rows, other=0.0))
+        for rank in tl.static_range(4):
+            score = tl.load(score_ptrs + rank * N, mask=in_rows, other=0.0)
+            index = tl.load(state_code_ptrs + rank * N, mask=in_rows, other=0)
+            v0, v1, v2, v3, i0, i1, i2, i3, hidden = _insert(score, index, v0, v1, v2, v3, i0, i1, i2, i3, hidden)
     if EXACT:
         index = certify(
-            v0, v1, v2, v3, i0, i1, i2, i3, hidden, margin, offs_n, in_rows, counters_ptr, resolve_rows_ptr,
-            candidates_ptr, drain_rows_ptr,
+            v0, v1, v2, v3, i0, i1, i2, i3, hidden, margin, offs_n, in_rows, counters_ptr, rerank_rows_ptr,
+            candidates_ptr, exhaustive_rows_ptr,
         )  # fmt: skip
     else:
         index = tl.where(is_settled(v0, margin), 0, i0)
@@ -94,7 +105,7 @@ def _sq_distances(
     rows, x_ptr, stride_xn, stride_xd, offs_k, in_codes, codebook_ptr, stride_ck, stride_cd, D,
     BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Squared distances [BLOCK_R, BLOCK_K] in DTYPE, from direct differences, of rows [BLOCK_R] to codes offs_k.
+    """Squared distances [BLOCK_R, BLOCK_K] of rows [BLOCK_R] to codes offs_k, by direct differences in DTYPE.
 
     offs_k and in_codes are [BLOCK_R or 1, BLOCK_K]. Every distance is summed in the same order.
     """
@@ -114,7 +125,7 @@ def _sq_distances(
 
 @triton.jit
 def _least_code(sq_distances, offs_k, in_codes):
-    """The least of each row of [BLOCK_R, BLOCK_K] and the lowest code that has it; bad codes are infinitely far."""
+    """The least of each row of [BLOCK_R, BLOCK_K] and the lowest code that has it. NaN counts as inf."""
     sq_distances = tl.where(in_codes & (sq_distances < float("inf")), sq_distances, float("inf"))
     least = tl.min(sq_distances, axis=1)
     index = tl.min(tl.where(sq_distances == least[:, None], offs_k, 2147483647), axis=1)
@@ -122,11 +133,11 @@ def _least_code(sq_distances, offs_k, in_codes):
 
 
 @triton.jit
-def _write_decided(
+def _rewrite_rows(
     rows, in_list, index, sq_distance, codebook_ptr, stride_ck, stride_cd, indices_ptr, codes_ptr, sq_distances_ptr,
     D, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The decided rows over what the scan had written of them."""
+    """Overwrite the rows with their final index, code and squared distance."""
     for start_d in range(0, D, BLOCK_D):
         columns = (start_d + tl.arange(0, BLOCK_D)).to(tl.int64)[None, :]
         mask = in_list[:, None] & (columns < D)
@@ -134,84 +145,67 @@ def _write_decided(
         code = tl.load(source, mask=mask, other=0.0)
         tl.store(codes_ptr + rows[:, None] * D + columns, round_to(code, codes_ptr.dtype.element_ty), mask=mask)
     tl.store(indices_ptr + rows, index.to(tl.int64), mask=in_list)
-    overflows = sq_distance >= FLOAT32_OVERFLOW
+    overflows = sq_distance >= _FLOAT32_OVERFLOW
     sq_distance = tl.where(overflows, float("inf"), tl.where(overflows, 0.0, sq_distance).to(tl.float32))
     tl.store(sq_distances_ptr + rows, sq_distance, mask=in_list)
 
 
 @triton.jit(do_not_specialize=["N"])
-def _resolve_kernel(
-    x_ptr,  # [N, D], any strides
-    stride_xn,
-    stride_xd,
-    codebook_ptr,  # [K, D], any strides
-    stride_ck,
-    stride_cd,
-    indices_ptr,  # [N] int64
-    codes_ptr,  # [N, D]
-    sq_distances_ptr,  # [N] float32
-    counters_ptr,  # [2] int32
-    resolve_rows_ptr,  # [N] int32
-    candidates_ptr,  # [N, 4] int32
-    statistics_ptr,  # [3] int64: proved, resolved, drained
+def _rerank_kernel(
+    x_ptr, stride_xn, stride_xd,  # [N, D], any strides
+    codebook_ptr, stride_ck, stride_cd,  # [K, D], any strides
+    indices_ptr, codes_ptr, sq_distances_ptr,  # Outputs
+    counters_ptr, rerank_rows_ptr, candidates_ptr,  # Uncertified
+    statistics_ptr,  # [3] int64: certified, reranked, exhaustive
     N,
-    D,  # no constant: the compiler would unroll the loop over the columns, and spill
-    BLOCK_R: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    num_resolved = tl.load(counters_ptr)
+    D,  # not constexpr: the compiler would unroll the loop over the columns, and spill
+    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    num_rerank = tl.load(counters_ptr)
     if tl.program_id(0) == 0:
-        num_drained = tl.load(counters_ptr + 1)
-        tl.atomic_add(statistics_ptr, (N - num_resolved - num_drained).to(tl.int64))
-        tl.atomic_add(statistics_ptr + 1, num_resolved.to(tl.int64))
-        tl.atomic_add(statistics_ptr + 2, num_drained.to(tl.int64))
-    for start in range(tl.program_id(0) * BLOCK_R, num_resolved, tl.num_programs(0) * BLOCK_R):
+        num_exhaustive = tl.load(counters_ptr + 1)
+        tl.atomic_add(statistics_ptr, (N - num_rerank - num_exhaustive).to(tl.int64))
+        tl.atomic_add(statistics_ptr + 1, num_rerank.to(tl.int64))
+        tl.atomic_add(statistics_ptr + 2, num_exhaustive.to(tl.int64))
+    for start in range(tl.program_id(0) * BLOCK_R, num_rerank, tl.num_programs(0) * BLOCK_R):
         places = start + tl.arange(0, BLOCK_R)
-        in_list = places < num_resolved
-        rows = tl.load(resolve_rows_ptr + places, mask=in_list, other=0).to(tl.int64)
-        candidate_ptrs = candidates_ptr + places[:, None] * CANDIDATES + tl.arange(0, CANDIDATES)[None, :]
+        in_list = places < num_rerank
+        rows = tl.load(rerank_rows_ptr + places, mask=in_list, other=0).to(tl.int64)
+        candidate_ptrs = candidates_ptr + places[:, None] * _CANDIDATES + tl.arange(0, _CANDIDATES)[None, :]
         offs_k = tl.load(candidate_ptrs, mask=in_list[:, None], other=0)
         sq_distances = _sq_distances(
             rows, x_ptr, stride_xn, stride_xd, offs_k, offs_k >= 0, codebook_ptr, stride_ck, stride_cd, D, BLOCK_R,
-            CANDIDATES, BLOCK_D, tl.float64,
+            _CANDIDATES, BLOCK_D, tl.float64,
         )  # fmt: skip
         least, index = _least_code(sq_distances, offs_k, offs_k >= 0)
-        _write_decided(
+        _rewrite_rows(
             rows, in_list, index, least, codebook_ptr, stride_ck, stride_cd, indices_ptr, codes_ptr, sq_distances_ptr,
             D, BLOCK_D,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["K"])
-def _drain_kernel(
-    x_ptr,  # [N, D], any strides
-    stride_xn,
-    stride_xd,
-    codebook_ptr,  # [K, D], any strides
-    stride_ck,
-    stride_cd,
-    indices_ptr,  # [N] int64
-    codes_ptr,  # [N, D]
-    sq_distances_ptr,  # [N] float32
-    counters_ptr,  # [2] int32
-    drain_rows_ptr,  # [N] int32
+def _exhaustive_kernel(
+    x_ptr, stride_xn, stride_xd,  # [N, D], any strides
+    codebook_ptr, stride_ck, stride_cd,  # [K, D], any strides
+    indices_ptr, codes_ptr, sq_distances_ptr,  # Outputs
+    counters_ptr, exhaustive_rows_ptr,  # Uncertified
     K,
-    D,  # no constant, as above
-    BLOCK_R: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """BLOCK_R rows share each read of the codes.
+    D,  # not constexpr, as above
+    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Decide BLOCK_R rows at a time, which share each read of the codes.
 
-    A float32 sum of direct differences, which cannot cancel, spares most blocks of codes the float64 one: D squares of
-    rounded differences, summed in any order, are within (D + 3) 2**-23 relative, unless they overflow or underflow.
+    A float32 sum of direct differences rules out most blocks of codes, which then need no float64 sum. It cannot
+    cancel: D squares of rounded differences, summed in any order, are within (D + 3) 2**-23 relative, unless they
+    overflow or underflow.
     """
-    num_drained = tl.load(counters_ptr + 1)
+    num_exhaustive = tl.load(counters_ptr + 1)
     lower = 1.0 - (D + 8) * 2.0**-23  # exact in float32
-    for start in range(tl.program_id(0) * BLOCK_R, num_drained, tl.num_programs(0) * BLOCK_R):
+    for start in range(tl.program_id(0) * BLOCK_R, num_exhaustive, tl.num_programs(0) * BLOCK_R):
         places = start + tl.arange(0, BLOCK_R)
-        in_list = places < num_drained
-        rows = tl.load(drain_rows_ptr + places, mask=in_list, other=0).to(tl.int64)
+        in_list = places < num_exhaustive
+        rows = tl.load(exhaustive_rows_ptr + places, mask=in_list, other=0).to(tl.int64)
         least = tl.full([BLOCK_R], float("inf"), tl.float64)
         index = tl.zeros([BLOCK_R], tl.int32)
         for start_k in range(0, K, BLOCK_K):
@@ -228,39 +222,46 @@ def _drain_kernel(
                     BLOCK_R, BLOCK_K, BLOCK_D, tl.float64,
                 )  # fmt: skip
                 block_least, block_index = _least_code(sq_distances, offs_k, offs_k < K)
-                index = tl.where(block_least < least, block_index, index)  # of equal ones the earlier block's stays
+                index = tl.where(block_least < least, block_index, index)  # on a tie the earlier block stays
                 least = tl.minimum(block_least, least)
-        _write_decided(
+        _rewrite_rows(
             rows, in_list, index, least, codebook_ptr, stride_ck, stride_cd, indices_ptr, codes_ptr, sq_distances_ptr,
             D, BLOCK_D,
         )  # fmt: skip
 
 
 def launch_merge(
-    x: Tensor, codebook: Tensor, plan: SearchPlan, states: SplitStates, outputs: Outputs, lists: Lists | None
+    x: Tensor,
+    codebook: Tensor,
+    plan: SearchPlan,
+    states: SplitStates,
+    outputs: Outputs,
+    uncertified: Uncertified | None,
 ) -> None:
-    """Merge the states of the parts of a codebook, and write every row of `outputs` as an undivided scan does."""
+    """Merge the states of the parts of a codebook, and write `outputs` as a scan of one part does."""
     num_rows, code_dim = x.shape
     with device_of(x):
-        _merge_kernel[(ceil_div(num_rows, MERGE_ROWS),)](
-            x, *x.stride(), states.margins, codebook, *codebook.stride(), *outputs, states.values, states.places,
-            *(lists or (None,) * 4), num_rows, plan.splits, D=code_dim, BLOCK_N=MERGE_ROWS, BLOCK_D=MERGE_COLUMNS,
-            EXACT=lists is not None, num_warps=4, enable_fp_fusion=ENABLE_FP_FUSION,
+        _merge_kernel[(ceil_div(num_rows, _MERGE_ROWS),)](
+            x, *x.stride(), states.margins, codebook, *codebook.stride(), *outputs, states.scores, states.codes,
+            *(uncertified or (None,) * 4), num_rows, plan.splits, D=code_dim, BLOCK_N=_MERGE_ROWS,
+            BLOCK_D=_MERGE_COLUMNS, EXACT=uncertified is not None, num_warps=4, enable_fp_fusion=ENABLE_FP_FUSION,
         )  # fmt: skip
 
 
-def launch_resolve(
-    x: Tensor, codebook: Tensor, outputs: Outputs, lists: Lists, statistics: Tensor, multiprocessors: int
+def launch_rerank(
+    x: Tensor, codebook: Tensor, outputs: Outputs, uncertified: Uncertified, statistics: Tensor, multiprocessors: int
 ) -> None:
-    """Decide the rows on the two lists in float64 and rewrite them in `outputs`; add to statistics [3] int64."""
+    """Decide the uncertified rows in float64, rewrite them in `outputs`, and add to statistics [3] int64."""
     num_rows, code_dim = x.shape
-    shared = (x, *x.stride(), codebook, *codebook.stride(), *outputs, lists.counters)
+    counters, rerank_rows, candidates, exhaustive_rows = uncertified
+    shared = (x, *x.stride(), codebook, *codebook.stride(), *outputs, counters)
+    options = {"num_warps": 4, "maxnreg": _FLOAT64_REGISTERS, "enable_fp_fusion": ENABLE_FP_FUSION}
     with device_of(x):
-        _resolve_kernel[(min(ceil_div(num_rows, RESOLVE_ROWS), 16 * multiprocessors),)](
-            *shared, lists.resolve_rows, lists.candidates, statistics, num_rows, code_dim, BLOCK_R=RESOLVE_ROWS,
-            BLOCK_D=DIFFERENCE_COLUMNS, num_warps=4, maxnreg=DECIDE_REGISTERS, enable_fp_fusion=ENABLE_FP_FUSION,
+        _rerank_kernel[(min(ceil_div(num_rows, _RERANK_ROWS), 16 * multiprocessors),)](
+            *shared, rerank_rows, candidates, statistics, num_rows, code_dim, BLOCK_R=_RERANK_ROWS,
+            BLOCK_D=_DIFFERENCE_COLUMNS, **options,
         )  # fmt: skip
-        _drain_kernel[(min(ceil_div(num_rows, DRAIN_ROWS), 4 * multiprocessors),)](
-            *shared, lists.drain_rows, codebook.shape[0], code_dim, BLOCK_R=DRAIN_ROWS, BLOCK_K=DRAIN_CODES,
-            BLOCK_D=DIFFERENCE_COLUMNS, num_warps=4, maxnreg=DECIDE_REGISTERS, enable_fp_fusion=ENABLE_FP_FUSION,
+        _exhaustive_kernel[(min(ceil_div(num_rows, _EXHAUSTIVE_ROWS), 4 * multiprocessors),)](
+            *shared, exhaustive_rows, codebook.shape[0], code_dim, BLOCK_R=_EXHAUSTIVE_ROWS,
+            BLOCK_K=_EXHAUSTIVE_CODES, BLOCK_D=_DIFFERENCE_COLUMNS, **options,
         )  # fmt: skip

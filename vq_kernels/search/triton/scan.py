@@ -1,15 +1,14 @@
 # Kernels are Python that Triton compiles, so their tensors carry no types.
 # mypy: allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
-"""The scan: every score on the tensor cores, the best of each row, and the proof that it is the best.
+"""The scan: every score on the tensor cores, the best of each row, and the certificate.
 
     s[n, k] = x'_n . c'_k - h_k ratio_n                fp16 products, float32 accumulator that starts at -h ratio
-    slot j of a row holds max over tiles and parity of s[n, tile * BLOCK_K + 2 j + parity], its place in the low bits
-    lost[n] = the best score that a slot let go
-    index[n] = the place of the best slot, proved where best - runner-up > 2 E (triton_rows.py, triton_finish.py)
+    slot j of a row holds max over tiles and parity of s[n, tile * BLOCK_K + 2 j + parity], its position in the low bits
+    lost[n] = the best score that a slot dropped
+    index[n] = the code of the best slot, certified if best - runner-up > 2 E (common.py)
 
-Reads x once (D > BLOCK_D: x' instead, made by a launch before) and the rounded codebook once a tile of rows, from L2;
-writes 12 bytes and one code a row. No [N, K] matrix and no index array exist. The search is van den Oord et al. 2017,
-arXiv:1711.00937, eq. 1.
+Reads x once (x' if D > BLOCK_D) and the rounded codebook once per tile of rows, from L2; writes 12 bytes and one code
+per row. No [N, K] matrix and no array of indices exist. Source: van den Oord et al. 2017, arXiv:1711.00937, eq. 1.
 """
 
 from typing import NamedTuple
@@ -19,81 +18,102 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vq_kernels.search.triton.certify import Lists, Outputs, certify, is_settled, slot_winners, write_rows
-from vq_kernels.search.triton.common import ENABLE_FP_FUSION, LOWEST_SCORE, ROW_NOT_FINITE, ceil_div, device_of
-from vq_kernels.search.triton.plan import SearchPlan
-from vq_kernels.search.triton.prepare import TritonCodebook, row_pitch
-from vq_kernels.search.triton.rows import (
+from vq_kernels.search.triton.common import (
+    ENABLE_FP_FUSION,
+    LOWEST_SCORE,
+    ROW_NOT_FINITE,
+    Outputs,
+    Uncertified,
+    ceil_div,
+    certify,
+    device_of,
     half_norm_ratio,
-    launch_rows,
+    is_settled,
     mark_margin,
     round_rows,
     row_exponent,
     row_margin,
     shift_rows,
+    write_rows,
 )
+from vq_kernels.search.triton.plan import SearchPlan, row_pitch
+from vq_kernels.search.triton.prepare import TritonCodebook, launch_rows
 
 
 @triton.jit
 def _fold(
-    scores, best, lost, place, keep_mask, parity_place, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    scores, best, lost, position, keep_mask, parity_bit, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     EXACT: tl.constexpr,
 ):  # fmt: skip
-    """One tile of scores [BLOCK_N, BLOCK_K] into the slots. 4 ALU instructions a score, all inside a thread.
+    """Fold one tile of scores [BLOCK_N, BLOCK_K] into the slots: 4 ALU instructions per score, all within a thread.
 
-    Neighbouring columns share a slot, which halves the registers; `lost` needs no place, so 8 columns hold it.
+    Neighbouring columns share a slot, which halves the registers. `lost` needs no position, so it has 8 columns.
     """
     bits = scores.to(tl.int32, bitcast=True)
     even, odd = tl.split(tl.reshape(bits, (BLOCK_N, BLOCK_K // 2, 2)))
-    # Added, not OR-ed: the addition runs on the multiply-add units, beside the ALU, which is the bottleneck.
-    even = ((even & keep_mask) + place).to(tl.float32, bitcast=True)
-    odd = ((odd & keep_mask) + (place + parity_place)).to(tl.float32, bitcast=True)
+    # Added, not OR-ed: the ALU is the bottleneck, and the multiply-add units do the addition.
+    even = ((even & keep_mask) + position).to(tl.float32, bitcast=True)
+    odd = ((odd & keep_mask) + (position + parity_bit)).to(tl.float32, bitcast=True)
     higher = tl.maximum(even, odd)
     if EXACT:
-        let_go = tl.maximum(tl.minimum(even, odd), tl.minimum(best, higher))
-        lost = tl.maximum(lost, tl.max(tl.reshape(let_go, (BLOCK_N, BLOCK_K // 16, 8)), axis=1))
+        dropped = tl.maximum(tl.minimum(even, odd), tl.minimum(best, higher))
+        lost = tl.maximum(lost, tl.max(tl.reshape(dropped, (BLOCK_N, BLOCK_K // 16, 8)), axis=1))
     return tl.maximum(best, higher), lost
 
 
-# A short last batch or another K is no new kernel.
+@triton.jit
+def _slot_winners(best, lost, first_tile, tile_mask, K, BLOCK_K: tl.constexpr, EXACT: tl.constexpr):
+    """The row state (v0..v3, i0..i3, hidden) of best [BLOCK_N, BLOCK_K // 2] and lost [BLOCK_N, 8].
+
+    Without EXACT only v0 and i0 are meaningful.
+
+    Trap: a winner is removed by its slot, not by its value, so that an equal score remains.
+    """
+    slots = tl.arange(0, BLOCK_K // 2)
+    v0, i0, best = _take_best(best, slots, first_tile, tile_mask, K, BLOCK_K)
+    if not EXACT:
+        return v0, v0, v0, v0, i0, i0, i0, i0, v0
+    v1, i1, best = _take_best(best, slots, first_tile, tile_mask, K, BLOCK_K)
+    v2, i2, best = _take_best(best, slots, first_tile, tile_mask, K, BLOCK_K)
+    v3, i3, best = _take_best(best, slots, first_tile, tile_mask, K, BLOCK_K)
+    hidden = tl.maximum(tl.max(best, axis=1), tl.max(lost, axis=1))
+    return v0, v1, v2, v3, i0, i1, i2, i3, hidden
+
+
+@triton.jit
+def _take_best(best, slots, first_tile, tile_mask, K, BLOCK_K: tl.constexpr):
+    """A row's best score, its code, and the slots without it."""
+    value = tl.max(best, axis=1)
+    slot = tl.min(tl.where(best == value[:, None], slots[None, :], BLOCK_K), axis=1)
+    best = tl.where(slots[None, :] == slot[:, None], LOWEST_SCORE, best)
+    position = value.to(tl.int32, bitcast=True) & tile_mask
+    parity_bit = (tile_mask + 1) >> 1  # the highest packed bit is the column's parity, the others its tile
+    odd = (position >= parity_bit).to(tl.int32)
+    index = (first_tile + position - odd * parity_bit) * BLOCK_K + 2 * slot + odd
+    # If K < 4 this may be padding: never within the margin, but no index may reach K.
+    return value, tl.minimum(index, K - 1), best
+
+
+# Not specialised for N and K: a short last batch or another K compiles nothing.
 @triton.jit(do_not_specialize=["N", "K", "tiles_per_split", "tile_mask"])
 def _scan_kernel(
-    x_ptr,  # [N, D], any strides
-    stride_xn,
-    stride_xd,
-    rows16_ptr,  # [N padded, PITCH] float16, x'; not read where RESIDENT
-    ratios_ptr,  # [N] float32; not read where RESIDENT
-    margins_ptr,  # [N] float32: read where not RESIDENT, written where RESIDENT and SPLIT
-    codebook_ptr,  # [K, D], any strides
-    stride_ck,
-    stride_cd,
+    x_ptr, stride_xn, stride_xd,  # [N, D], any strides
+    rows16_ptr,  # [N padded, PITCH] float16, x'; None if RESIDENT
+    ratios_ptr,  # [N] float32; None if RESIDENT
+    margins_ptr,  # [N] float32: written if RESIDENT and SPLIT, else read if not RESIDENT
+    codebook_ptr, stride_ck, stride_cd,  # [K, D], any strides
     codes16_ptr,  # [K padded, PITCH] float16, c'
     half_norms_ptr,  # [K padded] float32, h
     shift_ptr,  # [D] float32
     bounds_ptr,  # [4] float32
     exponent_ptr,  # [1] int32
-    indices_ptr,  # [N] int64
-    codes_ptr,  # [N, D]
-    sq_distances_ptr,  # [N] float32
-    values_ptr,  # [splits, 5, N] float32, where SPLIT
-    places_ptr,  # [splits, 4, N] int32, where SPLIT
-    counters_ptr,  # [2] int32
-    resolve_rows_ptr,  # [N] int32
-    candidates_ptr,  # [N, 4] int32
-    drain_rows_ptr,  # [N] int32
-    N,
-    K,
-    tiles_per_split,
-    tile_mask,
-    D: tl.constexpr,
-    PITCH: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    RESIDENT: tl.constexpr,
-    SPLIT: tl.constexpr,
-    EXACT: tl.constexpr,
-):
+    indices_ptr, codes_ptr, sq_distances_ptr,  # Outputs
+    state_scores_ptr, state_codes_ptr,  # SplitStates, if SPLIT
+    counters_ptr, rerank_rows_ptr, candidates_ptr, exhaustive_rows_ptr,  # Uncertified, if EXACT
+    N, K, tiles_per_split, tile_mask, D: tl.constexpr, PITCH: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    RESIDENT: tl.constexpr, SPLIT: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_rows = offs_n < N
     offs_k = tl.arange(0, BLOCK_K)
@@ -116,15 +136,15 @@ def _scan_kernel(
         ratio = half_norm_ratio(exponent, code_exponent)
         margin = row_margin(residual_square, rounded_square, exponent, code_exponent, bounds_ptr, tile_mask, D)
         margin = mark_margin(margin, finite, in_range)
-        if SPLIT:  # at once: it would cost a register in the loop
+        if SPLIT:  # stored here, since it would take a register in the loop
             tl.store(margins_ptr + offs_n, margin, mask=offs_n < tl.where(split == 0, N, 0))
     else:
         ratio = tl.load(ratios_ptr + offs_n, mask=in_rows, other=1.0)
         margin = tl.load(margins_ptr + offs_n, mask=in_rows, other=ROW_NOT_FINITE)
 
     keep_mask = ~tile_mask
-    parity_place = (tile_mask + 1) >> 1
-    descent = -ratio  # negated once a row, not once a score
+    parity_bit = (tile_mask + 1) >> 1
+    descent = -ratio  # negated per row, not per score
     best = tl.full([BLOCK_N, BLOCK_K // 2], LOWEST_SCORE, tl.float32)
     lost = tl.full([BLOCK_N, 8], LOWEST_SCORE, tl.float32)
     if RESIDENT:
@@ -134,8 +154,7 @@ def _scan_kernel(
             code_addresses = codes16_ptr + start_k.to(tl.int64) * PITCH + (offs_k[:, None] * PITCH + offs_d[None, :])
             codes16 = tl.load(code_addresses, mask=(offs_d < PITCH)[None, :], other=0.0)
             scores = tl.dot(rows16, tl.trans(codes16), half_norms[None, :] * descent[:, None])
-            place = tile - first_tile
-            best, lost = _fold(scores, best, lost, place, keep_mask, parity_place, BLOCK_N, BLOCK_K, EXACT)
+            best, lost = _fold(scores, best, lost, tile - first_tile, keep_mask, parity_bit, BLOCK_N, BLOCK_K, EXACT)
     else:
         for tile in tl.range(first_tile, last_tile, flatten=True):
             start_k = tile * BLOCK_K
@@ -150,27 +169,26 @@ def _scan_kernel(
                 )
                 codes16 = tl.load(code_addresses, mask=(columns < PITCH)[None, :], other=0.0)
                 scores = tl.dot(rows16, tl.trans(codes16), scores)
-            place = tile - first_tile
-            best, lost = _fold(scores, best, lost, place, keep_mask, parity_place, BLOCK_N, BLOCK_K, EXACT)
+            best, lost = _fold(scores, best, lost, tile - first_tile, keep_mask, parity_bit, BLOCK_N, BLOCK_K, EXACT)
 
-    v0, v1, v2, v3, i0, i1, i2, i3, hidden = slot_winners(best, lost, first_tile, tile_mask, K, BLOCK_K, EXACT)
+    v0, v1, v2, v3, i0, i1, i2, i3, hidden = _slot_winners(best, lost, first_tile, tile_mask, K, BLOCK_K, EXACT)
     if SPLIT:
-        value_ptrs = values_ptr + (split * 5).to(tl.int64) * N + offs_n
-        place_ptrs = places_ptr + (split * 4).to(tl.int64) * N + offs_n
-        tl.store(value_ptrs, v0, mask=in_rows)
-        tl.store(value_ptrs + N, v1, mask=in_rows)
-        tl.store(value_ptrs + 2 * N, v2, mask=in_rows)
-        tl.store(value_ptrs + 3 * N, v3, mask=in_rows)
-        tl.store(value_ptrs + 4 * N, hidden, mask=in_rows)
-        tl.store(place_ptrs, i0, mask=in_rows)
-        tl.store(place_ptrs + N, i1, mask=in_rows)
-        tl.store(place_ptrs + 2 * N, i2, mask=in_rows)
-        tl.store(place_ptrs + 3 * N, i3, mask=in_rows)
+        score_ptrs = state_scores_ptr + (split * 5).to(tl.int64) * N + offs_n
+        code_ptrs = state_codes_ptr + (split * 4).to(tl.int64) * N + offs_n
+        tl.store(score_ptrs, v0, mask=in_rows)
+        tl.store(score_ptrs + N, v1, mask=in_rows)
+        tl.store(score_ptrs + 2 * N, v2, mask=in_rows)
+        tl.store(score_ptrs + 3 * N, v3, mask=in_rows)
+        tl.store(score_ptrs + 4 * N, hidden, mask=in_rows)
+        tl.store(code_ptrs, i0, mask=in_rows)
+        tl.store(code_ptrs + N, i1, mask=in_rows)
+        tl.store(code_ptrs + 2 * N, i2, mask=in_rows)
+        tl.store(code_ptrs + 3 * N, i3, mask=in_rows)
     else:
         if EXACT:
             index = certify(
-                v0, v1, v2, v3, i0, i1, i2, i3, hidden, margin, offs_n, in_rows, counters_ptr, resolve_rows_ptr,
-                candidates_ptr, drain_rows_ptr,
+                v0, v1, v2, v3, i0, i1, i2, i3, hidden, margin, offs_n, in_rows, counters_ptr, rerank_rows_ptr,
+                candidates_ptr, exhaustive_rows_ptr,
             )  # fmt: skip
         else:
             index = tl.where(is_settled(v0, margin), 0, i0)
@@ -181,10 +199,16 @@ def _scan_kernel(
 
 
 class SplitStates(NamedTuple):
-    """The state of N rows in each part of the codebook: values [splits, 5, N], places [splits, 4, N], margins [N]."""
+    """The states of N rows in each part of the codebook.
 
-    values: Tensor
-    places: Tensor
+    Attributes:
+        scores: [splits, 5, N] float32, v0 to v3 and `hidden`.
+        codes: [splits, 4, N] int32, i0 to i3.
+        margins: [N] float32.
+    """
+
+    scores: Tensor
+    codes: Tensor
     margins: Tensor
 
 
@@ -194,18 +218,18 @@ def launch_scan(
     prepared: TritonCodebook,
     plan: SearchPlan,
     outputs: Outputs,
-    lists: Lists | None,
+    uncertified: Uncertified | None,
 ) -> SplitStates | None:
     """Scan the codebook for the rows x [N, D].
 
     Args:
         x: at most plan.rows_per_launch rows.
-        codebook: [K, D], the values that `prepared` was made of.
+        codebook: [K, D], the codebook that `prepared` was made from.
         outputs: written for every row, unless the codebook is split.
-        lists: receive the rows that are not proved; None takes the best score without proof.
+        uncertified: receives the rows that are not certified. None: take the best score without a certificate.
 
     Returns:
-        The states to merge where plan.splits > 1, else None.
+        The states to merge if plan.splits > 1, else None.
     """
     config = plan.config
     (num_rows, code_dim), num_codes = x.shape, codebook.shape[0]
@@ -213,18 +237,18 @@ def launch_scan(
     states = None
     if plan.splits > 1:
         states = SplitStates(
-            values=x.new_empty((plan.splits, 5, num_rows), dtype=torch.float32),
-            places=x.new_empty((plan.splits, 4, num_rows), dtype=torch.int32),
+            scores=x.new_empty((plan.splits, 5, num_rows), dtype=torch.float32),
+            codes=x.new_empty((plan.splits, 4, num_rows), dtype=torch.int32),
             margins=x.new_empty((num_rows,), dtype=torch.float32) if margins is None else margins,
         )
         margins = states.margins
     with device_of(x):
         _scan_kernel[(ceil_div(num_rows, config.block_n), plan.splits)](
             x, *x.stride(), rows16, ratios, margins, codebook, *codebook.stride(), *prepared, *outputs,
-            *(states[:2] if states else (None, None)), *(lists or (None,) * 4), num_rows, num_codes,
+            *(states[:2] if states else (None, None)), *(uncertified or (None,) * 4), num_rows, num_codes,
             plan.tiles_per_split, plan.tile_mask, D=code_dim, PITCH=row_pitch(code_dim), BLOCK_N=config.block_n,
             BLOCK_K=config.block_k, BLOCK_D=config.columns(code_dim), RESIDENT=config.resident,
-            SPLIT=states is not None, EXACT=lists is not None, num_warps=config.num_warps,
+            SPLIT=states is not None, EXACT=uncertified is not None, num_warps=config.num_warps,
             num_stages=config.num_stages, maxnreg=config.max_registers, enable_fp_fusion=ENABLE_FP_FUSION,
         )  # fmt: skip
     return states

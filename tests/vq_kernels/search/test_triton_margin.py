@@ -55,8 +55,7 @@ class Checked(NamedTuple):
 def check(x: torch.Tensor, codebook: torch.Tensor) -> Checked:
     """The errors of x [N, D] against codebook [K, D], prepared by the kernels and added up by the model."""
     from vq_kernels.search.triton.plan import DeviceProperties, pick_config, plan_search
-    from vq_kernels.search.triton.prepare import launch_prepare
-    from vq_kernels.search.triton.rows import launch_rows
+    from vq_kernels.search.triton.prepare import launch_prepare, launch_rows
 
     code_dim, properties = x.shape[1], DeviceProperties((9, 0), 132)
     plan = plan_search(N, K, code_dim, pick_config(N, K, code_dim, x.dtype, properties), properties)

@@ -1,4 +1,4 @@
-"""The Triton codebook gradient under TRITON_INTERPRET=1. Run by test_triton_gradient.py in a process of its own."""
+"""The Triton codebook gradient under TRITON_INTERPRET=1. Run by test_triton_backend.py in a process of its own."""
 
 import pytest
 import torch

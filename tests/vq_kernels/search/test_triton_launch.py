@@ -13,16 +13,16 @@ HERE = Path(__file__).parent
 
 @pytest.mark.timeout(600)
 def test_interpreted() -> None:
-    run_interpreted(HERE / "interpreted_triton_search.py")
+    run_interpreted(HERE / "interpreted_triton_launch.py")
 
 
 @pytest.mark.timeout(900)
 def test_attacks_interpreted(totals: Totals) -> None:
     """Every attack that takes a backend, and the bound as the kernels compute it."""
-    files = ("test_attack.py", "test_attack_shapes.py", "test_triton_bound.py")
+    files = ("test_attack.py", "test_attack_shapes.py", "test_triton_margin.py")
     told = run_interpreted(*(HERE / name for name in files), "-k", "triton")
 
-    line = re.search(r"triton: (\d+) searches; rows: (\d+) proved, (\d+) resolved, (\d+) drained", told)
+    line = re.search(r"triton: (\d+) searches; rows: (\d+) certified, (\d+) reranked, (\d+) exhaustive", told)
     assert line is not None, told
     searches, *rows = (int(number) for number in line.groups())
     assert searches > 250
