@@ -221,7 +221,7 @@ def verify(entries: list[Entry], data: SearchData, rows: Tensor) -> None:
         entry.measured |= {"checked_rows": rows.numel(), "wrong_percent": 100 * wrong / rows.numel()}
         if contender.backend:
             statistics = search_statistics(x, codebook, backend=contender.backend)
-            entry.measured["unproved_percent"] = 100 * (1 - statistics.proved / x.shape[0])
+            entry.measured["unproved_percent"] = 100 * (1 - statistics.certified / x.shape[0])
         if wrong and contender.precision == "exact":
             entry.status, entry.search = "WRONG", None
 

@@ -110,9 +110,9 @@ def _soak_block(options: Options, name: str, number: int, rows: int, count: Coun
     statistics = search_statistics(x, codebook, backend=options.backend)
     count.rows += rows
     count.wrong += int(wrong_rows(x, codebook, indices).sum())
-    count.proved += statistics.proved
-    count.resolved += statistics.resolved
-    count.drained += statistics.drained
+    count.proved += statistics.certified
+    count.resolved += statistics.reranked
+    count.drained += statistics.exhaustive
 
 
 def main() -> int:

@@ -21,8 +21,8 @@ def test_every_kernel_and_configuration_is_collected():
         "_rows_kernel",
         "_scan_kernel",
         "_merge_kernel",
-        "_resolve_kernel",
-        "_drain_kernel",
+        "_rerank_kernel",
+        "_exhaustive_kernel",
         "_segment_kernel",
         "_combine_kernel",
         "_atomic_kernel",
@@ -39,7 +39,7 @@ def test_what_a_launch_is_specialised_for_is_collected(arch: int):
     for kernel in ("_round_codes_kernel", "_merge_kernel"):  # with and without a loop over the columns
         found = [launch.constants for launch in launches if (launch.kernel, launch.config) == (kernel, "float32")]
         assert {sizes.get("PITCH", sizes.get("D")) > sizes["BLOCK_D"] for sizes in found} == {True, False}
-    for kernel in ("_resolve_kernel", "_drain_kernel"):  # D is 1, or a number of sixteens, or any other
+    for kernel in ("_rerank_kernel", "_exhaustive_kernel"):  # D is 1, or a number of sixteens, or any other
         same = [launch for launch in launches if (launch.kernel, launch.config) == (kernel, "float32")]
         assert {launch.constants.get("D") for launch in same} == {1, None}
         assert len({launch.aligned for launch in same if "D" not in launch.constants}) == 2

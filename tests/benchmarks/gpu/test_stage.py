@@ -144,7 +144,7 @@ def test_a_clean_run_of_all_kernels_is_clean() -> None:
     [
         (9, f"{CASES}========= ERROR SUMMARY: 3 errors\n", "errors found", 3),
         (0, f"{CASES}========= RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)\n", "errors found", 2),
-        (0, CASES.replace("[]", '["_drain_kernel"]') + "========= ERROR SUMMARY: 0 errors\n", "failed", 0),
+        (0, CASES.replace("[]", '["_exhaustive_kernel"]') + "========= ERROR SUMMARY: 0 errors\n", "failed", 0),
         (1, "Traceback (most recent call last)\n", "failed", None),
         (0, "========= ERROR SUMMARY: 0 errors\n", "failed", 0),
         (None, CASES, "stopped at its time limit", None),
