@@ -44,8 +44,7 @@ from train_runs import Dataset, compared_settings, find_dataset, measure_run, ru
 
 from vq_kernels import perplexity
 from vqae.config import Config, find_device
-from vqae.data import load_pictures
-from vqae.data.batches import split_train
+from vqae.data.load import load_images, split_train
 from vqae.runtime.errors import UsageError
 from vqae.runtime.process import SignalHandler
 from vqae.train import parse
@@ -155,8 +154,8 @@ def _do(pieces: list[Piece], results: ResultLines) -> None:
     """Do the pieces of one seed, and write each one's line when it is finished."""
     config = pieces[0].config
     device = find_device(config.device)
-    read = load_pictures(config.dataset, config.data_dir, image_size=config.image_size, seed=config.seed)
-    train = read.train if config.limit is None else split_train(read.train, config.limit, 0.0, config.seed).train
+    read = load_images(config.dataset, config.data_dir, image_size=config.image_size, seed=config.seed)
+    train = read.train if config.limit is None else split_train(read.train, config.limit, 0.0, config.seed)[0]
     most = max(piece.config.num_codes for piece in pieces)
     if most > train.shape[0]:
         raise UsageError(f"--num-codes must be at most {train.shape[0]}, the training pictures, got {most}")

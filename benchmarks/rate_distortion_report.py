@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from vqae.training.checkpoint import write_whole
+from vqae.training.checkpoint import atomic_write
 
 
 def print_table(lines: Sequence[dict[str, Any]], console: Console) -> None:
@@ -50,4 +50,4 @@ def plot_curves(lines: Sequence[dict[str, Any]], file: Path) -> None:
         axes.legend()
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
-    write_whole(file, buffer.getbuffer())
+    atomic_write(file, buffer.getbuffer())

@@ -29,8 +29,7 @@ from search_report import Environment
 from train_runs import Dataset, compared_settings, find_dataset, measure_run, run_minutes, run_training
 
 from vqae.config import RECIPES, Config, find_device
-from vqae.data import Pictures, load_pictures
-from vqae.data.batches import split_train
+from vqae.data.load import Images, load_images, split_train
 from vqae.runtime.errors import DivergedError, UsageError
 from vqae.runtime.process import SignalHandler
 
@@ -39,15 +38,19 @@ RESULTS = Path(__file__).resolve().parent / "results" / "cpu" / "ablation.jsonl"
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     # The default with one ingredient taken away.
-    "encoder and decoder that begin at random": {"network_init": "random", "encoder_start": 0.0, "encoder_lr": 0.3},
+    "encoder and decoder that begin at random": {
+        "network_init": "random",
+        "unfreeze_encoder_at": 0.0,
+        "encoder_lr": 0.3,
+    },
     "no restarts": {"restart_after": 0},
     "codes moved by SGD on the loss": {"codebook_step": "plain"},
     "no mirrored pictures": {"flip": False},
     "no warm-up": {"warmup": 0.0},
     "all of these taken away: the plain specification": RECIPES["plain"],
     # When and how fast the encoder learns.
-    "encoder at rest to the end": {"encoder_start": 0.999999},
-    "encoder learns from the first step": {"encoder_start": 0.0},
+    "encoder at rest to the end": {"unfreeze_encoder_at": 0.999999},
+    "encoder learns from the first step": {"unfreeze_encoder_at": 0.0},
     "encoder learns ten times as fast": {"encoder_lr": 0.03},
     # The default with something changed or added.
     "BatchNorm before the quantizer": {"embedding_norm": "batch"},
@@ -129,14 +132,14 @@ def do_variants(configs: dict[str, Config], results: ResultLines) -> None:
     if not missing:
         return
     shared = next(iter(missing.values()))
-    pictures = load_pictures(shared.dataset, shared.data_dir, image_size=shared.image_size, seed=shared.seed)
+    pictures = load_images(shared.dataset, shared.data_dir, image_size=shared.image_size, seed=shared.seed)
     for name, config in missing.items():
         print(f"{name}, seed {config.seed}", flush=True)
         results.add(do_variant(name, config, pictures))
         print(json.dumps(results.lines[-1]), flush=True)
 
 
-def do_variant(name: str, config: Config, pictures: Pictures) -> dict[str, Any]:
+def do_variant(name: str, config: Config, pictures: Images) -> dict[str, Any]:
     """The line of one variant, trained now, or to the end where a part of the run is there."""
     device = find_device(config.device)
     line = {
@@ -153,8 +156,8 @@ def do_variant(name: str, config: Config, pictures: Pictures) -> dict[str, Any]:
     except DivergedError as error:
         print(error, file=sys.stderr)
         return {**line, "diverged": True}
-    split = split_train(pictures.train, config.limit, config.val_fraction, config.seed)
-    parts = {"train": split.train, "val": split.val, "test": pictures.test}
+    train, val = split_train(pictures.train, config.limit, config.val_fraction, config.seed)
+    parts = {"train": train, "val": val, "test": pictures.test}
     measured = measure_run(config.out, {part: held for part, held in parts.items() if held.shape[0]}, device)
     return {
         **line,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vqae.runtime.errors import UsageError
-from vqae.training.checkpoint import write_whole
+from vqae.training.checkpoint import atomic_write
 
 
 class ResultLines:
@@ -64,7 +64,7 @@ class ResultLines:
         """
         with self._alone():
             self.lines = [*self._read(), line]
-            write_whole(self.file, "".join(json.dumps(one) + "\n" for one in self.lines).encode())
+            atomic_write(self.file, "".join(json.dumps(one) + "\n" for one in self.lines).encode())
 
     def _read(self) -> list[dict[str, Any]]:
         """The file's objects."""

@@ -171,7 +171,7 @@ def _load_trained(
 ) -> SearchData:
     """What the encoder of a checkpoint makes of drawn pictures, and its codebook. Past 4,096 the rows repeat."""
     from vqae import VQAE  # needs torchvision, which the other data sets do not
-    from vqae.data.synthetic import draw_pictures
+    from vqae.data.synthetic import draw_images
     from vqae.runtime.errors import UsageError
 
     if checkpoint is None:
@@ -185,7 +185,7 @@ def _load_trained(
         raise ValueError(f"checkpoint's codebook must be [{num_codes}, {code_dim}], got {tuple(codebook.shape)}")
     height, width = model.image_size
     num_pictures = min(num_vectors, _ENCODED_PICTURES)
-    pictures = draw_pictures(num_pictures, "test", image_size=max(height, width), seed=generator.initial_seed())
+    pictures = draw_images(num_pictures, "test", image_size=max(height, width), seed=generator.initial_seed())
     with torch.no_grad():
         batches = torch.split(model.normalise(pictures[:, :, :height, :width]), 256)
         embeddings = torch.cat([model.encoder(batch) for batch in batches])

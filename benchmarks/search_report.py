@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from vqae.training.checkpoint import write_whole
+from vqae.training.checkpoint import atomic_write
 
 _PACKAGES = ("torch", "triton", "faiss-cpu", "flash-kmeans", "flashlib", "cuvs-cu12", "pykeops")
 
@@ -150,7 +150,7 @@ def _class_place(row: Row) -> int:
 
 def write_json_lines(rows: Iterable[Row], file: Path) -> None:
     """Let the file hold one JSON object a row; it is whole at every moment."""
-    write_whole(file, "".join(f"{json.dumps(dataclasses.asdict(row))}\n" for row in rows).encode())
+    atomic_write(file, "".join(f"{json.dumps(dataclasses.asdict(row))}\n" for row in rows).encode())
 
 
 def plot_times(rows: Iterable[Row], file: Path) -> None:

@@ -26,8 +26,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vqae.config import Config, find_device
+from vqae.model.vqae import build_model
 from vqae.runtime.process import SignalHandler
-from vqae.training.checkpoint import build_model
 from vqae.training.trainer import Trainer
 
 
@@ -79,7 +79,7 @@ def main(options: Options) -> None:
             epochs=1,
             checkpoint_minutes=1e6,
             lr=1e-3,
-            encoder_start=0.0,
+            unfreeze_encoder_at=0.0,
         )
         model = build_model(config, (32, 32)).to(device)
         empty = pictures[:0]

@@ -13,7 +13,7 @@ from torch import Tensor
 from vqae import VQAE
 from vqae.config import Config
 from vqae.runtime.errors import DivergedError, UsageError
-from vqae.training.checkpoint import RunFolder, write_whole
+from vqae.training.checkpoint import RunFolder, atomic_write
 from vqae.training.metrics import Evaluation, evaluate
 
 Dataset = Literal["cifar10", "imagefolder", "synthetic"]
@@ -32,7 +32,7 @@ def run_training(config: Config) -> None:
         UsageError: it ended with that, or in a way that it has no message for.
     """
     settings = config.out.with_name(config.out.name + ".settings.json")
-    write_whole(settings, json.dumps(config.to_dict()).encode())
+    atomic_write(settings, json.dumps(config.to_dict()).encode())
     command = [sys.executable, "-m", "vqae.train", "--config", str(settings), "--resume"]
     # In a session of its own a terminal's Ctrl-C does not reach it: a second signal would end it unsaved.
     with subprocess.Popen(

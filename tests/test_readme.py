@@ -48,7 +48,7 @@ SUBSTITUTIONS: dict[str, tuple[tuple[str, str], ...]] = {
     ),
 }
 
-command, pictures = conftest.command, conftest.pictures  # fixtures
+command, images = conftest.command, conftest.images  # fixtures
 
 
 class Block(NamedTuple):
@@ -134,12 +134,12 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def lines_to_run(block: Block, pictures: Path) -> list[str]:
+def lines_to_run(block: Block, images: Path) -> list[str]:
     text = block.text.replace("\\\n", " ")
     for shown, run in SUBSTITUTIONS[block.place]:
         assert shown in text, f"{shown!r} is to be replaced, but is not there"
         text = text.replace(shown, run)
-    text = text.replace("PICTURES", shlex.quote(str(pictures))).replace("PORT", str(free_port()))
+    text = text.replace("PICTURES", shlex.quote(str(images))).replace("PORT", str(free_port()))
     return text.splitlines()
 
 
@@ -165,13 +165,13 @@ def run_line(line: str, command: Callable[..., Outcome]) -> str:
 
 
 @each_block_of["sh"]
-def test_the_lines_of_sh_run(block: Block, command: Callable[..., Outcome], checkout: Path, pictures: Path) -> None:
-    for line in lines_to_run(block, pictures):
+def test_the_lines_of_sh_run(block: Block, command: Callable[..., Outcome], checkout: Path, images: Path) -> None:
+    for line in lines_to_run(block, images):
         printed = run_line(line, command)
         if line.startswith("make"):  # which is content where a file has the target's name
             assert ".venv/bin/python -m " in printed
         if line.startswith("torchrun"):  # all processes are one run, told of once
-            assert printed.count("51 pictures to train on") == printed.count("on 2 processes") == 1
+            assert printed.count("51 images to train on") == printed.count("on 2 processes") == 1
         for out in re.findall(r"vqae\.train .*--out (\S+)", line):
             state = load(checkout / out / "last.pt")
             assert state["finished"]

@@ -1,10 +1,13 @@
-"""The settings of a run: their one home. The command line's flags, its help and config.json are made from here."""
+"""The options of a run. Command-line flags, their help texts and config.json are generated from `Config`."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
@@ -19,140 +22,116 @@ Dataset = Literal["auto", "cifar10", "imagefolder", "synthetic"]
 
 @dataclass(frozen=True)
 class Config:
-    """A training run. Every default beyond the specification says why it is there."""
+    """A training run.
+
+    Training minimises two losses: the reconstruction loss, whose gradient the straight-through estimator copies from
+    the decoder's input to the encoder's output, and the codebook loss, which moves the codes towards their embeddings.
+    There is no commitment loss, and by default the codebook is initialised at random.
+    """
 
     out: Path = Path("runs/default")
-    """Folder that the run writes to."""
+    """Output folder of the run."""
     dataset: Dataset = "auto"
-    """auto: CIFAR-10 where it is there or can be had, else synthetic pictures, with a warning."""
+    """auto: CIFAR-10 if found or downloadable, otherwise synthetic images (with a warning)."""
     data_dir: Path | None = None
-    """Where the pictures are: DIR/train/<class>/* and DIR/test/<class>/* for imagefolder; for cifar10 the folder that
-    it is, or will be, downloaded to (./data)."""
+    """Folder of the images. imagefolder: DIR/train/<class>/* and DIR/test/<class>/*. cifar10: where the data set is, or
+    is downloaded to (default: ./data)."""
     image_size: int | None = None
-    """Resize and crop pictures to squares of this side; needed where they differ in size."""
+    """Resize and crop images to squares of this side. Required if the images differ in size."""
     limit: int | None = None
-    """Take only the first N training pictures, after a seeded shuffle."""
+    """Use only N training images, drawn at random with --seed."""
     val_fraction: float = 0.02
-    """Share of the training pictures held out to choose best.pt by; with 0, best.pt is the last."""
+    """Fraction of the training images held out for validation, which selects best.pt. With 0, best.pt is the last."""
     flip: bool = True
-    """Mirror each training picture with probability 1/2: twice the pictures, and codes that fit unseen ones better."""
+    """Random horizontal flip (p = 0.5). Reduces the gap between training and test MSE."""
 
     num_codes: int = 512
-    """K, the codebook's size."""
+    """Codebook size K."""
     code_dim: int = 64
-    """D, the dimension of a code; 512 takes ResNet-18's features as they are."""
+    """Code dimension D. 512 uses the features of ResNet-18 without a projection."""
     hidden_dims: tuple[int, ...] = (1024,)
     """Widths of the decoder's hidden layers."""
-    network_init: Literal["pictures", "random"] = "pictures"
-    """How encoder and decoder begin: by principal components of the pictures, or at random. At random they learn to
-    tell only a few components apart, and pictures go to codes that are not their nearest."""
+    network_init: Literal["pca", "random"] = "pca"
+    """Initialisation of encoder and decoder: principal components of training images, or random. Random initialisation
+    yields embeddings with few effective dimensions, so images map to poor codes."""
     embedding_norm: Literal["batch", "none"] = "none"
-    """batch: BatchNorm without affine before the quantizer. It makes all of an embedding's coordinates count alike,
-    where distances between pictures depend on some more than on others."""
+    """batch: BatchNorm without affine parameters before the quantizer. It gives all dimensions of the embeddings the
+    same variance."""
     codebook_init: Literal["normal", "uniform", "data"] = "normal"
-    """How the codebook begins: at random, as specified, or at the first batch's embeddings."""
+    """Initialisation of the codebook: random (normal, uniform), or embeddings of the first batch (data)."""
     restart_after: int = 15_360
-    """Put a code that none of so many pictures in a row has chosen at a random embedding of the batch; 0: never. Even
-    use of 512 codes gives each of them 30 of these. Without restarts most codes get no gradient, ever."""
+    """Reset a code to a random embedding after this many images without use. 0 disables resets."""
 
     epochs: int = 12
-    """Passes over the training pictures, at most."""
+    """Maximum number of epochs."""
     max_minutes: float | None = None
-    """Wall time from start to exit; the learning rate's schedule fits into it."""
+    """Maximum wall time of the process, in minutes. The learning-rate schedule fits into it."""
     batch_size: int = 256
-    """Pictures a step, over all processes."""
+    """Images per step, over all processes."""
     lr: float = 0.3
     """Peak learning rate of the decoder."""
     encoder_lr: float = 0.003
     """Peak learning rate of the encoder."""
-    encoder_start: float = 0.75
-    """Share of the run after which the encoder begins to learn; before it, decoder and codebook settle on what it gives
-    them, in steps that take a third of the time."""
+    unfreeze_encoder_at: float = 0.75
+    """Fraction of the run after which the encoder is trained. Before that it is frozen, and a step takes a third of the
+    time."""
     momentum: float = 0.9
-    """Of SGD, for encoder and decoder; the codebook has none."""
+    """SGD momentum of encoder and decoder. The codebook has none."""
     weight_decay: float = 0.0
-    """Of SGD, for encoder and decoder; the codebook has none."""
+    """SGD weight decay of encoder and decoder. The codebook has none."""
     warmup: float = 0.05
-    """Share of the run over which the learning rate rises, before it falls by a cosine."""
-    codebook_step: Literal["share", "plain"] = "share"
-    """share: a step closes codebook_lr of the gap between a code and the mean of its rows. plain: SGD on the MSE, whose
-    step, at even use, is 2·codebook_lr/(K·D) of that gap: nearly nothing."""
+    """Fraction of the run with a linear learning-rate warm-up. Cosine decay follows."""
+    codebook_step: Literal["count_normalised", "plain"] = "count_normalised"
+    """count_normalised: the codebook step moves each code a fixed fraction (codebook_lr) of the way to the mean of its
+    assigned embeddings. plain: SGD on the codebook loss, which moves a code 2·codebook_lr/(K·D) of that way if codes
+    are used evenly."""
     codebook_lr: float = 0.2
-    """Learning rate of the codebook; see codebook_step."""
+    """Learning rate of the codebook, see --codebook-step."""
 
     seed: int = 0
-    """Of everything random."""
+    """Random seed."""
     device: str = "auto"
-    """auto, cpu, cuda, or one GPU such as cuda:1."""
+    """auto, cpu, cuda, or a GPU such as cuda:1."""
     amp: bool = False
     """bfloat16 autocast for encoder and decoder."""
     compile: bool = False
-    """torch.compile the model."""
+    """Compile the model with torch.compile."""
     checkpoint_minutes: float = 1.0
     """Save last.pt at least this often."""
 
     @property
     def restart_steps(self) -> int:
-        """`restart_after` in training steps; 0: never."""
+        """`restart_after` in training steps, 0 if codes are never reset."""
         return -(-self.restart_after // self.batch_size)
 
     def check(self) -> None:
-        """Raise UsageError for a value out of range, or for values that do not go together."""
+        """Raise UsageError if a value is out of range or two values exclude each other."""
         self.check_each()
-        if self.encoder_start and self.network_init == "random":
+        if self.unfreeze_encoder_at and self.network_init == "random":
             raise UsageError(
-                f"--encoder-start must be 0 with --network-init random, since a random encoder has to learn from the "
-                f"first step, got {self.encoder_start}"
+                "--unfreeze-encoder-at must be 0 with --network-init random, because a random encoder must be trained "
+                f"from the first step, got {self.unfreeze_encoder_at}"
             )
-        if self.codebook_step == "share" and self.codebook_lr >= 2:
-            raise UsageError(f"--codebook-lr is a share of a gap and must be below 2, got {self.codebook_lr}")
+        if self.codebook_step == "count_normalised" and self.codebook_lr >= 2:
+            raise UsageError(
+                f"--codebook-lr must be below 2 with --codebook-step count_normalised, got {self.codebook_lr}"
+            )
 
     def check_each(self) -> None:
-        """Raise UsageError for a value out of range."""
+        """Raise UsageError if a value is out of range."""
         for name, kind in get_type_hints(type(self)).items():
             if get_origin(kind) is Literal and getattr(self, name) not in get_args(kind):
                 choices = ", ".join(get_args(kind))
                 raise UsageError(f"{flag(name)} must be one of {choices}, got {getattr(self, name)!r}")
-        positive = (
-            "num_codes",
-            "code_dim",
-            "epochs",
-            "batch_size",
-            "lr",
-            "encoder_lr",
-            "codebook_lr",
-            "image_size",
-            "limit",
-            "max_minutes",
-        )
-        not_negative = (
-            "momentum",
-            "weight_decay",
-            "restart_after",
-            "warmup",
-            "encoder_start",
-            "checkpoint_minutes",
-            "val_fraction",
-        )
-        for name in positive:
-            value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
-                raise UsageError(f"{flag(name)} must be above 0, got {value}")
-        for name in not_negative:
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise UsageError(f"{flag(name)} must be at least 0, got {getattr(self, name)}")
-        for name in ("momentum", "warmup", "val_fraction", "encoder_start"):
-            if getattr(self, name) >= 1:
-                raise UsageError(f"{flag(name)} must be below 1, got {getattr(self, name)}")
-        if self.batch_size < 2:
-            raise UsageError(f"--batch-size must be at least 2, which BatchNorm needs, got {self.batch_size}")
-        if any(dim < 1 for dim in self.hidden_dims):
-            raise UsageError(f"--hidden-dims must be above 0, got {' '.join(map(str, self.hidden_dims))}")
-        if not 0 <= self.seed < 2**62:
-            raise UsageError(f"--seed must be at least 0 and below 2**62, got {self.seed}")
+        for rule, (names, holds) in _RANGES.items():
+            for name in names.split():
+                value = getattr(self, name)
+                numbers = value if isinstance(value, tuple) else () if value is None else (value,)
+                if not all(abs(number) < math.inf and holds(number) for number in numbers):
+                    raise UsageError(f"{flag(name)} must be {rule}, got {' '.join(map(str, numbers))}")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as config.json and checkpoints hold them."""
+        """Plain values, as in config.json and checkpoints."""
         values = dataclasses.asdict(self)
         values["hidden_dims"] = list(self.hidden_dims)
         for name in ("out", "data_dir"):
@@ -161,16 +140,24 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str) -> Config:
-        """The opposite of `to_dict`; raises UsageError, naming `source`, for what is no setting, or is out of range.
+        """The inverse of `to_dict`. Missing options get their defaults, renamed ones a DeprecationWarning.
 
-        Whether the values go together is for `check` to say: flags may still change some.
+        It does not check whether values exclude each other, because flags may still override them: see `check`.
+
+        Args:
+            values: options by name.
+            source: where they come from, for messages.
+
+        Raises:
+            UsageError: an option is unknown, has the wrong type or is out of range.
         """
         if not isinstance(values, dict):
             raise UsageError(f"{source} must hold an object of settings, got {type(values).__name__}")
+        values = _with_current_names(values, source)
         kinds = get_type_hints(cls)
         unknown = sorted(set(values) - set(kinds))
         if unknown:
-            raise UsageError(f"{source} holds settings that are not known: {', '.join(unknown)}")
+            raise UsageError(f"{source} holds unknown settings: {', '.join(unknown)}")
         try:
             config = cls(**{name: _typed(value, kinds[name], flag(name)) for name, value in values.items()})
             config.check_each()
@@ -180,7 +167,7 @@ class Config:
 
     @classmethod
     def read(cls, file: Path) -> Config:
-        """The settings in a JSON file; those that it leaves out have their defaults."""
+        """Read a JSON file of options. Raises UsageError as `from_dict` does, or if the file cannot be read."""
         try:
             values = json.loads(file.read_text(encoding="utf-8"))
         except OSError as error:
@@ -190,10 +177,25 @@ class Config:
         return cls.from_dict(values, str(file))
 
 
-# Settings that --recipe sets at once, by the recipe's name. What decides how the model learns is all there, so that a
-# recipe stays what it is when a default changes; the model's shape and the run's length are left as they are.
+# The range of each numeric option: the rule as messages state it, the options, the test. All must be finite.
+_RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "above 0": (
+        "num_codes code_dim hidden_dims epochs batch_size lr encoder_lr codebook_lr image_size limit max_minutes",
+        lambda value: value > 0,
+    ),
+    "at least 0": (
+        "momentum weight_decay restart_after warmup unfreeze_encoder_at checkpoint_minutes val_fraction",
+        lambda value: value >= 0,
+    ),
+    "below 1": ("momentum warmup val_fraction unfreeze_encoder_at", lambda value: value < 1),
+    "at least 2, which BatchNorm needs": ("batch_size", lambda value: value >= 2),
+    "at least 0 and below 2**62": ("seed", lambda value: 0 <= value < 2**62),
+}
+
+# Presets of --recipe. Each sets every option that decides how the model learns, so that it does not change with the
+# defaults. Model size and run length are not part of it.
 RECIPES: dict[str, dict[str, Any]] = {
-    "plain": {  # the specification as written: codes N(0, 1), SGD of one learning rate, and nothing against collapse
+    "plain": {
         "flip": False,
         "network_init": "random",
         "embedding_norm": "none",
@@ -201,7 +203,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "restart_after": 0,
         "lr": 0.1,
         "encoder_lr": 0.1,
-        "encoder_start": 0.0,
+        "unfreeze_encoder_at": 0.0,
         "momentum": 0.9,
         "weight_decay": 5e-4,
         "warmup": 0.0,
@@ -210,14 +212,31 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
 }
 
+# Deprecated names in the config.json and the checkpoints of version 0.1; to be removed after one release.
+_RENAMED_OPTIONS = {"encoder_start": "unfreeze_encoder_at"}
+_RENAMED_VALUES = {("network_init", "pictures"): "pca", ("codebook_step", "share"): "count_normalised"}
+
+
+def _with_current_names(values: dict[str, Any], source: str) -> dict[str, Any]:
+    """Replace deprecated options and values, each with a DeprecationWarning."""
+    current = {}
+    for name, value in values.items():
+        new_name = _RENAMED_OPTIONS.get(name, name)
+        new_value = _RENAMED_VALUES.get((name, value), value) if isinstance(value, str) else value
+        if (new_name, new_value) != (name, value):
+            message = f"{source}: {name} = {value!r} is deprecated, use {new_name} = {new_value!r}"
+            warnings.warn(message, DeprecationWarning, stacklevel=3)
+        current[new_name] = new_value
+    return current
+
 
 def flag(name: str) -> str:
-    """A setting's name as the command line spells it."""
+    """The command-line flag of an option."""
     return "--" + name.replace("_", "-")
 
 
 def _typed(value: Any, kind: Any, name: str) -> Any:
-    """A value from JSON as the type of its setting; raises UsageError, naming the setting, where it is of another."""
+    """Convert a JSON value to the type of its option. Raises UsageError if it has another type."""
     if isinstance(kind, UnionType):
         return None if value is None else _typed(value, get_args(kind)[0], name)
     if get_origin(kind) is tuple and isinstance(value, list):
@@ -226,13 +245,13 @@ def _typed(value: Any, kind: Any, name: str) -> Any:
         return Path(value)
     if kind is float and type(value) is int:
         return value
-    if get_origin(kind) is Literal or type(value) is kind:  # `check` knows the choices of a Literal
+    if get_origin(kind) is Literal or type(value) is kind:  # `check_each` tests the choices of a Literal
         return value
     raise UsageError(f"{name} must be {kind if get_origin(kind) else kind.__name__}, got {json.dumps(value)}")
 
 
 def find_device(name: str) -> torch.device:
-    """The device that --device names; raises UsageError where it is not there."""
+    """The device that --device names. Raises UsageError if this machine does not have it."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if not re.fullmatch(r"cpu|cuda(:(0|[1-9]\d{0,2}))?", name):
@@ -240,5 +259,5 @@ def find_device(name: str) -> torch.device:
     device = torch.device(name)
     count = torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= count:
-        raise UsageError(f"--device {name} is not there: this machine has {count} CUDA devices")
+        raise UsageError(f"--device {name} does not exist: this machine has {count} CUDA devices")
     return device

@@ -16,31 +16,30 @@ import tyro
 from torch import Tensor
 
 from vqae.config import Config
-from vqae.data import load_split
-from vqae.data.batches import fingerprints
-from vqae.model.vqae import VQAE
-from vqae.runtime.distributed import check_same, in_all, is_first, one_after_the_other, process_group
+from vqae.data.load import fingerprints, load_split
+from vqae.model.vqae import VQAE, model_from_checkpoint
+from vqae.runtime.distributed import check_same, is_rank0, local_rank0_first, on_all_ranks, process_group
 from vqae.runtime.errors import UsageError
 from vqae.runtime.process import SignalHandler
-from vqae.training.checkpoint import json_line, load_checkpoint, model_of
+from vqae.training.checkpoint import json_line, load_checkpoint
 from vqae.training.metrics import evaluate
 
 
 @dataclass(frozen=True)
 class Command:
     """Print one JSON line: mse, psnr_db, perplexity, codes_used, images, and what they were measured on. Under torchrun
-    the processes share the pictures."""
+    the processes share the images."""
 
     checkpoint: Path
     """best.pt or last.pt of a run."""
     dataset: Literal["cifar10", "imagefolder", "synthetic"] | None = None
-    """Pictures to measure on; by default those of the checkpoint's own kind."""
+    """Images to measure on; by default those of the checkpoint's own kind."""
     data_dir: Path | None = None
     """Where they are; by default where the checkpoint's own were."""
     split: Literal["train", "test"] = "test"
     """Which of them."""
     batch_size: int = 256
-    """Pictures at a time."""
+    """Images at a time."""
     device: str = "auto"
     """auto, cpu, cuda, or one GPU such as cuda:1."""
 
@@ -51,27 +50,27 @@ def main(arguments: list[str], signals: SignalHandler) -> None:
     if command.batch_size < 1:
         raise UsageError(f"--batch-size must be at least 1, got {command.batch_size}")
     with process_group(command.device) as device:
-        model, pictures, dataset = _load(command)
-        result = evaluate(model.to(device), pictures, command.batch_size, device, signals.poll)._asdict()
+        model, images, dataset = _load(command)
+        result = evaluate(model.to(device), images, command.batch_size, device, signals.poll)._asdict()
         del result["counts"]
-        if is_first():
+        if is_rank0():
             print(json_line({**result, "dataset": dataset, "split": command.split}))
 
 
 def _load(command: Command) -> tuple[VQAE, Tensor, str]:
-    """The model in eval mode, the pictures [N, 3, H, W] uint8, and the data set that they are of."""
-    state = in_all(lambda: load_checkpoint(command.checkpoint))
-    model = in_all(lambda: model_of(state)).eval()
+    """The model in eval mode, the images [N, 3, H, W] uint8, and the data set that they are of."""
+    state = on_all_ranks(lambda: load_checkpoint(command.checkpoint))
+    model = on_all_ranks(lambda: model_from_checkpoint(state)).eval()
     check_same("the checkpoint", hashlib.sha256(command.checkpoint.read_bytes()).hexdigest()[:16])
     config = Config.from_dict(state["config"], "the checkpoint")
     dataset, data_dir = command.dataset or state["dataset"], command.data_dir
     if data_dir is None and dataset == state["dataset"]:
         data_dir = config.data_dir
-    pictures, name = one_after_the_other(
+    images, name = local_rank0_first(
         lambda: load_split(dataset, data_dir, command.split, image_size=config.image_size, seed=config.seed),
         may_download=dataset == "cifar10",
     )
-    check_same("the pictures", fingerprints(pictures))
-    if tuple(pictures.shape[2:]) != model.image_size:
-        raise UsageError(f"pictures must be {model.image_size} as in the checkpoint, got {tuple(pictures.shape[2:])}")
-    return model, pictures, name
+    check_same("the images", fingerprints(images))
+    if tuple(images.shape[2:]) != model.image_size:
+        raise UsageError(f"images must be {model.image_size} as in the checkpoint, got {tuple(images.shape[2:])}")
+    return model, images, name

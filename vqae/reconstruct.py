@@ -1,4 +1,4 @@
-"""Show what a model makes of pictures: `python -m vqae.reconstruct --help`."""
+"""Show what a model makes of images: `python -m vqae.reconstruct --help`."""
 
 from __future__ import annotations
 
@@ -15,21 +15,22 @@ import torch
 import tyro
 
 from vqae.config import find_device
-from vqae.data import read_picture
+from vqae.data.image_folder import read_image
+from vqae.model.vqae import model_from_checkpoint
 from vqae.runtime.errors import UsageError
 from vqae.runtime.process import SignalHandler
-from vqae.training.checkpoint import load_checkpoint, model_of
+from vqae.training.checkpoint import load_checkpoint
 from vqae.training.report import plot_reconstructions
 
 
 @dataclass(frozen=True)
 class Command:
-    """Write a picture of originals over their reconstructions."""
+    """Write an image of originals over their reconstructions."""
 
     checkpoint: Path
     """best.pt or last.pt of a run."""
-    pictures: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Picture files; another size than the model's is scaled and cropped to it."""
+    images: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Image files; another size than the model's is scaled and cropped to it."""
     out: Path = Path("reconstructions.png")
     """The PNG to write."""
     device: str = "auto"
@@ -39,14 +40,14 @@ class Command:
 def main(arguments: list[str], signals: SignalHandler) -> None:
     """Run the command line; raises what `run_command` turns into exit codes."""
     command = tyro.cli(Command, args=arguments, prog="python -m vqae.reconstruct")
-    if not command.pictures:
-        raise UsageError("at least one picture must be given, got none")
+    if not command.images:
+        raise UsageError("at least one image must be given, got none")
     if command.out.suffix.lower() != ".png":
         raise UsageError(f"--out must be a .png file, got {command.out}")
     device = find_device(command.device)
     state = load_checkpoint(command.checkpoint)
-    model = model_of(state).to(device).eval()
-    originals = torch.stack([read_picture(file, model.image_size) for file in command.pictures])
+    model = model_from_checkpoint(state).to(device).eval()
+    originals = torch.stack([read_image(file, model.image_size) for file in command.images])
     title = f"originals over reconstructions by {command.checkpoint.name}, trained on {state['dataset']}"
     plot_reconstructions(model, originals.to(device), command.out, title, columns=min(16, len(originals)))
-    print(f"{len(originals)} pictures in {command.out}")
+    print(f"{len(originals)} images in {command.out}")

@@ -17,22 +17,21 @@ import torch
 import tyro
 
 from vqae.config import RECIPES, Config, Dataset, flag
-from vqae.data import Pictures, load_pictures
-from vqae.data.batches import fingerprints, split_train
-from vqae.model.pca_init import begin_from_pictures
-from vqae.model.vqae import VQAE
+from vqae.data.load import Images, fingerprints, load_images, split_train
+from vqae.model.pca_init import init_by_pca
+from vqae.model.vqae import VQAE, build_model
 from vqae.runtime.distributed import (
+    any_rank,
+    broadcast_from_rank0,
     check_same,
-    from_first,
-    in_any,
-    is_first,
-    one_after_the_other,
+    is_rank0,
+    local_rank0_first,
     process_group,
     world_size,
 )
 from vqae.runtime.errors import LostProcessError, UsageError
 from vqae.runtime.process import Launch, SignalHandler
-from vqae.training.checkpoint import RunFolder, build_model, load_checkpoint
+from vqae.training.checkpoint import RunFolder, load_checkpoint
 from vqae.training.trainer import Trainer
 
 _MAY_CHANGE = ("out", "data_dir", "device", "dataset", "checkpoint_minutes")  # between a run and its continuation
@@ -47,7 +46,7 @@ class Command:
     """Take the settings of this JSON file (a run's config.json, say) as defaults; flags go before them."""
     recipe: Literal["plain"] | None = None
     """plain: the specification as written, which collapses: all at random, codes N(0, 1), SGD at 0.1 for all, with
-    momentum and weight decay for encoder and decoder, no warm-up, no restarts, no mirrored pictures. Sets these
+    momentum and weight decay for encoder and decoder, no warm-up, no restarts, no mirrored images. Sets these
     settings at once, over those of --config; flags go before them."""
     resume: bool = False
     """Go on with the run in --out, with its settings; begin it where there is none."""
@@ -86,67 +85,67 @@ def main(arguments: list[str], signals: SignalHandler) -> None:
     num_processes = Launch.from_environment().world_size
     if command.run.batch_size < num_processes:
         raise UsageError(
-            f"--batch-size must be at least {num_processes}, a picture for each process, got {command.run.batch_size}"
+            f"--batch-size must be at least {num_processes}, an image for each process, got {command.run.batch_size}"
         )
     try:
         with process_group(command.run.device) as device:
-            _train(from_first(lambda: command), device, signals)
+            _train(broadcast_from_rank0(lambda: command), device, signals)
     except LostProcessError as error:
         raise LostProcessError(f"{error}; {Launch.from_environment().how_to_go_on(command.run.out)}") from error
 
 
 def _train(command: Command, device: torch.device, signals: SignalHandler) -> None:
-    """Read the pictures, and train on them, alone or together with the other processes of the group."""
+    """Read the images, and train on them, alone or together with the other processes of the group."""
     config, folder = command.run, RunFolder(command.run.out)
-    begun_anew = in_any(Launch.from_environment().restarts > 0)  # each machine counts what died there alone
-    state = from_first(lambda: _claim(folder, command, begun_anew))
+    begun_anew = any_rank(Launch.from_environment().restarts > 0)  # each machine counts what died there alone
+    state = broadcast_from_rank0(lambda: _claim(folder, command, begun_anew))
     if state is not None and state["finished"]:
         _say(f"{folder.path} holds a finished run: nothing to do")
         return
 
-    pictures = _read_pictures(config, config.dataset if state is None else state["dataset"])
-    config = dataclasses.replace(config, dataset=cast(Dataset, pictures.dataset))
-    split = split_train(pictures.train, config.limit, config.val_fraction, config.seed)
-    if split.train.shape[0] < world_size():
-        raise UsageError(f"{world_size()} processes need a picture each to train on, got {split.train.shape[0]}")
-    image_size = (pictures.train.shape[2], pictures.train.shape[3])
+    images = _read_images(config, config.dataset if state is None else state["dataset"])
+    config = dataclasses.replace(config, dataset=cast(Dataset, images.dataset))
+    train, val = split_train(images.train, config.limit, config.val_fraction, config.seed)
+    if train.shape[0] < world_size():
+        raise UsageError(f"{world_size()} processes need an image each to train on, got {train.shape[0]}")
+    image_size = (images.train.shape[2], images.train.shape[3])
     if state is not None and tuple(state["image_size"]) != image_size:
-        raise UsageError(f"the pictures must be {tuple(state['image_size'])} as in the checkpoint, got {image_size}")
+        raise UsageError(f"the images must be {tuple(state['image_size'])} as in the checkpoint, got {image_size}")
 
     torch.manual_seed(config.seed)
-    batch_size = min(config.batch_size, split.train.shape[0])
+    batch_size = min(config.batch_size, train.shape[0])
     model = build_model(dataclasses.replace(config, batch_size=batch_size), image_size)
-    _set_pixel_statistics(model, split.train)
-    from_first(lambda: folder.begin(config) if state is None else folder.write_config(config))
+    _set_pixel_statistics(model, train)
+    broadcast_from_rank0(lambda: folder.begin(config) if state is None else folder.write_config(config))
     where = str(device) if world_size() == 1 else f"{world_size()} processes, this one on {device}"
     _say(
-        f"{pictures.dataset}: {split.train.shape[0]} pictures to train on, {split.val.shape[0]} to validate, "
-        f"{pictures.test.shape[0]} to test, {image_size[0]} x {image_size[1]}, on {where}"
+        f"{images.dataset}: {train.shape[0]} images to train on, {val.shape[0]} to validate, "
+        f"{images.test.shape[0]} to test, {image_size[0]} x {image_size[1]}, on {where}"
     )
     if state is None:
-        if config.network_init == "pictures":
-            _say("encoder and decoder begin from the pictures ...")
-            begin_from_pictures(model, split.train)
-        model.load_state_dict(from_first(model.state_dict))  # unlike machines do not round alike
-    Trainer(config, model.to(device), *split, pictures.test, pictures.dataset, device, signals, state).run()
+        if config.network_init == "pca":
+            _say("encoder and decoder begin from the images ...")
+            init_by_pca(model, train)
+        model.load_state_dict(broadcast_from_rank0(model.state_dict))  # unlike machines do not round alike
+    Trainer(config, model.to(device), train, val, images.test, images.dataset, device, signals, state).run()
     names = dict.fromkeys(file.relative_to(folder.path).parts[0] for file in folder.files())
     _say(f"results in {folder.path}: {', '.join(names)}")
 
 
 def _say(text: str) -> None:
     """Print a line, once for all processes."""
-    if is_first():
+    if is_rank0():
         print(text, flush=True)
 
 
-def _read_pictures(config: Config, dataset: Dataset) -> Pictures:
-    """The pictures, the same in all processes."""
-    pictures = one_after_the_other(
-        lambda: load_pictures(dataset, config.data_dir, image_size=config.image_size, seed=config.seed),
+def _read_images(config: Config, dataset: Dataset) -> Images:
+    """The images, the same in all processes."""
+    images = local_rank0_first(
+        lambda: load_images(dataset, config.data_dir, image_size=config.image_size, seed=config.seed),
         may_download=dataset in ("auto", "cifar10"),
     )
-    check_same("the pictures", (pictures.dataset, *fingerprints(pictures.train, pictures.test)))
-    return pictures
+    check_same("the images", (images.dataset, *fingerprints(images.train, images.test)))
+    return images
 
 
 def _claim(folder: RunFolder, command: Command, begun_anew: bool) -> dict[str, Any] | None:
@@ -174,9 +173,9 @@ def _check_settings(state: dict[str, Any], folder: RunFolder, config: Config) ->
     """Raise UsageError where a run cannot go on from a checkpoint with these settings."""
     if "optimizer" not in state:
         raise UsageError(f"{folder.last} holds a model alone, as best.pt does: there is nothing to go on from")
-    if "pictures" not in state:
+    if "images" not in state:
         raise UsageError(f"{folder.last} is of an earlier version of this program, which alone can go on with it")
-    before, now = state["config"], config.to_dict()
+    before, now = Config.from_dict(state["config"], str(folder.last)).to_dict(), config.to_dict()
     contradicting = [name for name, value in now.items() if name not in _MAY_CHANGE and before.get(name) != value]
     if config.dataset not in ("auto", state["dataset"]):
         contradicting.append("dataset")
@@ -185,9 +184,9 @@ def _check_settings(state: dict[str, Any], folder: RunFolder, config: Config) ->
         raise UsageError(f"--resume: the settings contradict those of {folder.last}: {differences}")
 
 
-def _set_pixel_statistics(model: VQAE, pictures: torch.Tensor) -> None:
-    """Mean of each channel, and one standard deviation around them, of pictures [N, 3, H, W] uint8, in [0, 1]."""
-    counts = torch.stack([channel.flatten().bincount(minlength=256) for channel in pictures.unbind(1)]).double()
+def _set_pixel_statistics(model: VQAE, images: torch.Tensor) -> None:
+    """Mean of each channel, and one standard deviation around them, of images [N, 3, H, W] uint8, in [0, 1]."""
+    counts = torch.stack([channel.flatten().bincount(minlength=256) for channel in images.unbind(1)]).double()
     levels = torch.arange(256, dtype=torch.float64) / 255
     shares = counts / counts.sum(dim=1, keepdim=True)  # [3, 256]
     mean = shares @ levels

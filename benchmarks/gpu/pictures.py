@@ -8,7 +8,7 @@ from torch import Tensor
 from train_runs import find_dataset
 
 from gpu.stage import Context
-from vqae import data
+from vqae.data.load import load_images
 
 _REHEARSED = {"train": 24, "test": 8}
 _REHEARSED_SIDE = 12
@@ -23,7 +23,7 @@ def load_pictures(context: Context) -> Tensor | None:
         pictures: Tensor = torch.load(kept, weights_only=True)
     else:
         folder = picture_folder(context)
-        read = data.load_pictures(find_dataset(None, folder), folder)
+        read = load_images(find_dataset(None, folder), folder)
         pictures = torch.cat([read.train, read.test])
         torch.save(pictures, kept)
     return pictures.to(context.device)

@@ -16,8 +16,8 @@ from torchvision.models import resnet18
 from torchvision.transforms import Compose, Normalize, ToTensor
 
 from vqae.config import Config
-from vqae.model.vqae import FEATURE_DIM, Decoder
-from vqae.training.checkpoint import build_model
+from vqae.model.encoder import FEATURE_DIM
+from vqae.model.vqae import Decoder, build_model
 
 _WORKERS = 8
 

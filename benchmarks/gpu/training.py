@@ -30,7 +30,7 @@ from gpu.stage import FINISHED, Context, Pace
 from gpu.timing import quantiles_ms
 from vqae import VQAE
 from vqae.config import Config
-from vqae.training.checkpoint import build_model
+from vqae.model.vqae import build_model
 from vqae.training.optim import build_optimizer
 
 TARGET_MSE = 0.0300
@@ -152,7 +152,7 @@ def read_run(lines: list[dict[str, Any]], config: Config) -> dict[str, Any]:
             seconds, elapsed = train_s, line["elapsed_s"]
     last = lines[-1]
     kept = {name: last[name] for name in ("test_mse", "psnr_db", "perplexity", "codes_used", "elapsed_s")}
-    start = config.encoder_start * config.epochs
+    start = config.unfreeze_encoder_at * config.epochs
     later = lines[1:] or lines
     resting = [line for line in later if line["epoch"] <= start]
     learning = [line for line in later if line["epoch"] - 1 >= start]
@@ -184,7 +184,7 @@ def steps(results: Results, context: Context, pictures: Tensor) -> None:
 def our_step(config: Config, batch: Tensor, amp: bool, *, rests: bool = False) -> Callable[[], None]:
     """A step of the trainer: the model, its encoder at rest or not, both losses, the optimiser."""
     model = build_model(config, (batch.shape[2], batch.shape[3])).to(batch.device)
-    model.encoder.rest(rests)
+    model.encoder.freeze(rests)
     model.train()
     optimizer = build_optimizer(model, config)
 

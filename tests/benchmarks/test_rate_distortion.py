@@ -13,7 +13,7 @@ from PIL import Image
 from rate_distortion_report import plot_curves
 
 from vqae.config import Config
-from vqae.data import load_pictures
+from vqae.data.load import load_images
 from vqae.runtime.errors import UsageError
 from vqae.runtime.process import SignalHandler
 
@@ -66,7 +66,7 @@ def test_one_centroid_is_the_mean_picture(
     run: Callable[..., list[dict[str, Any]]], picture_folder: Path, tmp_path: Path
 ) -> None:
     (line,) = run("--num-codes", "1", "--seeds", "0", "--methods", "kmeans")
-    pictures = load_pictures("imagefolder", picture_folder)
+    pictures = load_images("imagefolder", picture_folder)
     train, test = (part.double() / 255 for part in (pictures.train, pictures.test))
     for split, part in (("train", train), ("test", test)):
         assert line[f"{split}_mse"] == pytest.approx((part - train.mean(dim=0)).square().mean().item(), rel=1e-5)
@@ -99,7 +99,7 @@ def test_it_goes_on_where_it_stopped(
     assert done == [3]
     assert (tmp_path / "results.jsonl").read_text().splitlines()[:3] == before
 
-    monkeypatch.setattr(rate_distortion, "load_pictures", None)
+    monkeypatch.setattr(rate_distortion, "load_images", None)
     assert len(run(*arguments)) == 4  # nothing left to do: not even the pictures are read
 
 
@@ -198,4 +198,4 @@ def test_kmeans_sees_pixels_in_0_to_1(picture_folder: Path, tmp_path: Path, monk
     rate_distortion.main([*arguments, "--seeds", "0", "--device", "cpu"], SignalHandler())
     (x,) = seen
     assert x.shape == (48, 3 * 8 * 8)
-    assert torch.equal(x, load_pictures("imagefolder", picture_folder).train.flatten(1).float() / 255)
+    assert torch.equal(x, load_images("imagefolder", picture_folder).train.flatten(1).float() / 255)

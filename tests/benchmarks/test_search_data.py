@@ -67,12 +67,14 @@ def test_names_are_listed_once() -> None:
 
 
 def test_embeddings_of_a_checkpoint(tmp_path: Path) -> None:
-    checkpoints, config = pytest.importorskip("vqae.training.checkpoint"), pytest.importorskip("vqae.config").Config
+    vqae, config = pytest.importorskip("vqae.model.vqae"), pytest.importorskip("vqae.config").Config
+    from vqae.training.checkpoint import save_checkpoint
+
     settings = config(num_codes=12, code_dim=8)
-    model = checkpoints.build_model(settings, (32, 32))
+    model = vqae.build_model(settings, (32, 32))
     file = tmp_path / "last.pt"
     state = {"config": settings.to_dict(), "dataset": "synthetic", "image_size": [32, 32], "model": model.state_dict()}
-    checkpoints.save_checkpoint(file, state)
+    save_checkpoint(file, state)
 
     x, codebook = make_search_data("trained", 20, 12, 8, checkpoint=file)
     assert x.shape == (20, 8)

@@ -24,7 +24,7 @@ def test_the_encoder_learns_in_every_turn(monkeypatch: pytest.MonkeyPatch) -> No
 
     def train_steps(trainer: Trainer, count: int) -> None:
         before(trainer, count)
-        rests.append(trainer.model.encoder.rests)
+        rests.append(trainer.model.encoder.frozen)
 
     before = Trainer.train_steps
     monkeypatch.setattr(Trainer, "train_steps", train_steps)

@@ -14,7 +14,7 @@ import torch
 from train_runs import compared_settings, find_dataset, measure_run, run_minutes, run_training
 
 from vqae.config import Config
-from vqae.data import load_pictures
+from vqae.data.load import load_images
 from vqae.runtime.errors import DivergedError, UsageError
 from vqae.training.checkpoint import RunFolder
 
@@ -48,7 +48,7 @@ def test_a_run_is_made_once_and_measured(
     run_training(config)  # finished: nothing to do
     assert folder.last.stat().st_mtime_ns == before
 
-    test = load_pictures("imagefolder", picture_folder).test
+    test = load_images("imagefolder", picture_folder).test
     measured = measure_run(config.out, {"test": test, "first": test[:3]}, torch.device("cpu"))
     line = json.loads(folder.metrics.read_text().splitlines()[-1])
     assert measured["test"].mse == pytest.approx(line["test_mse"])

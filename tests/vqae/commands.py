@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-# Two epochs of three steps; pictures are mirrored and codes restart, so that all that is random takes part.
+# Two epochs of three steps; images are mirrored and codes restart, so that all that is random takes part.
 TINY = (
     *("--num-codes", "16", "--hidden-dims", "16", "--batch-size", "16", "--epochs", "2", "--val-fraction", "0.2"),
-    *("--restart-after", "32", "--flip", "--encoder-start", "0.5", "--device", "cpu"),
+    *("--restart-after", "32", "--flip", "--unfreeze-encoder-at", "0.5", "--device", "cpu"),
 )
 TIMING_KEYS = {"elapsed_s", "images_per_s"}  # of a line of metrics.jsonl: all else is the same on every run
 

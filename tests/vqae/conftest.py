@@ -1,4 +1,4 @@
-"""Pictures to train on, a finished run, and a way to run the commands in this process."""
+"""Images to train on, a finished run, and a way to run the commands in this process."""
 
 import logging
 import os
@@ -27,9 +27,9 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An image folder: 64 noisy colours of 32 x 32 to train on, 32 to test."""
-    folder = tmp_path_factory.mktemp("pictures")
+    folder = tmp_path_factory.mktemp("images")
     generator = np.random.default_rng(0)
     for split, count in (("train", 64), ("test", 32)):
         (folder / split / "colours").mkdir(parents=True)
@@ -40,9 +40,9 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny(pictures: Path) -> tuple[str, ...]:
-    """Arguments of a run on these pictures, all but --out."""
-    return (*TINY, "--dataset", "imagefolder", "--data-dir", str(pictures))
+def tiny(images: Path) -> tuple[str, ...]:
+    """Arguments of a run on these images, all but --out."""
+    return (*TINY, "--dataset", "imagefolder", "--data-dir", str(images))
 
 
 @pytest.fixture(scope="session")

@@ -12,9 +12,9 @@ import torch
 
 from tests.vqae.commands import Outcome
 from vqae.config import RECIPES, Config, find_device, flag
+from vqae.model.vqae import build_model
 from vqae.runtime.errors import UsageError
 from vqae.train import parse
-from vqae.training.checkpoint import build_model
 
 FIELDS = [field.name for field in dataclasses.fields(Config)]
 
@@ -22,7 +22,7 @@ FIELDS = [field.name for field in dataclasses.fields(Config)]
 OTHER: dict[str, Any] = {
     "out": "elsewhere",
     "dataset": "imagefolder",
-    "data_dir": "pictures",
+    "data_dir": "images",
     "image_size": 48,
     "limit": 100,
     "val_fraction": 0.25,
@@ -39,7 +39,7 @@ OTHER: dict[str, Any] = {
     "batch_size": 32,
     "lr": 0.01,
     "encoder_lr": 0.02,
-    "encoder_start": 0.0,
+    "unfreeze_encoder_at": 0.0,
     "momentum": 0.5,
     "weight_decay": 5e-4,
     "warmup": 0.25,
@@ -121,7 +121,7 @@ def test_resume_takes_the_settings_of_the_run_wherever_it_lies_now(tmp_path: Pat
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"num_codes": 64, "colour": 1, "bright": 2}', "holds settings that are not known: bright, colour"),
+        ('{"num_codes": 64, "colour": 1, "bright": 2}', "holds unknown settings: bright, colour"),
         ('{"num_codes": "many"}', '--num-codes must be int, got "many"'),
         ('{"num_codes": 3.5}', "--num-codes must be int, got 3.5"),
         ('{"num_codes": true}', "--num-codes must be int, got true"),
@@ -166,7 +166,7 @@ def test_a_missing_file_and_a_file_of_bytes_are_named(tmp_path: Path) -> None:
 def test_the_plain_recipe_is_the_specification_as_written() -> None:
     plain = parse(["--recipe", "plain", "--num-codes", "64"]).run
     assert plain.lr == plain.encoder_lr == plain.codebook_lr == 0.1
-    assert (plain.network_init, plain.encoder_start) == ("random", 0)
+    assert (plain.network_init, plain.unfreeze_encoder_at) == ("random", 0)
     assert (plain.codebook_init, plain.codebook_step, plain.restart_after) == ("normal", "plain", 0)
     assert (plain.embedding_norm, plain.momentum, plain.warmup, plain.flip) == ("none", 0.9, 0, False)
     assert plain == dataclasses.replace(Config(num_codes=64), **RECIPES["plain"])
@@ -211,8 +211,8 @@ OUT_OF_RANGE = [
     ("--lr", "nan"),
     ("--lr", "inf"),
     ("--encoder-lr", "0"),
-    ("--encoder-start", "1"),
-    ("--encoder-start", "-0.1"),
+    ("--unfreeze-encoder-at", "1"),
+    ("--unfreeze-encoder-at", "-0.1"),
     ("--codebook-lr", "-0.1"),
     ("--codebook-lr", "2"),
     ("--image-size", "0"),
@@ -240,9 +240,9 @@ def test_a_value_out_of_range_is_named(name: str, value: str) -> None:
 
 
 def test_a_random_encoder_may_not_rest() -> None:
-    with pytest.raises(UsageError, match=r"--encoder-start must be 0 with --network-init random, .*got 0\.25"):
-        parse(["--network-init", "random", "--encoder-start", "0.25"])
-    parse(["--network-init", "random", "--encoder-start", "0"])
+    with pytest.raises(UsageError, match=r"--unfreeze-encoder-at must be 0 with --network-init random, .*got 0\.25"):
+        parse(["--network-init", "random", "--unfreeze-encoder-at", "0.25"])
+    parse(["--network-init", "random", "--unfreeze-encoder-at", "0"])
 
 
 def test_the_ends_of_the_ranges_are_inside() -> None:
@@ -281,14 +281,14 @@ def test_a_name_that_is_no_device(name: str) -> None:
 
 def test_a_device_that_is_not_there() -> None:
     with pytest.raises(
-        UsageError, match=rf"--device cuda:99 is not there: .* {torch.cuda.device_count()} CUDA devices"
+        UsageError, match=rf"--device cuda:99 does not exist: .* {torch.cuda.device_count()} CUDA devices"
     ):
         find_device("cuda:99")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_cuda_where_there_is_none() -> None:
-    with pytest.raises(UsageError, match="--device cuda is not there: this machine has 0 CUDA devices"):
+    with pytest.raises(UsageError, match="--device cuda does not exist: this machine has 0 CUDA devices"):
         find_device("cuda")
 
 
@@ -298,14 +298,14 @@ def test_cuda_where_there_is_none() -> None:
 def test_a_file_s_settings_are_checked_together_with_the_flags(tmp_path: Path) -> None:
     (tmp_path / "some.json").write_text('{"network_init": "random"}')
     given = ["--config", str(tmp_path / "some.json")]
-    assert parse([*given, "--encoder-start", "0"]).run.network_init == "random"
-    with pytest.raises(UsageError, match="--encoder-start must be 0 with --network-init random"):
+    assert parse([*given, "--unfreeze-encoder-at", "0"]).run.network_init == "random"
+    with pytest.raises(UsageError, match="--unfreeze-encoder-at must be 0 with --network-init random"):
         parse(given)
 
 
 @pytest.mark.parametrize(
-    ("pictures", "batch_size", "steps"), [(15_360, 256, 60), (15_360, 1000, 16), (1, 256, 1), (0, 256, 0)]
+    ("images", "batch_size", "steps"), [(15_360, 256, 60), (15_360, 1000, 16), (1, 256, 1), (0, 256, 0)]
 )
-def test_restarts_are_counted_in_pictures_whatever_the_batch_size(pictures: int, batch_size: int, steps: int) -> None:
-    config = Config(num_codes=4, code_dim=4, restart_after=pictures, batch_size=batch_size)
+def test_restarts_are_counted_in_images_whatever_the_batch_size(images: int, batch_size: int, steps: int) -> None:
+    config = Config(num_codes=4, code_dim=4, restart_after=images, batch_size=batch_size)
     assert config.restart_steps == build_model(config, (8, 8)).quantizer.restart_after == steps

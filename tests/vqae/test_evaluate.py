@@ -20,9 +20,9 @@ def measured(outcome: Outcome) -> dict[str, object]:
     return figures
 
 
-def test_one_line_of_json_with_the_figures_of_the_run(command: Command, finished_run: Path, pictures: Path) -> None:
+def test_one_line_of_json_with_the_figures_of_the_run(command: Command, finished_run: Path, images: Path) -> None:
     last_line = json.loads((finished_run / "metrics.jsonl").read_text().splitlines()[-1])
-    folder = ("--dataset", "imagefolder", "--data-dir", pictures, "--split", "test")
+    folder = ("--dataset", "imagefolder", "--data-dir", images, "--split", "test")
     figures = measured(command("vqae.evaluate", "--checkpoint", finished_run / "last.pt", *folder, "--device", "cpu"))
     assert figures == {
         "mse": pytest.approx(last_line["test_mse"]),
@@ -35,15 +35,15 @@ def test_one_line_of_json_with_the_figures_of_the_run(command: Command, finished
     }
 
 
-def test_the_checkpoint_knows_its_own_pictures(command: Command, finished_run: Path) -> None:
+def test_the_checkpoint_knows_its_own_images(command: Command, finished_run: Path) -> None:
     best = ("vqae.evaluate", "--checkpoint", finished_run / "best.pt", "--device", "cpu")
     assert measured(command(*best))["images"] == 32
     assert measured(command(*best, "--split", "train", "--batch-size", 7))["images"] == 64
 
 
-def test_other_pictures(command: Command, finished_run: Path, pictures: Path, tmp_path: Path) -> None:
+def test_other_images(command: Command, finished_run: Path, images: Path, tmp_path: Path) -> None:
     (tmp_path / "mine" / "test").mkdir(parents=True)
-    shutil.copytree(pictures / "train" / "colours", tmp_path / "mine" / "test" / "colours")
+    shutil.copytree(images / "train" / "colours", tmp_path / "mine" / "test" / "colours")
     arguments = ("--checkpoint", finished_run / "best.pt", "--data-dir", tmp_path / "mine", "--device", "cpu")
     assert measured(command("vqae.evaluate", *arguments))["images"] == 64
 
@@ -54,7 +54,7 @@ def test_other_pictures(command: Command, finished_run: Path, pictures: Path, tm
         (("--checkpoint", "none.pt"), "checkpoint none.pt does not exist"),
         (("--dataset", "imagefolder", "--data-dir", "none"), "none does not exist"),
         (("--batch-size", "0"), "--batch-size must be at least 1, got 0"),
-        (("--device", "cuda:99"), "--device cuda:99 is not there"),
+        (("--device", "cuda:99"), "--device cuda:99 does not exist"),
     ],
 )
 def test_bad_input_exits_with_2(command: Command, finished_run: Path, arguments: tuple[str, ...], message: str) -> None:
@@ -65,7 +65,7 @@ def test_bad_input_exits_with_2(command: Command, finished_run: Path, arguments:
     assert message in outcome.err
 
 
-def test_pictures_of_another_size_are_named(
+def test_images_of_another_size_are_named(
     command: Command, finished_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load_split = evaluate.load_split
@@ -76,4 +76,4 @@ def test_pictures_of_another_size_are_named(
     monkeypatch.setattr(evaluate, "load_split", load_small)
     outcome = command("vqae.evaluate", "--checkpoint", finished_run / "best.pt", "--device", "cpu")
     assert outcome.exit_code == 2
-    assert "pictures must be (32, 32) as in the checkpoint, got (16, 16)" in outcome.err
+    assert "images must be (32, 32) as in the checkpoint, got (16, 16)" in outcome.err

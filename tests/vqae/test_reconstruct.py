@@ -1,4 +1,4 @@
-"""The command that shows what a model makes of pictures."""
+"""The command that shows what a model makes of images."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,61 +9,61 @@ import torch
 from PIL import Image
 
 from tests.vqae.commands import Outcome
-from vqae.data import read_picture
+from vqae.data.image_folder import read_image
 
 Command = Callable[..., Outcome]
 
 
-def test_a_picture_of_originals_over_reconstructions(
-    command: Command, finished_run: Path, pictures: Path, tmp_path: Path
+def test_a_image_of_originals_over_reconstructions(
+    command: Command, finished_run: Path, images: Path, tmp_path: Path
 ) -> None:
-    files = sorted((pictures / "test" / "colours").iterdir())[:20]
+    files = sorted((images / "test" / "colours").iterdir())[:20]
     best, out = finished_run / "best.pt", tmp_path / "made" / "out.png"
     outcome = command("vqae.reconstruct", "--checkpoint", best, *files, "--out", out, "--device", "cpu")
-    assert (outcome.exit_code, outcome.out) == (0, f"20 pictures in {out}\n")
-    with Image.open(out) as picture:
-        assert picture.format == "PNG"
-        assert picture.size == (16 * 66 + 2, 4 * 66 + 2 + 40)
-        assert picture.info["Title"] == "originals over reconstructions by best.pt, trained on imagefolder"
-        pixels = np.asarray(picture.convert("RGB"))
+    assert (outcome.exit_code, outcome.out) == (0, f"20 images in {out}\n")
+    with Image.open(out) as image:
+        assert image.format == "PNG"
+        assert image.size == (16 * 66 + 2, 4 * 66 + 2 + 40)
+        assert image.info["Title"] == "originals over reconstructions by best.pt, trained on imagefolder"
+        pixels = np.asarray(image.convert("RGB"))
     with Image.open(files[0]) as original:
         np.testing.assert_array_equal(pixels[42 : 42 + 64 : 2, 2 : 2 + 64 : 2], np.asarray(original))
 
 
-def test_pictures_of_any_size(command: Command, finished_run: Path, tmp_path: Path) -> None:
+def test_images_of_any_size(command: Command, finished_run: Path, tmp_path: Path) -> None:
     files = []
     for width, height in ((1, 1), (300, 200), (20, 31), (500, 1)):
         files.append(tmp_path / f"{width}x{height}.png")
         Image.new("RGB", (width, height), "red").save(files[-1])
     outcome = command("vqae.reconstruct", *files, "--checkpoint", finished_run / "last.pt", "--out", tmp_path / "o.png")
     assert outcome.exit_code == 0, outcome.err
-    with Image.open(tmp_path / "o.png") as picture:
-        assert picture.size[1] == 2 * 66 + 2 + 40
+    with Image.open(tmp_path / "o.png") as image:
+        assert image.size[1] == 2 * 66 + 2 + 40
 
 
 @pytest.mark.parametrize("image_size", [(32, 32), (64, 48), (7, 31)])
-def test_a_picture_is_scaled_to_cover_and_its_centre_kept(image_size: tuple[int, int], tmp_path: Path) -> None:
+def test_a_image_is_scaled_to_cover_and_its_centre_kept(image_size: tuple[int, int], tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
-    file = tmp_path / "picture.png"
+    file = tmp_path / "image.png"
     for height, width in torch.randint(1, 200, (40, 2), generator=generator).tolist():
         Image.new("RGB", (width, height), (200, 200, 200)).save(file)
-        fitted = read_picture(file, image_size)
+        fitted = read_image(file, image_size)
         assert tuple(fitted.shape) == (3, *image_size)
         assert (fitted == 200).all()  # no edge is filled up
     same = torch.randint(256, (3, *image_size), dtype=torch.uint8, generator=generator)
     Image.fromarray(same.permute(1, 2, 0).numpy()).save(file)
-    assert torch.equal(read_picture(file, image_size), same)
+    assert torch.equal(read_image(file, image_size), same)
 
 
 def test_bad_input_exits_with_2_and_writes_nothing(command: Command, finished_run: Path, tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / "notes.txt").write_text("no image")
     best, out = finished_run / "best.pt", tmp_path / "out.png"
     for arguments, message in (
         ((tmp_path / "none.png", "--checkpoint", best), "none.png"),
-        ((tmp_path / "notes.txt", "--checkpoint", best), "notes.txt is no picture"),
+        ((tmp_path / "notes.txt", "--checkpoint", best), "notes.txt is no image"),
         ((tmp_path / "notes.txt", "--checkpoint", tmp_path / "notes.txt"), "notes.txt is not a checkpoint"),
-        (("--checkpoint", best), "at least one picture must be given, got none"),
-        ((tmp_path / "none.png", "--checkpoint", best, "--device", "cuda:99"), "--device cuda:99 is not there"),
+        (("--checkpoint", best), "at least one image must be given, got none"),
+        ((tmp_path / "none.png", "--checkpoint", best, "--device", "cuda:99"), "--device cuda:99 does not exist"),
     ):
         outcome = command("vqae.reconstruct", *arguments, "--out", out)
         assert (outcome.exit_code, outcome.out) == (2, ""), message

@@ -118,7 +118,7 @@ def test_a_run_stopped_wherever_it_can_be(
     assert (out / "curves.png").exists()
 
 
-@pytest.mark.parametrize("owner", ["load_pictures", "build_model", "split_train"])
+@pytest.mark.parametrize("owner", ["load_images", "build_model", "split_train"])
 def test_a_signal_before_the_run_has_begun(
     command: Command, tiny: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: str
 ) -> None:
@@ -209,7 +209,7 @@ def test_another_dataset_contradicts(command: Command, finished_run: Path) -> No
 
 @pytest.fixture
 def stopped_run(command: Command, tiny: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A run on pictures of 8 x 8 that was stopped after its first step."""
+    """A run on images of 8 x 8 that was stopped after its first step."""
 
     original = Trainer._train_step
 
@@ -224,32 +224,32 @@ def stopped_run(command: Command, tiny: tuple[str, ...], tmp_path: Path, monkeyp
     return tmp_path / "run"
 
 
-def test_other_pictures_contradict(command: Command, stopped_run: Path, pictures: Path, tmp_path: Path) -> None:
-    shutil.copytree(pictures, tmp_path / "fewer")
+def test_other_images_contradict(command: Command, stopped_run: Path, images: Path, tmp_path: Path) -> None:
+    shutil.copytree(images, tmp_path / "fewer")
     for index in range(10):
         (tmp_path / "fewer" / "train" / "colours" / f"{index:02}.png").unlink()
     before = (stopped_run / "last.pt").read_bytes()
     outcome = command("vqae.train", "--out", stopped_run, "--resume", "--data-dir", tmp_path / "fewer")
     assert outcome.exit_code == 2
-    assert "--resume: the run trained on 51 pictures, but now there are 43" in outcome.err
+    assert "--resume: the run trained on 51 images, but now there are 43" in outcome.err
     assert (stopped_run / "last.pt").read_bytes() == before
 
 
-def test_other_pictures_of_the_same_number_contradict(
-    command: Command, stopped_run: Path, pictures: Path, tmp_path: Path
+def test_other_images_of_the_same_number_contradict(
+    command: Command, stopped_run: Path, images: Path, tmp_path: Path
 ) -> None:
-    shutil.copytree(pictures, tmp_path / "others")
+    shutil.copytree(images, tmp_path / "others")
     file = next((tmp_path / "others" / "test" / "colours").iterdir())
     Image.new("RGB", (32, 32), "red").save(file)
     outcome = command("vqae.train", "--out", stopped_run, "--resume", "--data-dir", tmp_path / "others")
     assert outcome.exit_code == 2
-    assert "--resume: the pictures must be those that the run began with" in outcome.err
+    assert "--resume: the images must be those that the run began with" in outcome.err
 
 
 def test_what_may_change_is_kept_for_the_next_time(
-    command: Command, stopped_run: Path, pictures: Path, tmp_path: Path
+    command: Command, stopped_run: Path, images: Path, tmp_path: Path
 ) -> None:
-    moved = shutil.copytree(pictures, tmp_path / "moved")
+    moved = shutil.copytree(images, tmp_path / "moved")
     outcome = command("vqae.train", "--out", stopped_run, "--resume", "--data-dir", moved)
     assert outcome.exit_code == 0, outcome.err
     assert json.loads((stopped_run / "config.json").read_text())["data_dir"] == str(moved)
@@ -285,7 +285,7 @@ def test_a_model_alone_is_nothing_to_go_on_from(command: Command, finished_run: 
 
 def test_a_run_of_an_earlier_version_is_refused(command: Command, stopped_run: Path) -> None:
     state = load(stopped_run / "last.pt")
-    del state["pictures"]
+    del state["images"]
     torch.save(state, stopped_run / "last.pt")
     outcome = command("vqae.train", "--out", stopped_run, "--resume")
     assert outcome.exit_code == 2

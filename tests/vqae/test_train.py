@@ -49,10 +49,10 @@ def test_every_file_is_there_and_nothing_else(finished_run: Path) -> None:
     assert files_in(finished_run) == FILES | events
 
 
-def test_config_json_repeats_the_run(finished_run: Path, pictures: Path) -> None:
+def test_config_json_repeats_the_run(finished_run: Path, images: Path) -> None:
     config = Config.read(finished_run / "config.json")
     assert config.dataset == "imagefolder"
-    assert config.data_dir == pictures
+    assert config.data_dir == images
     assert config.out == finished_run
     assert (config.num_codes, config.epochs, config.batch_size, config.flip) == (16, 2, 16, True)
 
@@ -84,8 +84,8 @@ def test_the_shares_of_the_losses_add_up_to_1(finished_run: Path) -> None:
         assert ratio == pytest.approx(line["codebook_loss"] / line["reconstruction_loss"])
 
 
-def test_the_model_sees_pictures_of_mean_0_and_variance_1(finished_run: Path, pictures: Path) -> None:
-    split = data_load.load_pictures("imagefolder", pictures)
+def test_the_model_sees_images_of_mean_0_and_variance_1(finished_run: Path, images: Path) -> None:
+    split = data_load.load_images("imagefolder", images)
     model = load(finished_run / "last.pt")["model"]
     normalised = (split.train.double() / 255 - model["pixel_mean"]) / model["pixel_std"]
     assert normalised.mean().item() == pytest.approx(0, abs=0.1)  # the run held a fifth of them out
@@ -115,9 +115,9 @@ def test_best_is_the_model_of_the_lowest_validation_mse(finished_run: Path) -> N
 
 def test_plots_say_what_they_show(finished_run: Path) -> None:
     for name in ("reconstructions.png", "codebook.png", "curves.png"):
-        with Image.open(finished_run / name) as picture:
-            assert picture.format == "PNG"
-            assert "imagefolder, K = 16, test MSE 0." in picture.info["Title"]
+        with Image.open(finished_run / name) as image:
+            assert image.format == "PNG"
+            assert "imagefolder, K = 16, test MSE 0." in image.info["Title"]
 
 
 def test_events_hold_the_metrics(finished_run: Path) -> None:
@@ -141,20 +141,20 @@ def test_the_encoder_rests_until_its_start_and_then_learns(
     moved: list[tuple[float, bool, bool]] = []
     train_step = trainer.Trainer._train_step
 
-    def watched(self: trainer.Trainer, pictures: torch.Tensor) -> None:
+    def watched(self: trainer.Trainer, images: torch.Tensor) -> None:
         progress = self.progress()
         before = {name: value.clone() for name, value in self.model.state_dict().items()}
-        train_step(self, pictures)
+        train_step(self, images)
         changed = {name for name, value in self.model.state_dict().items() if not torch.equal(value, before[name])}
         parts = {name.split(".")[0] for name in changed}
         moved.append((progress, "encoder" in parts, {"quantizer", "decoder"} <= parts))
 
     monkeypatch.setattr(trainer.Trainer, "_train_step", watched)
-    assert command("vqae.train", *tiny, "--out", tmp_path / "run", "--encoder-start", 0.5).exit_code == 0
+    assert command("vqae.train", *tiny, "--out", tmp_path / "run", "--unfreeze-encoder-at", 0.5).exit_code == 0
     assert moved == [(step / 6, step >= 3, True) for step in range(6)]
 
 
-# -- synthetic pictures
+# -- synthetic images
 
 
 @pytest.fixture
@@ -173,24 +173,24 @@ def test_auto_falls_back_aloud_and_every_output_says_synthetic(
     with caplog.at_level(logging.WARNING):
         outcome = command("vqae.train", *TINY, "--epochs", 1, "--data-dir", data_dir, "--out", out)
     assert outcome.exit_code == 0, outcome.err
-    assert "THE PICTURES ARE SYNTHETIC" in caplog.text
+    assert "THE IMAGES ARE SYNTHETIC" in caplog.text
     first, beginning, epoch, *_ = outcome.out.splitlines()
-    assert first.startswith("synthetic: 32 pictures to train on, 8 to validate, 20 to test, 32 x 32")
-    assert beginning == "encoder and decoder begin from the pictures ..."
+    assert first.startswith("synthetic: 32 images to train on, 8 to validate, 20 to test, 32 x 32")
+    assert beginning == "encoder and decoder begin from the images ..."
     assert epoch.startswith("epoch 1/1 (synthetic)")
     assert Config.read(out / "config.json").dataset == "synthetic"
     assert all(line["dataset"] == "synthetic" for line in metrics(out))
     for name in ("last.pt", "best.pt"):
         assert load(out / name)["dataset"] == "synthetic"
     for name in ("reconstructions.png", "codebook.png", "curves.png"):
-        with Image.open(out / name) as picture:
-            assert "synthetic" in picture.info["Title"]
+        with Image.open(out / name) as image:
+            assert "synthetic" in image.info["Title"]
     measured = command("vqae.evaluate", "--checkpoint", out / "best.pt", "--device", "cpu")
     assert json.loads(measured.out)["dataset"] == "synthetic"
     assert json.loads(measured.out)["mse"] == pytest.approx(metrics(out)[0]["test_mse"])
 
 
-def test_fewer_pictures_than_a_batch_restart_codes_no_later(
+def test_fewer_images_than_a_batch_restart_codes_no_later(
     command: Command, tiny: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[trainer.Trainer] = []
@@ -210,15 +210,15 @@ def test_a_collapsed_codebook_is_warned_of_once_an_epoch(
 ) -> None:
     measure = trainer.evaluate
 
-    def evaluate(model: VQAE, pictures: torch.Tensor, *others: Any) -> Evaluation:
-        counts = torch.bincount(torch.arange(pictures.shape[0]) % codes_used, minlength=16)
-        return measure(model, pictures, *others)._replace(counts=counts)
+    def evaluate(model: VQAE, images: torch.Tensor, *others: Any) -> Evaluation:
+        counts = torch.bincount(torch.arange(images.shape[0]) % codes_used, minlength=16)
+        return measure(model, images, *others)._replace(counts=counts)
 
     monkeypatch.setattr(trainer, "evaluate", evaluate)
     outcome = command("vqae.train", *tiny, "--image-size", 8, "--restart-after", 0, "--out", tmp_path)
     assert outcome.exit_code == 0, outcome.err
     said = [line for line in outcome.err.splitlines() if line.startswith("warning")]
-    text = "the 45 pictures held out chose 7 of 16 codes, fewer than half of those they could: look at --restart-after"
+    text = "the 45 images held out chose 7 of 16 codes, fewer than half of those they could: look at --restart-after"
     assert len(said) == (2 if codes_used == 7 else 0)  # two epochs
     assert all(text in line for line in said)
 
@@ -235,8 +235,8 @@ def test_a_run_with_every_option_turned_the_other_way(command: Command, tiny: tu
     assert outcome.exit_code == 0, outcome.err
     (line,) = metrics(tmp_path / "run")
     assert line["val_mse"] is None
-    assert line["step"] == 1  # a batch is never larger than the pictures
-    assert "20 pictures to train on, 0 to validate, 32 to test, 8 x 8" in outcome.out
+    assert line["step"] == 1  # a batch is never larger than the images
+    assert "20 images to train on, 0 to validate, 32 to test, 8 x 8" in outcome.out
     last, best = load(tmp_path / "run" / "last.pt"), load(tmp_path / "run" / "best.pt")
     assert all(torch.equal(value, last["model"][name]) for name, value in best["model"].items())
 
@@ -289,10 +289,10 @@ def _empty(tmp_path: Path) -> list[object]:
     return ["--data-dir", tmp_path / "empty"]
 
 
-def _no_picture(tmp_path: Path) -> list[object]:
+def _no_image(tmp_path: Path) -> list[object]:
     for split in ("train", "test"):
         (tmp_path / "bad" / split / "a").mkdir(parents=True)
-        (tmp_path / "bad" / split / "a" / "notes.png").write_text("no picture")
+        (tmp_path / "bad" / split / "a" / "notes.png").write_text("no image")
     return ["--data-dir", tmp_path / "bad"]
 
 
@@ -313,13 +313,13 @@ REFUSED: dict[str, tuple[Callable[[Path], list[object]], str]] = {
     "missing folder": (_missing, "missing does not exist"),
     "empty folder": (_empty, "must hold the folder train/"),
     "no folder": (lambda _: ["--dataset", "imagefolder"], "needs --data-dir"),
-    "no picture": (_no_picture, "notes.png is no picture"),
+    "no image": (_no_image, "notes.png is no image"),
     "several sizes": (_several_sizes, "--image-size"),
     "no network": (lambda path: ["--dataset", "cifar10", "--data-dir", path / "data"], "cannot be downloaded"),
-    "no device": (lambda _: ["--device", "cuda:99"], "--device cuda:99 is not there"),
+    "no device": (lambda _: ["--device", "cuda:99"], "--device cuda:99 does not exist"),
     "out of range": (lambda _: ["--lr", "-1"], "--lr must be above 0, got -1.0"),
-    "bad config": (_bad_config, "bad.json holds settings that are not known: colour"),
-    "too few pictures": (lambda _: ["--limit", "1", "--val-fraction", "0"], "at least 2 pictures"),
+    "bad config": (_bad_config, "bad.json holds unknown settings: colour"),
+    "too few images": (lambda _: ["--limit", "1", "--val-fraction", "0"], "at least 2 images"),
 }
 
 
@@ -406,7 +406,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(command: Command, tiny: tuple[s
     assert state["losses"]["sums"].isfinite().all()
 
 
-def test_a_model_whose_pictures_are_not_finite_is_not_saved(
+def test_a_model_whose_images_are_not_finite_is_not_saved(
     command: Command, tiny: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def evaluate(model: VQAE, *_arguments: object) -> Evaluation:
@@ -415,7 +415,7 @@ def test_a_model_whose_pictures_are_not_finite_is_not_saved(
     monkeypatch.setattr(trainer, "evaluate", evaluate)
     outcome = command("vqae.train", *tiny, "--image-size", 8, "--out", tmp_path / "run")
     assert outcome.exit_code == 1
-    assert "error: the model's pictures were not finite after step 3" in outcome.err
+    assert "error: the model's images were not finite after step 3" in outcome.err
     assert files_in(tmp_path / "run") == {"config.json", "last.pt"}
     assert load(tmp_path / "run" / "last.pt")["step"] == 0
 

@@ -43,7 +43,7 @@ def read_cifar10(data_dir: Path, splits: Sequence[str]) -> list[Tensor]:
         splits: each "train" or "test".
 
     Returns:
-        For each split [N, 3, 32, 32] uint8: 50,000 pictures to train, 10,000 to test.
+        For each split [N, 3, 32, 32] uint8: 50,000 images to train, 10,000 to test.
 
     Raises:
         DownloadError: nothing of CIFAR-10 is there, and it cannot be downloaded.
@@ -126,9 +126,9 @@ def _download_advice(data_dir: Path, reason: str) -> str:
 
 
 def _read_batches(data_dir: Path, split: str) -> Tensor:
-    """The pictures of one split, [N, 3, 32, 32] uint8."""
+    """The images of one split, [N, 3, 32, 32] uint8."""
     with warnings.catch_warnings():
         # The official files are pickles of 2009, written with a spelling that NumPy 2.4 no longer likes.
         warnings.filterwarnings("ignore", message=r"dtype\(\): align should be passed")
-        pictures = CIFAR10(data_dir, train=split == "train").data  # [N, 32, 32, 3], a view of [N, 3, 32, 32]
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous()
+        images = CIFAR10(data_dir, train=split == "train").data  # [N, 32, 32, 3], a view of [N, 3, 32, 32]
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()

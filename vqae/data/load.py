@@ -1,37 +1,44 @@
-"""One door to all the data sets: which one is meant, where it lies, and what is done where it is not to be had."""
+"""Load a data set by name, split it, and cut it into batches. Images are held in memory as uint8."""
 
 import logging
 import textwrap
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
 from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
+from vq_kernels.distributed import rank_and_world
+from vqae.config import Dataset
 from vqae.data.cifar10 import DownloadError, read_cifar10
 from vqae.data.image_folder import read_image_folder
-from vqae.data.synthetic import draw_pictures
+from vqae.data.synthetic import draw_images
 from vqae.runtime.errors import UsageError
 
-Dataset = Literal["auto", "cifar10", "imagefolder", "synthetic"]
 Split = Literal["train", "test"]
 
 DEFAULT_DATA_DIR = Path("data")
 NUM_SYNTHETIC = {"train": 20_000, "test": 5_000}
+_ROOM_NEEDED = 2.0  # images are held on the GPU if it has this multiple of their size free
 
 _logger = logging.getLogger(__name__)
 
 
+# -- data sets
+
+
 @dataclass(frozen=True)
-class Pictures:
-    """The pictures of one data set.
+class Images:
+    """The images of a data set.
 
     Attributes:
         train: [N, 3, H, W] uint8.
         test: [M, 3, H, W] uint8.
-        dataset: "cifar10", "imagefolder" or "synthetic": what was really read, never "auto".
+        dataset: "cifar10", "imagefolder" or "synthetic": the data set that was read, never "auto".
     """
 
     train: Tensor
@@ -39,57 +46,45 @@ class Pictures:
     dataset: str
 
 
-def load_pictures(dataset: Dataset, data_dir: Path | None, *, image_size: int | None = None, seed: int = 0) -> Pictures:
-    """Both splits of a data set, in an order that is the same on every run.
+def load_images(dataset: Dataset, data_dir: Path | None, *, image_size: int | None = None, seed: int = 0) -> Images:
+    """Load both splits of a data set, always in the same order.
 
     Args:
-        dataset: "cifar10" is torchvision's, downloaded where data_dir holds nothing of it. "imagefolder" is
-            data_dir/train/<class>/* and data_dir/test/<class>/*. "synthetic" is drawn by a program, 20,000 pictures
-            to train and 5,000 to test. "auto" is CIFAR-10 where it is in data_dir or can be downloaded, else
-            synthetic with a warning; a CIFAR-10 that is there and damaged is an error, as it is for "cifar10".
-        data_dir: where the pictures lie; "data" where None, except that "imagefolder" needs one. Not used by
-            "synthetic".
-        image_size: height and width that every picture gets: the shorter side is resized, antialiased, and the
-            centre cut out. None keeps the pictures as they are (32 x 32 for synthetic ones), which then must all
-            have one size.
-        seed: of the synthetic pictures; the others do not use it.
+        dataset: "cifar10" downloads CIFAR-10 if data_dir holds nothing of it. "imagefolder" reads
+            data_dir/train/<class>/* and data_dir/test/<class>/*. "synthetic" generates 20,000 training and 5,000 test
+            images. "auto" is CIFAR-10 if it is in data_dir or can be downloaded, otherwise synthetic with a warning. A
+            damaged CIFAR-10 is an error for "auto" too.
+        data_dir: folder of the images. None is "data", but "imagefolder" requires a folder. "synthetic" ignores it.
+        image_size: resize the shorter side of each image to this, antialiased, and crop the centre. None keeps the
+            images (32 x 32 for synthetic ones), which must then have one size.
+        seed: seed of the synthetic images.
 
     Returns:
-        Pictures(train [N, 3, H, W] uint8, test [M, 3, H, W] uint8, dataset).
+        Images(train [N, 3, H, W] uint8, test [M, 3, H, W] uint8, dataset).
 
     Raises:
-        UsageError: the data set is missing, damaged or not to be had, or an argument is out of range.
+        UsageError: the data set is missing, damaged or not available, or an argument is out of range.
     """
-    (train, test), actual_dataset = _read(dataset, data_dir, ("train", "test"), image_size, seed)
-    return Pictures(train, test, actual_dataset)
+    (train, test), actual_dataset = _load_splits(dataset, data_dir, ("train", "test"), image_size, seed)
+    return Images(train, test, actual_dataset)
 
 
 def load_split(
     dataset: Dataset, data_dir: Path | None, split: Split, *, image_size: int | None = None, seed: int = 0
 ) -> tuple[Tensor, str]:
-    """One split alone, the same pictures as `load_pictures` returns; the other need not exist in an image folder.
-
-    Args:
-        dataset: as in `load_pictures`.
-        data_dir: as in `load_pictures`.
-        split: "train" or "test".
-        image_size: as in `load_pictures`.
-        seed: as in `load_pictures`.
+    """Load one split. An image folder need not have the other one. Arguments and errors are those of `load_images`.
 
     Returns:
-        The pictures, [N, 3, H, W] uint8, and the data set that was really read.
-
-    Raises:
-        UsageError: as in `load_pictures`.
+        The images [N, 3, H, W] uint8, and the data set that was read.
     """
-    (pictures,), actual_dataset = _read(dataset, data_dir, (split,), image_size, seed)
-    return pictures, actual_dataset
+    (images,), actual_dataset = _load_splits(dataset, data_dir, (split,), image_size, seed)
+    return images, actual_dataset
 
 
-def _read(
+def _load_splits(
     dataset: Dataset, data_dir: Path | None, splits: tuple[Split, ...], image_size: int | None, seed: int
 ) -> tuple[list[Tensor], str]:
-    """The pictures of each split, and the data set that they come from."""
+    """The images of each split, and the data set that was read."""
     if image_size is not None and image_size < 1:
         raise UsageError(f"--image-size must be at least 1, got {image_size}")
     if dataset == "imagefolder":
@@ -99,37 +94,121 @@ def _read(
             )
         return read_image_folder(data_dir, splits, image_size), "imagefolder"
     if dataset in ("auto", "cifar10"):
-        folder = DEFAULT_DATA_DIR if data_dir is None else data_dir
         try:
-            pictures = read_cifar10(folder, splits)
+            images = read_cifar10(data_dir or DEFAULT_DATA_DIR, splits)
         except DownloadError as error:
             if dataset == "cifar10":
                 raise
             _warn_of_synthetic(error)
         else:
-            return [_resized(split, image_size) for split in pictures], "cifar10"
+            return [_resized(split, image_size) for split in images], "cifar10"
     elif dataset != "synthetic":
         raise UsageError(f"--dataset must be auto, cifar10, imagefolder or synthetic, got {dataset}")
-    size = 32 if image_size is None else image_size
-    return [draw_pictures(NUM_SYNTHETIC[split], split, image_size=size, seed=seed) for split in splits], "synthetic"
+    size = image_size or 32
+    return [draw_images(NUM_SYNTHETIC[split], split, image_size=size, seed=seed) for split in splits], "synthetic"
 
 
-def _resized(pictures: Tensor, image_size: int | None) -> Tensor:
-    """Square pictures [N, 3, H, H] at another size, antialiased."""
-    if image_size is None or image_size == pictures.shape[-1]:
-        return pictures
-    resized: Tensor = resize(pictures, [image_size, image_size], InterpolationMode.BICUBIC, antialias=True)
+def _resized(images: Tensor, image_size: int | None) -> Tensor:
+    """Resize square images [N, 3, H, H], antialiased."""
+    if image_size is None or image_size == images.shape[-1]:
+        return images
+    resized: Tensor = resize(images, [image_size, image_size], InterpolationMode.BICUBIC, antialias=True)
     return resized
 
 
 def _warn_of_synthetic(error: DownloadError) -> None:
-    """Say, so that nobody takes the results for CIFAR-10's, that the pictures are synthetic, and why."""
+    """Warn so clearly that nobody mistakes the results for those of CIFAR-10."""
     rule = "!" * 100
-    reason = textwrap.fill(f"Why: {error}", 96, break_long_words=False, break_on_hyphens=False)
+    reason = textwrap.fill(f"Reason: {error}", 96, break_long_words=False, break_on_hyphens=False)
     message = (
-        "THE PICTURES ARE SYNTHETIC: CIFAR-10 could not be had, and --dataset auto goes on without it.\n"
-        "Every figure of this run is about pictures drawn by a program, and says nothing about CIFAR-10.\n\n"
+        "THE IMAGES ARE SYNTHETIC, because CIFAR-10 cannot be downloaded.\n"
+        "The results of this run say nothing about CIFAR-10.\n\n"
         f"{reason}\n\n"
-        "--dataset cifar10 stops here instead; --dataset synthetic does without this warning."
+        "Use --dataset cifar10 to stop with an error instead, or --dataset synthetic to suppress this warning."
     )
     _logger.warning("\n%s\n%s\n%s", rule, textwrap.indent(message, "  "), rule)
+
+
+# -- splits
+
+
+def split_train(images: Tensor, limit: int | None, val_fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Shuffle the training images, take the first `limit`, and hold out a fraction of those for validation.
+
+    Args:
+        images: [N, 3, H, W] uint8.
+        limit: number of images to take, None for all.
+        val_fraction: fraction to hold out, rounded to whole images.
+        seed: seed of the shuffle.
+
+    Returns:
+        The training and the validation images. The latter may be empty.
+
+    Raises:
+        UsageError: fewer than 2 training images are left.
+    """
+    order = torch.randperm(images.shape[0], generator=torch.Generator().manual_seed(seed))[:limit]
+    num_val = round(val_fraction * order.numel())
+    if order.numel() - num_val < 2:
+        raise UsageError(
+            f"at least 2 images are needed to train on, got {order.numel() - num_val} "
+            f"(of {images.shape[0]}, --limit {limit}, --val-fraction {val_fraction})"
+        )
+    return images[order[num_val:]], images[order[:num_val]]
+
+
+def fingerprints(*parts: Tensor) -> list[tuple[int, ...]]:
+    """Shape and pixel sum of each tensor of images [N, 3, H, W] uint8, to tell data sets apart."""
+    return [(*part.shape, int(part.sum())) for part in parts]
+
+
+# -- batches
+
+
+def to_device(images: Tensor, device: torch.device) -> Tensor:
+    """Move the images to the device if it has room for them, otherwise to pinned memory."""
+    if device.type == "cuda" and images.nbytes * _ROOM_NEEDED > torch.cuda.mem_get_info(device)[0]:
+        return images.pin_memory()
+    return images.to(device)
+
+
+def training_batches(
+    images: Tensor, batch_size: int, device: torch.device, *, flip: bool, seed: int, epoch: int, first_step: int = 0
+) -> Iterator[Tensor]:
+    """Yield the batches of a training epoch, [B, 3, H, W] uint8 on the device: of each this process's share.
+
+    Order and flips depend on (seed, epoch) alone, so a run can resume within an epoch. The last batch is dropped if it
+    is incomplete; it holds other images in every epoch.
+
+    Args:
+        images: [N, 3, H, W] uint8.
+        batch_size: images per batch over all processes, at most N.
+        device: where to put the batches.
+        flip: flip each image with probability 1/2.
+        seed: seed of the run.
+        epoch: number of the epoch.
+        first_step: number of batches to skip.
+    """
+    num_images = images.shape[0]
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+    order = torch.randperm(num_images, generator=generator)
+    flipped = torch.rand(num_images, generator=generator) < 0.5 if flip else None
+    for start in range(first_step * batch_size, num_images - batch_size + 1, batch_size):
+        rows = _own_rows(start, batch_size)
+        batch = images[order[rows].to(images.device)].to(device, non_blocking=True)
+        if flipped is not None:
+            batch = torch.where(flipped[rows].to(device)[:, None, None, None], batch.flip(3), batch)
+        yield batch
+
+
+def evaluation_batches(images: Tensor, batch_size: int, device: torch.device) -> Iterator[Tensor]:
+    """Yield all images in order, [B, 3, H, W] on the device: of each batch this process's share, which may be empty."""
+    for start in range(0, images.shape[0], batch_size):
+        rows = _own_rows(start, min(batch_size, images.shape[0] - start))
+        yield images[rows].to(device, non_blocking=True)
+
+
+def _own_rows(start: int, count: int) -> slice:
+    """This process's share of `count` rows from `start`. Shares are in rank order and differ by at most one row."""
+    rank, world_size = rank_and_world(synchronise=True)
+    return slice(start + rank * count // world_size, start + (rank + 1) * count // world_size)

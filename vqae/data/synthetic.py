@@ -1,8 +1,8 @@
-"""Pictures drawn by a seeded program, for where there is no data set: lit shapes in front of hills under a sky.
+"""Images drawn by a seeded program, for where there is no data set: lit shapes in front of hills under a sky.
 
 What varies has many values and few common ones, as in photographs: places, sizes (most objects are small, a few fill
-the picture), colours that keep together within a picture, light, weather and the shapes themselves. Everything is
-drawn for a chunk of pictures at once; the parameters of a picture do not depend on its size.
+the image), colours that keep together within an image, light, weather and the shapes themselves. Everything is
+drawn for a chunk of images at once; the parameters of an image do not depend on its size.
 
 Source of the outlines: Gielis 2003, "A generic geometric transformation that unifies a wide range of natural and
 abstract shapes", American Journal of Botany 90(3).
@@ -13,9 +13,9 @@ import math
 import torch
 from torch import Generator, Tensor
 
-_CHUNK = 64  # pictures drawn at once: more, and the time goes into fetching memory
+_CHUNK = 64  # images drawn at once: more, and the time goes into fetching memory
 _MAX_OBJECTS = 3
-_NUM_WAVES = 6  # plane waves that a picture's clouds are made of
+_NUM_WAVES = 6  # plane waves that an image's clouds are made of
 
 # Outlines, as the superformula's (m, n1, n2, n3): the symmetry, then three exponents.
 _OUTLINES = torch.tensor(
@@ -32,11 +32,11 @@ _OUTLINES = torch.tensor(
 )
 
 
-def draw_pictures(num_pictures: int, split: str, *, image_size: int = 32, seed: int = 0) -> Tensor:
-    """Pictures that are the same for the same arguments, and different ones for train and test.
+def draw_images(num_images: int, split: str, *, image_size: int = 32, seed: int = 0) -> Tensor:
+    """Images that are the same for the same arguments, and different ones for train and test.
 
     Args:
-        num_pictures: N; the first pictures of a longer draw need not be those of a shorter one.
+        num_images: N; the first images of a longer draw need not be those of a shorter one.
         split: "train" or "test".
         image_size: height and width S.
         seed: any integer of 62 bits.
@@ -45,23 +45,23 @@ def draw_pictures(num_pictures: int, split: str, *, image_size: int = 32, seed: 
         [N, 3, S, S] uint8.
     """
     generator = torch.Generator().manual_seed(2 * seed + (split == "test"))
-    pictures = torch.empty(num_pictures, 3, image_size, image_size, dtype=torch.uint8)
+    images = torch.empty(num_images, 3, image_size, image_size, dtype=torch.uint8)
     num_threads = torch.get_num_threads()
     # The planes of a chunk are too small to be shared out: threads that wait for each other after every operation gain
     # little, and on a busy machine they take ten times as long as one.
     torch.set_num_threads(1)
     try:
-        for start in range(0, num_pictures, _CHUNK):
-            chunk = pictures[start : start + _CHUNK]
+        for start in range(0, num_images, _CHUNK):
+            chunk = images[start : start + _CHUNK]
             chunk.copy_(_draw_chunk(len(chunk), image_size, generator))
     finally:
         torch.set_num_threads(num_threads)
-    return pictures
+    return images
 
 
-def _draw_chunk(num_pictures: int, image_size: int, generator: Generator) -> Tensor:
+def _draw_chunk(num_images: int, image_size: int, generator: Generator) -> Tensor:
     """Scenes from back to front, [B, 3, S, S] in [0, 255]."""
-    draw = _Draw(num_pictures, generator)
+    draw = _Draw(num_images, generator)
     axis = (torch.arange(image_size) + 0.5) * (2 / image_size) - 1
     y, x = axis[:, None], axis[None, :]  # [S, 1] and [1, S]: what depends on one alone is cheap
     light_angle = draw.uniform(-0.85 * math.pi, -0.15 * math.pi)  # from above
@@ -69,21 +69,21 @@ def _draw_chunk(num_pictures: int, image_size: int, generator: Generator) -> Ten
     scene_hue = draw.uniform(0, 1)
 
     clouds = _draw_clouds(draw, x, y)
-    picture = _draw_sky(draw, x, y, clouds, scene_hue)
-    picture, ground = _draw_ground(draw, x, y, clouds, scene_hue, picture)
+    image = _draw_sky(draw, x, y, clouds, scene_hue)
+    image, ground = _draw_ground(draw, x, y, clouds, scene_hue, image)
     for _ in range(_MAX_OBJECTS):
-        picture = _draw_object(draw, x, y, light, scene_hue, ground, picture)
+        image = _draw_object(draw, x, y, light, scene_hue, ground, image)
 
     exposure = 1.1 * torch.exp(0.2 * draw.normal())
     vignette = 1 - draw.uniform(0, 0.25) * (x * x + y * y)
-    return (picture * (exposure * vignette)[:, None]).clamp_(0, 1).mul_(255).round_()
+    return (image * (exposure * vignette)[:, None]).clamp_(0, 1).mul_(255).round_()
 
 
 class _Draw:
-    """Random numbers for B pictures, shaped [B, 1, 1] to go with planes [B, S, S]."""
+    """Random numbers for B images, shaped [B, 1, 1] to go with planes [B, S, S]."""
 
-    def __init__(self, num_pictures: int, generator: Generator) -> None:
-        self._shape = (num_pictures, 1, 1)
+    def __init__(self, num_images: int, generator: Generator) -> None:
+        self._shape = (num_images, 1, 1)
         self._generator = generator
 
     def uniform(self, low: float, high: float) -> Tensor:
@@ -138,9 +138,9 @@ def _draw_sky(draw: _Draw, x: Tensor, y: Tensor, clouds: Tensor, scene_hue: Tens
 
 
 def _draw_ground(
-    draw: _Draw, x: Tensor, y: Tensor, clouds: Tensor, scene_hue: Tensor, picture: Tensor
+    draw: _Draw, x: Tensor, y: Tensor, clouds: Tensor, scene_hue: Tensor, image: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Hills with furrows over the lower part of most pictures: the picture, and what the ground covers, [B, S, S]."""
+    """Hills with furrows over the lower part of most images: the image, and what the ground covers, [B, S, S]."""
     height = torch.where(draw.chance(0.75), 0.35 + 0.35 * draw.normal(), torch.tensor(3.0))
     hill = draw.exponential(0.12) * torch.sin(draw.uniform(1, 5) * x + draw.uniform(0, 2 * math.pi))
     distance = height + hill + 0.4 * draw.normal() * x - y
@@ -152,7 +152,7 @@ def _draw_ground(
     texture = 1 + draw.exponential(0.08) * furrows + draw.exponential(0.05) * clouds
     ground = torch.lerp(far, near, (-0.9 * distance).clamp(0, 1)[:, None]) * texture[:, None]
     cover = _edge(distance, len(y))
-    return torch.lerp(picture, ground, cover[:, None]), cover
+    return torch.lerp(image, ground, cover[:, None]), cover
 
 
 def _draw_object(
@@ -162,9 +162,9 @@ def _draw_object(
     light: tuple[Tensor, Tensor],
     scene_hue: Tensor,
     ground: Tensor,
-    picture: Tensor,
+    image: Tensor,
 ) -> Tensor:
-    """One rounded, lit, perhaps striped or hollow shape in four of five pictures, with its shadow on the ground."""
+    """One rounded, lit, perhaps striped or hollow shape in four of five images, with its shadow on the ground."""
     present = draw.chance(0.8)
     radius = (0.17 * torch.exp(draw.exponential(0.65))).clamp(max=1.1)
     offset_x, offset_y = x - 0.5 * draw.normal(), y - 0.15 - 0.4 * draw.normal()
@@ -198,8 +198,8 @@ def _draw_object(
 
     shadow_x, shadow_y = offset_x / radius, (offset_y - 0.9 * radius) / (0.4 * radius)
     shadow = draw.uniform(0.2, 0.7) * present * (-shadow_x.square()).exp() * (-shadow_y.square()).exp()
-    picture = picture * (1 - shadow * ground)[:, None]
-    return torch.lerp(picture, surface, cover[:, None])
+    image = image * (1 - shadow * ground)[:, None]
+    return torch.lerp(image, surface, cover[:, None])
 
 
 def _level(along: Tensor, across: Tensor, outline: Tensor) -> Tensor:

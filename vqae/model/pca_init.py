@@ -1,10 +1,10 @@
-"""Weights to begin with, made from pictures: embeddings that are principal components, and a decoder that inverts them.
+"""Weights to begin with, made from images: embeddings that are principal components, and a decoder that inverts them.
 
-Straight-through gradients teach a fresh ResNet-18 little beyond a picture's few largest components, and nearest codes
-in such a space are not nearest pictures. So the first convolution begins as principal components of patches; each later
+Straight-through gradients teach a fresh ResNet-18 little beyond an image's few largest components, and nearest codes
+in such a space are not nearest images. So the first convolution begins as principal components of patches; each later
 one that halves the map begins as what it takes to predict the pixels under each position, of which it keeps the
 principal components; every other branch of the network begins at zero; and the last linear layer reads the components
-of the whole picture off the features. All of them stand in pairs of opposite sign, since ReLU(v) - ReLU(-v) = v lets a
+of the whole image off the features. All of them stand in pairs of opposite sign, since ReLU(v) - ReLU(-v) = v lets a
 component through whole. The codebook stays random.
 
 Sources: data-dependent initialisation, Krähenbühl et al. 2016, arXiv:1511.06856; filters that are principal components
@@ -19,27 +19,28 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models import ResNet
 from torchvision.models.resnet import BasicBlock
 
-from vqae.model.vqae import VQAE, Decoder, Encoder
+from vqae.model.encoder import Encoder
+from vqae.model.vqae import VQAE, Decoder
 
-_PICTURES = 8192  # to fit everything to
-_NUMBERS = 2**25  # in these pictures at most, where they are large
+_IMAGES = 8192  # to fit everything to
+_NUMBERS = 2**25  # in these images at most, where they are large
 _PATCHES = 20_000  # of a convolution's input
-_MEASURED = 1024  # pictures, to measure by what goes through branches that begin at zero
+_MEASURED = 1024  # images, to measure by what goes through branches that begin at zero
 _STEM_BIAS = 3.0  # of the first BatchNorm, in standard deviations
 _RIDGE = 1e-2  # of the ridge regressions, in units of the mean variance
 _BATCH = 256
 
 
 @torch.no_grad()
-def begin_from_pictures(model: VQAE, pictures: Tensor) -> None:
-    """Set the encoder's and the decoder's weights by what pictures look like; torch's generator draws which ones.
+def init_by_pca(model: VQAE, images: Tensor) -> None:
+    """Set the encoder's and the decoder's weights by what images look like; torch's generator draws which ones.
 
     Args:
         model: its pixel statistics set; on the CPU.
-        pictures: [N, 3, H, W] uint8.
+        images: [N, 3, H, W] uint8.
     """
-    num_chosen = max(2, min(_PICTURES, _NUMBERS // pictures[0].numel()))
-    chosen = model.normalise(pictures[torch.randperm(pictures.shape[0])[:num_chosen]])
+    num_chosen = max(2, min(_IMAGES, _NUMBERS // images[0].numel()))
+    chosen = model.normalise(images[torch.randperm(images.shape[0])[:num_chosen]])
     was_training = model.training
     model.eval()
     _init_features(model.encoder.features, chosen)
@@ -48,21 +49,21 @@ def begin_from_pictures(model: VQAE, pictures: Tensor) -> None:
     model.train(was_training)
 
 
-def _init_features(features: ResNet, pictures: Tensor) -> None:
-    """The convolutions of a ResNet in eval mode, for normalised pictures [N, 3, H, W]."""
+def _init_features(features: ResNet, images: Tensor) -> None:
+    """The convolutions of a ResNet in eval mode, for normalised images [N, 3, H, W]."""
     conv, norm = features.conv1, features.bn1
-    patches = _patches(conv, pictures[: _num_maps(conv, pictures)])
+    patches = _patches(conv, images[: _num_maps(conv, images)])
     _set_filters(conv, _principal_components(patches, conv.out_channels // 2))
-    _centre(norm, _in_batches(conv, pictures))
+    _centre(norm, _in_batches(conv, images))
     # So that hardly any value meets the ReLU at 0: the largest of v and of -v in a window then say where v lies there.
     norm.bias.copy_(_STEM_BIAS * norm.weight)
-    x = _in_batches(nn.Sequential(conv, norm, nn.ReLU(), features.maxpool), pictures)
+    x = _in_batches(nn.Sequential(conv, norm, nn.ReLU(), features.maxpool), images)
     for stage in (features.layer1, features.layer2, features.layer3, features.layer4):
         for block in stage:
-            x = _init_block(block, x, pictures)
+            x = _init_block(block, x, images)
 
 
-def _init_block(block: BasicBlock, x: Tensor, pictures: Tensor) -> Tensor:
+def _init_block(block: BasicBlock, x: Tensor, images: Tensor) -> Tensor:
     """Let a block pass its input [N, C, H, W] on, as it is or, where its shape changes, as components; its output."""
     if block.downsample is None:
         y = _in_batches(block.conv1, x[:_MEASURED])
@@ -70,7 +71,7 @@ def _init_block(block: BasicBlock, x: Tensor, pictures: Tensor) -> Tensor:
         _measure(block.bn2, _in_batches(block.conv2, F.relu(block.bn1(y))))
         nn.init.zeros_(block.bn2.weight)
         return x
-    _set_filters(block.conv1, _predicting_filters(block.conv1, x, pictures))
+    _set_filters(block.conv1, _predicting_filters(block.conv1, x, images))
     nn.init.dirac_(block.conv2.weight)
     y = _in_batches(block.conv1, x)
     _centre(block.bn1, y)
@@ -84,16 +85,16 @@ def _init_block(block: BasicBlock, x: Tensor, pictures: Tensor) -> Tensor:
     return y
 
 
-def _predicting_filters(conv: nn.Conv2d, x: Tensor, pictures: Tensor) -> Tensor:
+def _predicting_filters(conv: nn.Conv2d, x: Tensor, images: Tensor) -> Tensor:
     """[C'/2 or fewer, C·kernel²]: the components, largest first, of what patches of x [N, C, H, W] tell of the pixels.
 
-    Each position of the output is to tell of its tile, the part of the picture that is nearer to it than to any other.
+    Each position of the output is to tell of its tile, the part of the image that is nearer to it than to any other.
     """
     num_maps = _num_maps(conv, x)
     patches = _patches(conv, x[:num_maps])  # [M, C·kernel²]
     height, width = conv(x[:1]).shape[2:]
-    tile = (max(1, pictures.shape[2] // height), max(1, pictures.shape[3] // width))
-    covered = F.interpolate(pictures[:num_maps], (height * tile[0], width * tile[1]))  # as they are, if sizes divide
+    tile = (max(1, images.shape[2] // height), max(1, images.shape[3] // width))
+    covered = F.interpolate(images[:num_maps], (height * tile[0], width * tile[1]))  # as they are, if sizes divide
     tiles = F.unfold(covered, tile, stride=tile).transpose(1, 2).flatten(0, 1)  # [M, 3·tile]
     weight, _ = _ridge_regression(patches, tiles)
     predictions = patches @ weight.T
@@ -121,10 +122,10 @@ def _set_filters(conv: nn.Conv2d, filters: Tensor) -> None:
 
 
 def _init_projection(encoder: Encoder, x: Tensor) -> None:
-    """The last linear layer, where there is one: from features to the D first components of the pictures themselves.
+    """The last linear layer, where there is one: from features to the D first components of the images themselves.
 
     Scaled to a mean square of 1, as random codes have; their proportions are kept, so that distances between embeddings
-    are distances between pictures.
+    are distances between images.
     """
     features = _in_batches(encoder.features, x)
     if isinstance(encoder.project, nn.Linear):
@@ -141,10 +142,10 @@ def _init_projection(encoder: Encoder, x: Tensor) -> None:
         _measure(encoder.norm, encoder.project(features))
 
 
-def _init_decoder(decoder: Decoder, embeddings: Tensor, pictures: Tensor) -> None:
-    """The linear map from embeddings [N, D] to pictures [N, 3, H, W], passed through the hidden layers as pairs."""
+def _init_decoder(decoder: Decoder, embeddings: Tensor, images: Tensor) -> None:
+    """The linear map from embeddings [N, D] to images [N, 3, H, W], passed through the hidden layers as pairs."""
     *hidden, last = [layer for layer in decoder if isinstance(layer, nn.Linear)]
-    weight, bias = _ridge_regression(embeddings, pictures.flatten(1))
+    weight, bias = _ridge_regression(embeddings, images.flatten(1))
     num_passed = min([weight.shape[1], *(layer.out_features // 2 for layer in hidden)])
     identity = torch.eye(num_passed)
     pairs = torch.cat([identity, -identity])  # [2·passed, passed]

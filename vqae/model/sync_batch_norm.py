@@ -21,7 +21,7 @@ class SyncBatchNorm(_BatchNorm):
     """
 
     @classmethod
-    def adopt(cls, module: nn.Module) -> None:
+    def convert(cls, module: nn.Module) -> None:
         """Make every nn.BatchNorm1d and nn.BatchNorm2d inside of `module` a SyncBatchNorm, in place."""
         for child in module.modules():
             if type(child) in (nn.BatchNorm1d, nn.BatchNorm2d):

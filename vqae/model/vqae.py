@@ -1,63 +1,22 @@
-"""The auto-encoder: ResNet-18's features, a codebook, an MLP."""
+"""The autoencoder: ResNet-18 encoder, codebook, MLP decoder."""
 
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import resnet18
 
 from vq_kernels import VectorQuantizer, nearest_code
-from vqae.model.sync_batch_norm import SyncBatchNorm
-from vqae.model.trimmed_conv import TrimmedConv2d
-
-FEATURE_DIM = 512  # of ResNet-18
-
-
-class Encoder(nn.Module):
-    """[B, 3, H, W] -> [B, D]: ResNet-18 without its classifier; D = 512 as it is, another D by one linear layer.
-
-    Args:
-        code_dim: D.
-        norm: "batch" ends with a BatchNorm without affine, so that embeddings stay near their codes (nothing in the two
-            losses holds them there); "none" does not.
-
-    Where several processes train together, the statistics of every BatchNorm are those of their batches together.
-
-    Source: He et al. 2016, arXiv:1512.03385.
-    """
-
-    def __init__(self, code_dim: int, norm: Literal["batch", "none"] = "batch") -> None:
-        super().__init__()
-        self.features = resnet18(weights=None)
-        self.features.fc = nn.Identity()
-        TrimmedConv2d.adopt(self.features)
-        self.features.to(memory_format=torch.channels_last)
-        self.project = nn.Identity() if code_dim == FEATURE_DIM else nn.Linear(FEATURE_DIM, code_dim)
-        self.norm = nn.BatchNorm1d(code_dim, affine=False) if norm == "batch" else nn.Identity()
-        self.rests = False
-        SyncBatchNorm.adopt(self)
-
-    def rest(self, rests: bool) -> None:
-        """Stop learning, or begin: a resting encoder has no gradients, and its BatchNorms are in eval mode."""
-        self.rests = rests
-        self.requires_grad_(not rests)
-
-    def train(self, mode: bool = True) -> Self:
-        """As any module's, but for the BatchNorms of an encoder that rests."""
-        return super().train(mode and not self.rests)
-
-    def forward(self, pictures: Tensor) -> Tensor:
-        """Embeddings [B, D] of normalised pictures [B, 3, H, W]."""
-        features = self.features(pictures.contiguous(memory_format=torch.channels_last))
-        embeddings: Tensor = self.norm(self.project(features))
-        return embeddings
+from vqae.config import Config
+from vqae.model.encoder import Encoder
+from vqae.runtime.errors import UsageError
+from vqae.training.checkpoint import load_checkpoint
 
 
 class Decoder(nn.Sequential):
-    """[B, D] -> [B, 3, H, W]: an MLP with ReLU between its layers."""
+    """An MLP with ReLU between its layers: [B, D] -> [B, 3, H, W]."""
 
     def __init__(self, code_dim: int, hidden_dims: Sequence[int], image_size: tuple[int, int]) -> None:
         height, width = image_size
@@ -70,12 +29,12 @@ class Decoder(nn.Sequential):
 
 
 class VQAEOutput(NamedTuple):
-    """What a training pass returns.
+    """Result of a training forward pass.
 
     Attributes:
-        reconstruction: [B, 3, H, W], of the normalised pictures.
+        reconstruction: [B, 3, H, W], normalised like the input.
         indices: [B] int64.
-        codebook_loss: [], MSE(e(x) detached, code).
+        codebook_loss: [], MSE between the detached embeddings and their codes.
     """
 
     reconstruction: Tensor
@@ -84,22 +43,23 @@ class VQAEOutput(NamedTuple):
 
 
 class VQAE(nn.Module):
-    """Encoder, quantizer, decoder.
+    """Encoder, quantizer and decoder.
 
-    A batch of 32 x 32 pictures [B, 3, 32, 32] becomes embeddings [B, 512], indices [B], codes [B, 512], and pictures
-    [B, 3, 32, 32] again. The reconstruction's gradient at the decoder's input is handed unchanged to the encoder; the
-    codebook learns by `codebook_loss` alone.
+    Images [B, 3, 32, 32] become embeddings [B, 512], indices [B], codes [B, 512] and images [B, 3, 32, 32] again. The
+    gradient of the reconstruction loss at the decoder's input is copied to the encoder's output. The codebook is
+    trained by `codebook_loss` alone. There is no commitment loss.
 
     Args:
-        image_size: (H, W), at least 1 each; ResNet-18 halves them five times, rounding up.
+        image_size: (H, W), at least 1 each. ResNet-18 halves them five times, rounding up.
         code_dim: D.
-        hidden_dims: widths of the decoder's hidden layers; none makes it linear.
+        hidden_dims: widths of the decoder's hidden layers. Without any, the decoder is linear.
+        quantizer: a VectorQuantizer of K codes of dimension D.
         embedding_norm: see `Encoder`.
-        quantizer: the VectorQuantizer of K codes, D numbers each.
 
     Attributes:
-        pixel_mean: [3, 1, 1], subtracted from pictures in [0, 1].
-        pixel_std: [], divides them; one number for all channels, so that MSE in pixels is pixel_std² times the loss.
+        pixel_mean: [3, 1, 1], subtracted from images in [0, 1].
+        pixel_std: [], divides them. It is one number for all channels, so the MSE in pixels is pixel_std² times the
+            reconstruction loss.
 
     Raises:
         ValueError: the quantizer's code_dim is not `code_dim`.
@@ -129,61 +89,87 @@ class VQAE(nn.Module):
         self.register_buffer("pixel_mean", torch.full((3, 1, 1), 0.5))
         self.register_buffer("pixel_std", torch.tensor(0.25))
 
-    def forward(self, pictures: Tensor) -> VQAEOutput:
-        """One pass over normalised pictures [B, 3, H, W]."""
-        embeddings = at_least_float32(self.encoder(pictures))  # under autocast too, the search sees float32
+    def forward(self, images: Tensor) -> VQAEOutput:
+        """Run a training forward pass on normalised images [B, 3, H, W]."""
+        embeddings = at_least_float32(self.encoder(images))  # the search uses float32 under autocast too
         quantized, indices, codebook_loss = self.quantizer(embeddings)
         return VQAEOutput(self.decoder(quantized), indices, codebook_loss)
 
-    def normalise(self, pictures: Tensor) -> Tensor:
-        """Pictures [B, 3, H, W], uint8 or floats in [0, 1], as the encoder takes them."""
-        scaled = pictures.float() / 255 if pictures.dtype == torch.uint8 else pictures
+    def normalise(self, images: Tensor) -> Tensor:
+        """Normalise images [B, 3, H, W], uint8 or floats in [0, 1], for the encoder."""
+        scaled = images.float() / 255 if images.dtype == torch.uint8 else images
         return (scaled - self.pixel_mean) / self.pixel_std
 
     @torch.no_grad()
-    def encode(self, pictures: Tensor) -> Tensor:
-        """The code of each picture.
+    def encode(self, images: Tensor) -> Tensor:
+        """Map each image to the index of its code.
 
         Args:
-            pictures: [B, 3, H, W], floats in [0, 1] or uint8.
+            images: [B, 3, H, W], floats in [0, 1] or uint8.
 
         Returns:
             indices [B], int64 in [0, K).
 
         Raises:
-            ValueError: pictures are not [B, 3, H, W] of the model's size.
+            ValueError: images are not [B, 3, H, W] of the model's size.
         """
         expected = (3, *self.image_size)
-        if pictures.dim() != 4 or tuple(pictures.shape[1:]) != expected:
-            raise ValueError(f"pictures must be [B, {', '.join(map(str, expected))}], got {tuple(pictures.shape)}")
-        embeddings = at_least_float32(self.encoder(self.normalise(pictures)))
+        if images.dim() != 4 or tuple(images.shape[1:]) != expected:
+            raise ValueError(f"images must be [B, {', '.join(map(str, expected))}], got {tuple(images.shape)}")
+        embeddings = at_least_float32(self.encoder(self.normalise(images)))
         return nearest_code(embeddings, self.quantizer.codebook, backend=self.quantizer.backend).indices
 
     @torch.no_grad()
     def decode(self, indices: Tensor) -> Tensor:
-        """The picture of each code: indices [B] int64 in [0, K) -> [B, 3, H, W] in [0, 1]; ValueError for others."""
+        """Map indices [B], int64 in [0, K), to images [B, 3, H, W] in [0, 1]. Raises ValueError for other indices."""
         if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < self.quantizer.num_codes:
             span = f"{int(indices.min())} to {int(indices.max())}"
             raise ValueError(f"indices must be in [0, {self.quantizer.num_codes}), got {span}")
-        pictures: Tensor = self.decoder(self.quantizer.codebook[indices]) * self.pixel_std + self.pixel_mean
-        return pictures.clamp(0, 1)
+        images: Tensor = self.decoder(self.quantizer.codebook[indices]) * self.pixel_std + self.pixel_mean
+        return images.clamp(0, 1)
 
     @classmethod
     def load(cls, file: str | Path, device: str | torch.device = "cpu") -> "VQAE":
-        """The model of a checkpoint, in eval mode.
+        """Load the model of a checkpoint, in eval mode.
 
         Args:
             file: `best.pt` or `last.pt` of a run.
-            device: where to put it.
+            device: where to put the model.
 
         Raises:
-            vqae.runtime.errors.UsageError: the file is missing, cut short, or not a checkpoint of this program.
+            vqae.runtime.errors.UsageError: the file is missing, truncated or not a checkpoint of this program.
         """
-        from vqae.training.checkpoint import load_checkpoint, model_of
+        return model_from_checkpoint(load_checkpoint(Path(file))).to(device).eval()
 
-        return model_of(load_checkpoint(Path(file))).to(device).eval()
+
+def build_model(config: Config, image_size: tuple[int, int]) -> VQAE:
+    """Build a new model for images of (H, W)."""
+    quantizer = VectorQuantizer(
+        config.num_codes,
+        config.code_dim,
+        init=config.codebook_init,
+        commitment_weight=0.0,
+        restart_after=config.restart_steps,
+    )
+    return VQAE(image_size, config.code_dim, config.hidden_dims, quantizer, embedding_norm=config.embedding_norm)
+
+
+def model_from_checkpoint(state: dict[str, Any]) -> VQAE:
+    """Build the model of a checkpoint. Raises UsageError if its weights do not fit its options."""
+    model = build_model(Config.from_dict(state["config"], "the checkpoint"), tuple(state["image_size"]))
+    load_weights(model, state)
+    return model
+
+
+def load_weights(model: VQAE, state: dict[str, Any]) -> None:
+    """Load the weights of a checkpoint. Raises UsageError if they do not fit the model."""
+    try:
+        model.load_state_dict(state["model"])
+    except (RuntimeError, KeyError) as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise UsageError(f"the checkpoint's weights do not fit the model: {reason}") from None
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """x, a half-precision one as float32."""
+    """Convert half-precision tensors to float32. Others are returned as they are."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

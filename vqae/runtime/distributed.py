@@ -31,7 +31,7 @@ def world_size() -> int:
     return rank_and_world(synchronise=True)[1]
 
 
-def is_first() -> bool:
+def is_rank0() -> bool:
     """Whether this is rank 0, the one that writes and prints."""
     return rank_and_world(synchronise=True)[0] == 0
 
@@ -101,12 +101,12 @@ def _join(device: torch.device, launch: Launch) -> None:
     # Here, since they cannot be imported where torch was built without them.
     from torch.distributed.rendezvous import rendezvous
 
-    from vqae.runtime.distributed import store_of_this_life
-
     rank, size, backend = launch.rank, launch.world_size, "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
     try:
         store = next(rendezvous("env://", rank, size))[0]
-        distributed.init_process_group(backend, store=store_of_this_life(store, rank, size), rank=rank, world_size=size)
+        distributed.init_process_group(
+            backend, store=store_of_this_attempt(store, rank, size), rank=rank, world_size=size
+        )
     except (RuntimeError, ValueError) as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         reason = str(error).splitlines()[0]
@@ -129,23 +129,14 @@ def parallel(model: nn.Module, device: torch.device) -> nn.Module:
     return DistributedDataParallel(model, gradient_as_bucket_view=True, **options)
 
 
-# -- shares
-
-
-def own_part(count: int) -> slice:
-    """This process's share of `count` things: the shares are in the order of the ranks, and differ by one at most."""
-    rank, size = rank_and_world(synchronise=True)
-    return slice(rank * count // size, (rank + 1) * count // size)
-
-
 # -- agreement
 
 
-def from_first(make: Callable[[], T]) -> T:
+def broadcast_from_rank0(make: Callable[[], T]) -> T:
     """What `make` returns in the first process, in all of them; a UsageError there is raised in all."""
     if world_size() == 1:
         return make()
-    shared = [_tried(make) if is_first() else None]
+    shared = [_tried(make) if is_rank0() else None]
     torch.distributed.broadcast_object_list(shared, src=0, device=torch.device("cpu"))
     result, complaint = cast(tuple[T, str | None], shared[0])
     if complaint is not None:
@@ -153,7 +144,7 @@ def from_first(make: Callable[[], T]) -> T:
     return result
 
 
-def in_all(make: Callable[[], T]) -> T:
+def on_all_ranks(make: Callable[[], T]) -> T:
     """What `make` returns in this process, once it has returned in all; a UsageError of one is raised in all."""
     if world_size() == 1:
         return make()
@@ -164,14 +155,14 @@ def in_all(make: Callable[[], T]) -> T:
     return cast(T, result)
 
 
-def one_after_the_other(read: Callable[[], T], *, may_download: bool) -> T:
-    """As `in_all`; where it may have to download, one process of each machine first: the others then find it there."""
+def local_rank0_first(read: Callable[[], T], *, may_download: bool) -> T:
+    """`on_all_ranks`, but if `read` may download, local rank 0 of each machine reads first."""
     first = not may_download or Launch.from_environment().local_rank == 0
-    found = in_all(lambda: read() if first else None)
-    return in_all(lambda: read() if found is None else found)
+    found = on_all_ranks(lambda: read() if first else None)
+    return on_all_ranks(lambda: read() if found is None else found)
 
 
-def in_any(flag: bool) -> bool:
+def any_rank(flag: bool) -> bool:
     """Whether `flag` is true in any process."""
     return any(_from_all(flag))
 
@@ -184,7 +175,7 @@ def check_same(what: str, value: object) -> None:
             raise UsageError(f"{what} must be the same in all processes, got {values[0]} on rank 0, {other} on {rank}")
 
 
-def wait_for_all() -> None:
+def barrier() -> None:
     """Return once all processes have come here."""
     _from_all(None)
 
@@ -238,7 +229,7 @@ PATIENCE = timedelta(minutes=5)
 _POLL_S = 0.02
 
 
-def store_of_this_life(store: Store, rank: int, world_size: int, patience: timedelta = PATIENCE) -> PrefixStore:
+def store_of_this_attempt(store: Store, rank: int, world_size: int, patience: timedelta = PATIENCE) -> PrefixStore:
     """The part of a job's store that only those use who are alive now.
 
     Each process calls out a name that nobody had before. The first one answers each name with the name of this life,

@@ -10,7 +10,7 @@ class UsageError(Exception):
 
 
 class DivergedError(Exception):
-    """A loss, or what the model makes of pictures, was NaN or Inf; the message says at which step.
+    """A loss, or what the model makes of images, was NaN or Inf; the message says at which step.
 
     The command line exits with 1.
     """

@@ -11,16 +11,14 @@ from typing import Any
 
 import torch
 
-from vq_kernels import VectorQuantizer
 from vqae.config import Config
-from vqae.model.vqae import VQAE
 from vqae.runtime.errors import UsageError
 
 FORMAT = "vqae checkpoint 1"
 _MODEL_KEYS = ("config", "dataset", "image_size", "model")  # what a model is used by
 
 
-def write_whole(file: Path, data: bytes | memoryview) -> None:
+def atomic_write(file: Path, data: bytes | memoryview) -> None:
     """Replace `file` by `data`, or leave it as it was: temporary file, fsync, rename.
 
     Raises:
@@ -46,10 +44,10 @@ def write_whole(file: Path, data: bytes | memoryview) -> None:
 
 
 def save_checkpoint(file: Path, state: dict[str, Any]) -> None:
-    """Write a dict of tensors and plain values; raises UsageError as `write_whole` does."""
+    """Write a dict of tensors and plain values; raises UsageError as `atomic_write` does."""
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **state}, buffer)
-    write_whole(file, buffer.getbuffer())
+    atomic_write(file, buffer.getbuffer())
 
 
 def load_checkpoint(file: Path) -> dict[str, Any]:
@@ -71,32 +69,9 @@ def load_checkpoint(file: Path) -> dict[str, Any]:
         raise UsageError(f"{file} is not a checkpoint, or it is cut short or damaged") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT or not state.keys() >= set(_MODEL_KEYS):
         raise UsageError(f"{file} is not a checkpoint of this program ({FORMAT!r})")
+    if "pictures" in state:  # the name in version 0.1; to be removed after one release
+        state["images"] = state.pop("pictures")
     return state
-
-
-def build_model(config: Config, image_size: tuple[int, int]) -> VQAE:
-    """A new model by its settings, for pictures of (H, W)."""
-    quantizer = VectorQuantizer(
-        config.num_codes, config.code_dim, init=config.codebook_init, restart_after=config.restart_steps
-    )
-    return VQAE(image_size, config.code_dim, config.hidden_dims, quantizer, embedding_norm=config.embedding_norm)
-
-
-def model_of(state: dict[str, Any]) -> VQAE:
-    """The model that a checkpoint holds; raises UsageError where its weights have another shape than its settings."""
-    model = build_model(Config.from_dict(state["config"], "the checkpoint"), tuple(state["image_size"]))
-    load_weights(model, state)
-    return model
-
-
-def load_weights(model: VQAE, state: dict[str, Any]) -> None:
-    """Put a checkpoint's weights into the model; raises UsageError where they do not fit."""
-    try:
-        model.load_state_dict(state["model"])
-    except (RuntimeError, KeyError) as error:
-        raise UsageError(
-            f"the checkpoint's weights do not fit the model: {str(error).splitlines()[-1].strip()}"
-        ) from None
 
 
 class RunFolder:
@@ -155,11 +130,11 @@ class RunFolder:
 
     def write_config(self, config: Config) -> None:
         """Write config.json, for `--config`."""
-        write_whole(self.config, (json.dumps(config.to_dict(), indent=2) + "\n").encode())
+        atomic_write(self.config, (json.dumps(config.to_dict(), indent=2) + "\n").encode())
 
     def write_metrics(self, history: list[dict[str, Any]]) -> None:
         """Write metrics.jsonl, a line an epoch."""
-        write_whole(self.metrics, "".join(json_line(line) + "\n" for line in history).encode())
+        atomic_write(self.metrics, "".join(json_line(line) + "\n" for line in history).encode())
 
 
 def json_line(values: dict[str, Any]) -> str:

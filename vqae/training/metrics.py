@@ -1,4 +1,4 @@
-"""How good a model is on a set of pictures."""
+"""How good a model is on a set of images."""
 
 import math
 from collections.abc import Callable
@@ -10,21 +10,21 @@ from torch import Tensor
 from vq_kernels import perplexity
 from vq_kernels.distributed import sum_over_ranks
 from vqae.config import Config
-from vqae.data.batches import in_order
+from vqae.data.load import evaluation_batches
 from vqae.model.vqae import VQAE
 from vqae.runtime.errors import DivergedError
 
 
 class Evaluation(NamedTuple):
-    """What is measured on a set of pictures.
+    """What is measured on a set of images.
 
     Attributes:
         mse: mean squared error of a pixel value, pixels in [0, 1].
         psnr_db: of that mse, in dB; inf where it is 0.
         perplexity: exp of the entropy of the codes chosen, 1 to K.
         codes_used: how many codes were chosen at all.
-        images: how many pictures.
-        counts: [K] int64, the pictures that chose each code.
+        images: how many images.
+        counts: [K] int64, the images that chose each code.
     """
 
     mse: float
@@ -37,16 +37,16 @@ class Evaluation(NamedTuple):
 
 @torch.no_grad()
 def evaluate(
-    model: VQAE, pictures: Tensor, batch_size: int, device: torch.device, poll: Callable[[], None] = lambda: None
+    model: VQAE, images: Tensor, batch_size: int, device: torch.device, poll: Callable[[], None] = lambda: None
 ) -> Evaluation:
-    """Encode and decode every picture in eval mode, and leave the model in the mode it was in.
+    """Encode and decode every image in eval mode, and leave the model in the mode it was in.
 
-    Several processes share the pictures, each taking its part of every batch, and all return the whole's figures.
+    Several processes share the images, each taking its part of every batch, and all return the whole's figures.
 
     Args:
         model: on `device`.
-        pictures: [N, 3, H, W] uint8, N >= 1.
-        batch_size: pictures at a time, over all processes.
+        images: [N, 3, H, W] uint8, N >= 1.
+        batch_size: images at a time, over all processes.
         device: where to compute.
         poll: called before each batch, as often in every process; may raise to stop.
     """
@@ -55,7 +55,7 @@ def evaluate(
     try:
         sq_error = torch.zeros((), dtype=torch.float64, device=device)
         counts = torch.zeros(model.quantizer.num_codes, dtype=torch.int64, device=device)
-        for batch in in_order(pictures, batch_size, device):
+        for batch in evaluation_batches(images, batch_size, device):
             poll()
             if not batch.shape[0]:
                 continue
@@ -65,9 +65,9 @@ def evaluate(
     finally:
         model.train(was_training)
     counts, sq_error = (sum_over_ranks(total, synchronise=True) for total in (counts, sq_error))
-    mse = sq_error.item() / pictures.numel()
+    mse = sq_error.item() / images.numel()
     codes_used = int((counts > 0).sum())
-    return Evaluation(mse, psnr_db(mse), perplexity(counts).item(), codes_used, pictures.shape[0], counts)
+    return Evaluation(mse, psnr_db(mse), perplexity(counts).item(), codes_used, images.shape[0], counts)
 
 
 def psnr_db(mse: float) -> float:
@@ -75,7 +75,7 @@ def psnr_db(mse: float) -> float:
     return -10 * math.log10(mse) if mse else math.inf
 
 
-class LossWatch:
+class LossMeter:
     """Adds up the losses of an epoch without waiting for the device.
 
     Attributes:
@@ -121,25 +121,25 @@ def collapse_warning(config: Config, counts: Tensor, step: int) -> str | None:
 
     The rule, and why it is this one:
 
-    - It counts on pictures held out from training. A code that restarts is chosen at once by the picture that it was
+    - It counts on images held out from training. A code that restarts is chosen at once by the image that it was
       put at, so that training's own count calls a collapsed codebook well used as long as it restarts.
-    - Half means half of the codes that as many pictures would reach by choosing evenly: 40 pictures cannot choose 256.
-    - It waits until every code that began unused was restarted, and had as long again to find pictures of its own:
-      2·restart_steps. Without restarts there is nothing to wait for: what no picture of an epoch chose got no
+    - Half means half of the codes that as many images would reach by choosing evenly: 40 images cannot choose 256.
+    - It waits until every code that began unused was restarted, and had as long again to find images of its own:
+      2·restart_steps. Without restarts there is nothing to wait for: what no image of an epoch chose got no
       gradient, and will get none.
 
     Args:
         config: the run's settings.
-        counts: [K] int64, how many pictures of validation and test chose each code.
+        counts: [K] int64, how many images of validation and test chose each code.
         step: training steps so far.
     """
-    num_codes, num_pictures = counts.numel(), int(counts.sum())
+    num_codes, num_images = counts.numel(), int(counts.sum())
     codes_used = int((counts > 0).sum())
-    expected = num_codes * (1 - (1 - 1 / num_codes) ** num_pictures)  # of num_pictures drawn evenly
+    expected = num_codes * (1 - (1 - 1 / num_codes) ** num_images)  # of num_images drawn evenly
     if codes_used >= expected / 2 or step < 2 * config.restart_steps:
         return None
     return (
-        f"warning: the {num_pictures:,} pictures held out chose {codes_used} of {num_codes} codes, "
+        f"warning: the {num_images:,} images held out chose {codes_used} of {num_codes} codes, "
         f"fewer than half of those they could: look at {_option_to_look_at(config)}"
     )
 
@@ -149,10 +149,10 @@ def _option_to_look_at(config: Config) -> str:
     if config.restart_after == 0:
         return f"--restart-after {Config.restart_after}, which puts codes that are never chosen at embeddings"
     if config.codebook_step == "plain":
-        return "--codebook-step share: by plain SGD the codes hardly move"
+        return "--codebook-step count_normalised: by plain SGD the codes hardly move"
     if config.embedding_norm == "none":
         return (
             f"--encoder-lr, now {config.encoder_lr:g}: a slower encoder leaves the embeddings near the codes, "
             "as --embedding-norm batch does"
         )
-    return f"--restart-after, now {config.restart_after} pictures: fewer bring unused codes back sooner"
+    return f"--restart-after, now {config.restart_after} images: fewer bring unused codes back sooner"

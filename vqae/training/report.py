@@ -1,4 +1,4 @@
-"""The pictures that a run leaves: reconstructions, the codebook, the curves."""
+"""The images that a run leaves: reconstructions, the codebook, the curves."""
 
 import io
 import math
@@ -14,30 +14,30 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from vqae.model.vqae import VQAE
-from vqae.training.checkpoint import write_whole
+from vqae.training.checkpoint import atomic_write
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-_UPSCALE_TO = 64  # pixels a small picture's side is shown at, at least
+_UPSCALE_TO = 64  # pixels a small image's side is shown at, at least
 _DPI = 100
 _TITLE_HEIGHT, _TITLE_CHARACTER_WIDTH = 40, 9  # pixels
 
 
 @torch.no_grad()
-def plot_reconstructions(model: VQAE, pictures: Tensor, file: Path, title: str, columns: int = 16) -> None:
+def plot_reconstructions(model: VQAE, images: Tensor, file: Path, title: str, columns: int = 16) -> None:
     """Originals over reconstructions.
 
     Args:
         model: in eval mode.
-        pictures: [B, 3, H, W], uint8 or floats in [0, 1], on the model's device.
+        images: [B, 3, H, W], uint8 or floats in [0, 1], on the model's device.
         file: the PNG to write.
-        title: above the pictures.
-        columns: pictures a row.
+        title: above the images.
+        columns: images a row.
     """
-    originals = pictures.float() / 255 if pictures.dtype == torch.uint8 else pictures
-    decoded = model.decode(model.encode(pictures))
+    originals = images.float() / 255 if images.dtype == torch.uint8 else images
+    decoded = model.decode(model.encode(images))
     rows = []
     for start in range(0, originals.shape[0], columns):
         rows += [_padded(part[start : start + columns], columns) for part in (originals, decoded)]
@@ -98,14 +98,14 @@ def plot_curves(history: list[dict[str, Any]], num_codes: int, file: Path, title
 
 
 def _padded(row: Tensor, columns: int) -> Tensor:
-    """[B, 3, H, W] with white pictures appended up to a full row."""
+    """[B, 3, H, W] with white images appended up to a full row."""
     return torch.cat([row, row.new_ones(columns - row.shape[0], *row.shape[1:])])
 
 
-def _write_grid(pictures: Tensor, columns: int, file: Path, title: str, upscale_to: int = _UPSCALE_TO) -> None:
-    """Write pictures [B, 3, H, W] in [0, 1] as a titled grid, enlarged without smoothing where they are small."""
-    enlarge = max(1, upscale_to // max(pictures.shape[2:]))
-    shown = pictures.cpu().repeat_interleave(enlarge, dim=2).repeat_interleave(enlarge, dim=3)
+def _write_grid(images: Tensor, columns: int, file: Path, title: str, upscale_to: int = _UPSCALE_TO) -> None:
+    """Write images [B, 3, H, W] in [0, 1] as a titled grid, enlarged without smoothing where they are small."""
+    enlarge = max(1, upscale_to // max(images.shape[2:]))
+    shown = images.cpu().repeat_interleave(enlarge, dim=2).repeat_interleave(enlarge, dim=3)
     grid = make_grid(shown, nrow=columns, padding=2, pad_value=1.0).permute(1, 2, 0).numpy()  # [height, width, 3]
     grid_height, grid_width = grid.shape[:2]
     height, width = grid_height + _TITLE_HEIGHT, max(grid_width, _TITLE_CHARACTER_WIDTH * len(title))
@@ -121,7 +121,7 @@ def _write_figure(figure: Figure, file: Path, title: str) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Title": title})
     plt.close(figure)
-    write_whole(file, buffer.getbuffer())
+    atomic_write(file, buffer.getbuffer())
 
 
 _LINE_EVERY_S = 30.0
@@ -193,7 +193,7 @@ def write_events(folder: Path, line: dict[str, Any]) -> None:
     Each file is written whole: TensorBoard's own writer has a thread, in which a full disk would end as a traceback.
 
     Raises:
-        UsageError: as `write_whole`.
+        UsageError: as `atomic_write`.
     """
     try:
         from tensorboard.compat.proto.event_pb2 import Event
@@ -212,4 +212,4 @@ def write_events(folder: Path, line: dict[str, Any]) -> None:
     for event in events:
         event.wall_time = time.time()
         records.write(event.SerializeToString())
-    write_whole(folder / f"events.out.tfevents.{line['step']:010d}", buffer.getbuffer())
+    atomic_write(folder / f"events.out.tfevents.{line['step']:010d}", buffer.getbuffer())

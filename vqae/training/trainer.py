@@ -13,18 +13,18 @@ from torch.nn import functional as F
 
 from vq_kernels.distributed import sum_over_ranks
 from vqae.config import Config
-from vqae.data.batches import EpochOrder, fingerprints, place
-from vqae.model.vqae import VQAE, at_least_float32
-from vqae.runtime.distributed import Agreement, is_first, parallel, wait_for_all, world_size
+from vqae.data.load import fingerprints, to_device, training_batches
+from vqae.model.vqae import VQAE, at_least_float32, load_weights
+from vqae.runtime.distributed import Agreement, barrier, is_rank0, parallel, world_size
 from vqae.runtime.errors import DivergedError, UsageError
 from vqae.runtime.process import Interrupted, Launch, SignalHandler, elapsed_s
-from vqae.training.checkpoint import RunFolder, load_weights, save_checkpoint
-from vqae.training.metrics import Evaluation, LossWatch, collapse_warning, evaluate
+from vqae.training.checkpoint import RunFolder, save_checkpoint
+from vqae.training.metrics import Evaluation, LossMeter, collapse_warning, evaluate
 from vqae.training.optim import build_optimizer, build_schedule
 from vqae.training.report import ProgressReporter, plot_codebook, plot_curves, plot_reconstructions, write_events
 
 _CLOSING_S = 6.0  # kept of --max-minutes for the last checkpoint, the plots and the interpreter's exit
-_SHOWN_PICTURES = 48
+_SHOWN_IMAGES = 48
 
 
 class Trainer:
@@ -42,7 +42,7 @@ class Trainer:
         state: a checkpoint of the same settings to continue from.
 
     Raises:
-        UsageError: the checkpoint was trained on another number of pictures, or its weights do not fit.
+        UsageError: the checkpoint was trained on another number of images, or its weights do not fit.
     """
 
     def __init__(
@@ -59,11 +59,11 @@ class Trainer:
     ) -> None:
         self.config, self.model, self.dataset, self.device, self.signals = config, model, dataset, device, signals
         self.folder = RunFolder(config.out)
-        self.train, self.val, self.test = (place(pictures, device) for pictures in (train, val, test))
-        self.fingerprints = fingerprints(train, val, test)  # a run goes on with the same pictures
+        self.train, self.val, self.test = (to_device(images, device) for images in (train, val, test))
+        self.fingerprints = fingerprints(train, val, test)  # a run goes on with the same images
         self.batch_size = min(config.batch_size, train.shape[0])
         self.steps_per_epoch = train.shape[0] // self.batch_size
-        self.is_first = is_first()
+        self.is_rank0 = is_rank0()
         self.agreement = Agreement(signals)
 
         self.epoch = 0  # finished epochs
@@ -74,7 +74,7 @@ class Trainer:
         self.history: list[dict[str, Any]] = []
         self.best_val_mse = float("inf")
         self.test_counts = torch.zeros(config.num_codes, dtype=torch.int64)  # of the last evaluation
-        self.losses = LossWatch(device)
+        self.losses = LossMeter(device)
         self.time_share = 0.0  # of --max-minutes, as of the last `_exchange`
         self._exchange()
         self.optimizer = build_optimizer(model, config)
@@ -84,7 +84,7 @@ class Trainer:
         self._exchange()
         self.forward: Callable[[Tensor], Any] = self._prepare_forward()
         self.saved_at = time.monotonic()
-        self.reporter = ProgressReporter(self.progress(), silent=not self.is_first)
+        self.reporter = ProgressReporter(self.progress(), silent=not self.is_rank0)
 
     # -- where the run is
 
@@ -113,19 +113,19 @@ class Trainer:
         return self.elapsed_before_s + elapsed_s()
 
     def _evaluation_s(self) -> float:
-        """How long an evaluation takes: as the last one; before any, as training on as many pictures, or half of that
+        """How long an evaluation takes: as the last one; before any, as training on as many images, or half of that
         where the encoder learns."""
         if self.evaluation_s is not None:
             return self.evaluation_s
-        pictures = self.val.shape[0] + self.test.shape[0]
-        share = 1.0 if self.model.encoder.rests else 0.5
-        return share * pictures * self.train_s / max(self.step * self.batch_size, 1)
+        images = self.val.shape[0] + self.test.shape[0]
+        share = 1.0 if self.model.encoder.frozen else 0.5
+        return share * images * self.train_s / max(self.step * self.batch_size, 1)
 
     # -- the run
 
     def _prepare_forward(self) -> Callable[[Tensor], Any]:
         """The model's training pass, its encoder at rest or not as the run has it now."""
-        self.model.encoder.rest(self.progress() < self.config.encoder_start)
+        self.model.encoder.freeze(self.progress() < self.config.unfreeze_encoder_at)
         self.model.train()
         together = parallel(self.model, self.device)  # looks at which parameters learn
         return torch.compile(together) if self.config.compile else together
@@ -151,8 +151,8 @@ class Trainer:
             except Interrupted:
                 self._save(finished=False)
                 self.reporter.close()
-                wait_for_all()  # a process that ends before the others may have them killed
-                if self.is_first:
+                barrier()  # a process that ends before the others may have them killed
+                if self.is_rank0:
                     advice = Launch.from_environment().how_to_go_on(self.folder.path)
                     step = self._global_step() if self.step else self.history[-1]["step"] if self.history else 0
                     print(f"saved at step {step}; {advice}", file=sys.stderr)
@@ -163,12 +163,18 @@ class Trainer:
     def train_steps(self, count: int) -> None:
         """The next `count` steps of the current epoch, fewer where the run's time ends before them."""
         self.model.train()
-        order = EpochOrder(
-            self.train.shape[0], self.batch_size, flip=self.config.flip, seed=self.config.seed, epoch=self.epoch
+        batches = training_batches(
+            self.train,
+            self.batch_size,
+            self.device,
+            flip=self.config.flip,
+            seed=self.config.seed,
+            epoch=self.epoch,
+            first_step=self.step,
         )
         start, before_s, last = time.monotonic(), self.train_s, self.step + count
         while self.step < last and (self.progress() < 1 or not self._global_step()):
-            self._train_step(order.batch(self.train, self.step, self.device))
+            self._train_step(next(batches))
             self.train_s = before_s + time.monotonic() - start
             if self.device.type == "cpu":  # elsewhere it would mean to wait for the device
                 self.losses.check()
@@ -180,16 +186,16 @@ class Trainer:
         self.losses.check()
         self.train_s = before_s + time.monotonic() - start
 
-    def _train_step(self, pictures: Tensor) -> None:
-        """One step of SGD on the two losses, for pictures [B, 3, H, W] uint8, this process's part of the batch."""
-        if self.model.encoder.rests and self.progress() >= self.config.encoder_start:
+    def _train_step(self, images: Tensor) -> None:
+        """One step of SGD on the two losses, for images [B, 3, H, W] uint8, this process's part of the batch."""
+        if self.model.encoder.frozen and self.progress() >= self.config.unfreeze_encoder_at:
             self.forward = self._prepare_forward()
-        target = self.model.normalise(pictures)
+        target = self.model.normalise(images)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp):
             output = self.forward(target)
         reconstruction_loss = F.mse_loss(at_least_float32(output.reconstruction), target)
         losses = torch.stack([reconstruction_loss, output.codebook_loss])  # [2], means over this process's part
-        losses = losses * (pictures.shape[0] / self.batch_size)  # summed over the processes, means over the batch
+        losses = losses * (images.shape[0] / self.batch_size)  # summed over the processes, means over the batch
         self.optimizer.zero_grad(set_to_none=True)
         # DistributedDataParallel divides the sum of the processes' gradients by their number.
         torch.autograd.backward(world_size() * losses.sum())
@@ -208,24 +214,24 @@ class Trainer:
         self.evaluation_s = time.monotonic() - start
         val_mse = test.mse if val is None else val.mse
         if not math.isfinite(test.mse) or not math.isfinite(val_mse):
-            raise DivergedError(f"the model's pictures were not finite after step {self._global_step()}")
+            raise DivergedError(f"the model's images were not finite after step {self._global_step()}")
         self._record(test, val)
         self._warn_of_collapse(test, val)
         self.test_counts = test.counts.cpu()
         self.epoch, self.step, self.train_s = self.epoch + 1, 0, 0.0
-        self.losses = LossWatch(self.device)
+        self.losses = LossMeter(self.device)
         self.model.quantizer.reset_usage()
         if val is None or val_mse < self.best_val_mse:
             self.best_val_mse = val_mse
-            if self.is_first:
+            if self.is_rank0:
                 save_checkpoint(self.folder.best, self._model_state())
         self._save(finished=False)
-        if self.is_first:
+        if self.is_rank0:
             self.folder.write_metrics(self.history)
         self._exchange()
 
-    def _evaluate(self, pictures: Tensor) -> Evaluation:
-        return evaluate(self.model, pictures, self.config.batch_size, self.device, self._poll)
+    def _evaluate(self, images: Tensor) -> Evaluation:
+        return evaluate(self.model, images, self.config.batch_size, self.device, self._poll)
 
     def _record(self, test: Evaluation, val: Evaluation | None) -> None:
         """Append the epoch's line to the history, and show it."""
@@ -256,12 +262,12 @@ class Trainer:
             "elapsed_s": self._elapsed_s(),
         }
         self.history.append(line)
-        if self.is_first:
+        if self.is_rank0:
             write_events(self.folder.events, line)
         self.reporter.line(
             f"epoch {line['epoch']:g}/{self.config.epochs} ({self.dataset})  train MSE {line['train_mse']:.4f}  "
             f"test MSE {test.mse:.4f}  PSNR {test.psnr_db:.2f} dB  codes used {test.codes_used}/{quantizer.num_codes}  "
-            f"perplexity {test.perplexity:.0f}  {line['images_per_s']:.0f} pictures/s"
+            f"perplexity {test.perplexity:.0f}  {line['images_per_s']:.0f} images/s"
         )
 
     def _warn_of_collapse(self, test: Evaluation, val: Evaluation | None) -> None:
@@ -273,20 +279,20 @@ class Trainer:
             self.reporter.warn(warning)
 
     def _plot(self) -> None:
-        """The run's three pictures; a signal is heeded before each."""
+        """The run's three images; a signal is heeded before each."""
         self.model.eval()
         what = f"{self.dataset}, K = {self.config.num_codes}, test MSE {self.history[-1]['test_mse']:.4f}"
-        shown = self.test[:: max(1, self.test.shape[0] // _SHOWN_PICTURES)][:_SHOWN_PICTURES].to(self.device)
+        shown = self.test[:: max(1, self.test.shape[0] // _SHOWN_IMAGES)][:_SHOWN_IMAGES].to(self.device)
         counts = self.test_counts.to(self.device)
         plots: tuple[Callable[[str], None], ...] = (
             lambda title: plot_reconstructions(self.model, shown, self.folder.reconstructions, title),
             lambda title: plot_codebook(self.model, counts, self.folder.codebook, title),
             lambda title: plot_curves(self.history, self.config.num_codes, self.folder.curves, title),
         )
-        titles = (f"originals over reconstructions ({what})", f"codebook, by use on the test pictures ({what})", what)
+        titles = (f"originals over reconstructions ({what})", f"codebook, by use on the test images ({what})", what)
         for plot, title in zip(plots, titles, strict=True):
             self._poll()
-            if self.is_first:
+            if self.is_rank0:
                 plot(title)
 
     # -- checkpoints
@@ -302,7 +308,7 @@ class Trainer:
 
     def _save(self, *, finished: bool) -> None:
         """Write last.pt: enough to go on, for as many processes as there will be."""
-        if not self.is_first:
+        if not self.is_rank0:
             return
         self.losses.check()
         rng = {"cpu": torch.get_rng_state()}
@@ -315,7 +321,7 @@ class Trainer:
             "rng": rng,
             "losses": self.losses.state_dict(),
             "test_counts": self.test_counts,
-            "pictures": self.fingerprints,
+            "images": self.fingerprints,
             "epoch": self.epoch,
             "step": self.step,
             "train_s": self.train_s,
@@ -331,11 +337,11 @@ class Trainer:
 
     def _restore(self, state: dict[str, Any]) -> None:
         """The opposite of `_save`."""
-        before, now = state["pictures"], self.fingerprints
+        before, now = state["images"], self.fingerprints
         if before[0][0] != now[0][0]:
-            raise UsageError(f"--resume: the run trained on {before[0][0]} pictures, but now there are {now[0][0]}")
+            raise UsageError(f"--resume: the run trained on {before[0][0]} images, but now there are {now[0][0]}")
         if before != now:
-            raise UsageError("--resume: the pictures must be those that the run began with, got others")
+            raise UsageError("--resume: the images must be those that the run began with, got others")
         load_weights(self.model, state)
         self.optimizer.load_state_dict(state["optimizer"])
         self.losses.load_state_dict(state["losses"])
@@ -344,7 +350,7 @@ class Trainer:
         self.elapsed_before_s, self.evaluation_s = state["elapsed_s"], state["evaluation_s"]
         self.history, self.best_val_mse = state["history"], state["best_val_mse"]
         self.schedule.load_state_dict(state["schedule"])
-        if self.is_first:
+        if self.is_rank0:
             self.folder.write_metrics(self.history)  # a line that was being written when the run died is dropped
         torch.set_rng_state(state["rng"]["cpu"])
         if self.device.type == "cuda" and "cuda" in state["rng"]:

@@ -18,7 +18,8 @@ from gpu.results import ROOT, Results, make_header, read_lines
 from gpu.stage import FINISHED, STAGES, Context
 
 from vqae.config import Config
-from vqae.training.checkpoint import build_model, save_checkpoint
+from vqae.model.vqae import build_model
+from vqae.training.checkpoint import save_checkpoint
 
 TOLD_APART = {"gpu", "driver", "cuda", "python", "torch", "triton", "peers", "commit", "sources", "date", "rehearsal"}
 

@@ -17,7 +17,7 @@ from gpu.training import best_of, next_run, read_run
 
 from vq_kernels import vector_quantize
 from vqae.config import Config
-from vqae.training.checkpoint import build_model
+from vqae.model.vqae import build_model
 
 
 def context(folder: Path, *, rehearse: bool = True, data_dir: Path | None = None) -> Context:
@@ -34,7 +34,7 @@ def epoch(number: int, test_mse: float, images_per_s: float) -> dict[str, Any]:
 
 def test_the_target_is_reached_at_the_end_of_the_first_epoch_below_it() -> None:
     lines = [epoch(1, 0.05, 100.0), epoch(2, 0.03, 200.0), epoch(3, 0.028, 400.0)]
-    found = read_run(lines, Config(batch_size=20, epochs=3, encoder_start=0.5))
+    found = read_run(lines, Config(batch_size=20, epochs=3, unfreeze_encoder_at=0.5))
     assert found["seconds_to_target"] == pytest.approx(200 / 100 + 200 / 200)
     assert found["elapsed_to_target"] == 9.0
     assert found["train_s"] == pytest.approx(3.5)
@@ -52,7 +52,7 @@ def test_a_target_that_is_missed_is_none() -> None:
 def test_epochs_of_a_resting_encoder_are_told_from_those_of_a_learning_one() -> None:
     rates = (10.0, 300.0, 600.0, 200.0, 80.0, 120.0)
     lines = [epoch(number, 0.05, rate) for number, rate in enumerate(rates, start=1)]
-    found = read_run(lines, Config(batch_size=20, epochs=6, encoder_start=0.55))  # it begins in the fourth epoch
+    found = read_run(lines, Config(batch_size=20, epochs=6, unfreeze_encoder_at=0.55))  # it begins in the fourth epoch
     assert found["resting_images_per_s"] == pytest.approx(400.0)
     assert found["learning_images_per_s"] == pytest.approx(96.0)
 

@@ -1,4 +1,4 @@
-"""A CIFAR-10 of 60 pictures in the official layout, and a server on this machine to download it from."""
+"""A CIFAR-10 of 60 images in the official layout, and a server on this machine to download it from."""
 
 import gzip
 import hashlib
@@ -29,7 +29,7 @@ class _PicklerOf2009(pickle.Pickler):
 
 @dataclass(frozen=True)
 class TinyCifar10:
-    """The pictures [N, 3, 32, 32] of both splits, the official files by name, and the archive of them."""
+    """The images [N, 3, 32, 32] of both splits, the official files by name, and the archive of them."""
 
     train: npt.NDArray[np.uint8]
     test: npt.NDArray[np.uint8]
@@ -60,10 +60,10 @@ def _pickled(content: dict[str, Any]) -> bytes:
 def tiny_cifar10(monkeypatch: pytest.MonkeyPatch) -> TinyCifar10:
     """The tiny data set; torchvision takes its checksums for the official ones, and has nowhere to download from."""
     generator = np.random.default_rng(0)
-    pictures = generator.integers(0, 256, (60, 3, 32, 32), dtype=np.uint8)
+    images = generator.integers(0, 256, (60, 3, 32, 32), dtype=np.uint8)
     names = [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]
     files = {
-        name: _pickled({"data": pictures[10 * index : 10 * index + 10].reshape(10, 3072), "labels": list(range(10))})
+        name: _pickled({"data": images[10 * index : 10 * index + 10].reshape(10, 3072), "labels": list(range(10))})
         for index, name in enumerate(names)
     }
     files["batches.meta"] = _pickled({"label_names": [str(number) for number in range(10)]})
@@ -85,10 +85,10 @@ def tiny_cifar10(monkeypatch: pytest.MonkeyPatch) -> TinyCifar10:
     monkeypatch.setattr(CIFAR10, "tgz_md5", md5(packed))
     monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:1/cifar-10-python.tar.gz")  # nobody answers
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    return TinyCifar10(pictures[:50], pictures[50:], files, packed)
+    return TinyCifar10(images[:50], images[50:], files, packed)
 
 
-class PictureServer:
+class ImageServer:
     """Serves one archive; `status`, `num_bytes` and `stalls` say how badly, `num_requests` how often it was asked."""
 
     def __init__(self, archive: bytes) -> None:
@@ -101,9 +101,9 @@ class PictureServer:
 
 
 @pytest.fixture
-def server(tiny_cifar10: TinyCifar10, monkeypatch: pytest.MonkeyPatch) -> Iterator[PictureServer]:
+def server(tiny_cifar10: TinyCifar10, monkeypatch: pytest.MonkeyPatch) -> Iterator[ImageServer]:
     """A server of the tiny archive, from which torchvision downloads."""
-    state = PictureServer(tiny_cifar10.archive)
+    state = ImageServer(tiny_cifar10.archive)
 
     class Handler(BaseHTTPRequestHandler):
         def do_HEAD(self) -> None:

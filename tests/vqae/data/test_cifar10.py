@@ -9,7 +9,7 @@ import torch
 import torchvision.datasets.utils
 from torchvision.datasets import CIFAR10
 
-from tests.vqae.data.conftest import PictureServer, TinyCifar10
+from tests.vqae.data.conftest import ImageServer, TinyCifar10
 from vqae.data import cifar10
 from vqae.data.cifar10 import DownloadError, read_cifar10
 from vqae.runtime.errors import UsageError
@@ -24,13 +24,13 @@ def test_reads_both_splits_in_the_files_order(tiny_cifar10: TinyCifar10, tmp_pat
     assert torch.equal(test, torch.from_numpy(tiny_cifar10.test))
 
 
-def test_complete_folder_needs_no_network(tiny_cifar10: TinyCifar10, server: PictureServer, tmp_path: Path) -> None:
+def test_complete_folder_needs_no_network(tiny_cifar10: TinyCifar10, server: ImageServer, tmp_path: Path) -> None:
     tiny_cifar10.write_folder(tmp_path)
     read_cifar10(tmp_path, ["test"])
     assert server.num_requests == 0
 
 
-def test_unpacks_an_archive_without_network(tiny_cifar10: TinyCifar10, server: PictureServer, tmp_path: Path) -> None:
+def test_unpacks_an_archive_without_network(tiny_cifar10: TinyCifar10, server: ImageServer, tmp_path: Path) -> None:
     tiny_cifar10.write_archive(tmp_path)
     (test,) = read_cifar10(tmp_path, ["test"])
     assert torch.equal(test, torch.from_numpy(tiny_cifar10.test))
@@ -46,7 +46,7 @@ def test_archive_mends_an_unpacking_that_was_interrupted(tiny_cifar10: TinyCifar
     assert torch.equal(train, torch.from_numpy(tiny_cifar10.train))
 
 
-def test_downloads_once(tiny_cifar10: TinyCifar10, server: PictureServer, tmp_path: Path) -> None:
+def test_downloads_once(tiny_cifar10: TinyCifar10, server: ImageServer, tmp_path: Path) -> None:
     data_dir = tmp_path / "new" / "data"
     (train,) = read_cifar10(data_dir, ["train"])
     num_requests = server.num_requests
@@ -58,7 +58,7 @@ def test_downloads_once(tiny_cifar10: TinyCifar10, server: PictureServer, tmp_pa
 
 
 def test_download_gives_way_to_a_process_that_was_faster(
-    tiny_cifar10: TinyCifar10, server: PictureServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_cifar10: TinyCifar10, server: ImageServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def construct(root: Path, **arguments: bool) -> CIFAR10:
         if arguments.get("download"):
@@ -71,20 +71,20 @@ def test_download_gives_way_to_a_process_that_was_faster(
     assert torch.equal(test, torch.from_numpy(tiny_cifar10.test))
 
 
-def _cut(server: PictureServer) -> None:
+def _cut(server: ImageServer) -> None:
     server.num_bytes //= 2
 
 
-def _not_found(server: PictureServer) -> None:
+def _not_found(server: ImageServer) -> None:
     server.status = 404
 
 
-def _stall(server: PictureServer) -> None:
+def _stall(server: ImageServer) -> None:
     server.num_bytes //= 2
     server.stalls = True
 
 
-def _damage(server: PictureServer) -> None:
+def _damage(server: ImageServer) -> None:
     server.archive = server.archive[:-1] + b"?"
 
 
@@ -92,10 +92,10 @@ def _damage(server: PictureServer) -> None:
     ("spoil", "reason"), [(_cut, "cut short"), (_damage, "MD5"), (_not_found, "404"), (_stall, "timed out")]
 )
 def test_failed_download_says_why_and_leaves_nothing(
-    spoil: Callable[[PictureServer], None],
+    spoil: Callable[[ImageServer], None],
     reason: str,
     tiny_cifar10: TinyCifar10,
-    server: PictureServer,
+    server: ImageServer,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -115,7 +115,7 @@ def test_no_network(tiny_cifar10: TinyCifar10, tmp_path: Path) -> None:
 
 
 def test_interrupted_download_leaves_nothing(
-    tiny_cifar10: TinyCifar10, server: PictureServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_cifar10: TinyCifar10, server: ImageServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -128,7 +128,7 @@ def test_interrupted_download_leaves_nothing(
 
 @pytest.mark.parametrize("num_bytes", [0, 1000])
 def test_archive_cut_short_is_reported_and_kept(
-    num_bytes: int, tiny_cifar10: TinyCifar10, server: PictureServer, tmp_path: Path
+    num_bytes: int, tiny_cifar10: TinyCifar10, server: ImageServer, tmp_path: Path
 ) -> None:
     archive = tiny_cifar10.write_archive(tmp_path, num_bytes)
     with pytest.raises(UsageError, match=rf"{archive} is cut short or damaged: {num_bytes:,} bytes") as raised:
@@ -138,7 +138,7 @@ def test_archive_cut_short_is_reported_and_kept(
     assert server.num_requests == 0
 
 
-def test_damaged_folder_names_the_files(tiny_cifar10: TinyCifar10, server: PictureServer, tmp_path: Path) -> None:
+def test_damaged_folder_names_the_files(tiny_cifar10: TinyCifar10, server: ImageServer, tmp_path: Path) -> None:
     folder = tiny_cifar10.write_folder(tmp_path)
     (folder / "data_batch_2").write_bytes(tiny_cifar10.files["data_batch_2"][:-1])
     (folder / "test_batch").unlink()

@@ -1,4 +1,4 @@
-"""Folders of pictures: what is read, in which order, and what is said of a folder that will not do."""
+"""Folders of images: what is read, in which order, and what is said of a folder that will not do."""
 
 import signal
 import tarfile
@@ -10,15 +10,15 @@ import pytest
 import torch
 from PIL import Image
 
-from vqae.data.image_folder import read_image_folder, read_picture
+from vqae.data.image_folder import read_image, read_image_folder
 from vqae.runtime.errors import UsageError
 
-REAL_PICTURES = Path(__file__).parents[4] / "shared" / "data" / "cifar10-jpeg.tar.xz"
+REAL_IMAGES = Path(__file__).parents[4] / "shared" / "data" / "cifar10-jpeg.tar.xz"
 
 
-def _save(path: Path, picture: Image.Image | None = None, **options: object) -> Path:
+def _save(path: Path, image: Image.Image | None = None, **options: object) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    (Image.new("RGB", (8, 6), "red") if picture is None else picture).save(path, **options)
+    (Image.new("RGB", (8, 6), "red") if image is None else image).save(path, **options)
     return path
 
 
@@ -28,7 +28,7 @@ def _noise(height: int, width: int, seed: int = 0) -> Image.Image:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two red pictures of 8 x 6 in each split."""
+    """Two red images of 8 x 6 in each split."""
     for split in ("train", "test"):
         _save(tmp_path / split / "cats" / "1.png")
         _save(tmp_path / split / "dogs" / "1.png")
@@ -39,46 +39,46 @@ def test_reads_in_sorted_order(tmp_path: Path) -> None:
     names = ["b/2.png", "a/10.png", "b/1.png", "a/9.bmp"]
     for seed, name in enumerate(names):
         _save(tmp_path / "train" / name, _noise(6, 8, seed))
-    (pictures,) = read_image_folder(tmp_path, ["train"], None)
+    (images,) = read_image_folder(tmp_path, ["train"], None)
     expected = [np.asarray(_noise(6, 8, names.index(name))) for name in sorted(names)]
-    assert pictures.shape == (4, 3, 6, 8)
-    assert pictures.dtype == torch.uint8
-    assert pictures.is_contiguous()
-    assert torch.equal(pictures.permute(0, 2, 3, 1), torch.from_numpy(np.stack(expected)))
+    assert images.shape == (4, 3, 6, 8)
+    assert images.dtype == torch.uint8
+    assert images.is_contiguous()
+    assert torch.equal(images.permute(0, 2, 3, 1), torch.from_numpy(np.stack(expected)))
 
 
 def test_reads_only_the_split_that_is_asked_for(tmp_path: Path) -> None:
     _save(tmp_path / "test" / "cats" / "1.png")
-    (pictures,) = read_image_folder(tmp_path, ["test"], None)
-    assert pictures.shape == (1, 3, 6, 8)
+    (images,) = read_image_folder(tmp_path, ["test"], None)
+    assert images.shape == (1, 3, 6, 8)
     with pytest.raises(UsageError, match=r"must hold the folder train/"):
         read_image_folder(tmp_path, ["train", "test"], None)
 
 
 def test_hidden_files_and_folders_are_left_out(folder: Path) -> None:
-    (folder / "train" / ".DS_Store").write_bytes(b"no picture")
-    (folder / "train" / "cats" / ".DS_Store").write_bytes(b"no picture")
+    (folder / "train" / ".DS_Store").write_bytes(b"no image")
+    (folder / "train" / "cats" / ".DS_Store").write_bytes(b"no image")
     (folder / "train" / ".cache").mkdir()
     (folder / "train" / "cats" / ".thumbnails").mkdir()
-    (folder / "train" / "cats" / ".thumbnails" / "1.db").write_bytes(b"no picture")
-    (pictures,) = read_image_folder(folder, ["train"], None)
-    assert len(pictures) == 2
+    (folder / "train" / "cats" / ".thumbnails" / "1.db").write_bytes(b"no image")
+    (images,) = read_image_folder(folder, ["train"], None)
+    assert len(images) == 2
 
 
 def test_data_dir_may_itself_be_hidden(tmp_path: Path) -> None:
-    _save(tmp_path / ".pictures" / "test" / "cats" / "1.png")
-    (pictures,) = read_image_folder(tmp_path / ".pictures", ["test"], None)
-    assert len(pictures) == 1
+    _save(tmp_path / ".images" / "test" / "cats" / "1.png")
+    (images,) = read_image_folder(tmp_path / ".images", ["test"], None)
+    assert len(images) == 1
 
 
 def _transparent_palette() -> Image.Image:
-    picture = Image.new("P", (8, 6), 1)
-    picture.putpalette([0, 0, 0, 200, 100, 50])
-    return picture
+    image = Image.new("P", (8, 6), 1)
+    image.putpalette([0, 0, 0, 200, 100, 50])
+    return image
 
 
 @pytest.mark.parametrize(
-    ("picture", "options", "expected"),
+    ("image", "options", "expected"),
     [
         (Image.new("L", (8, 6), 77), {}, (77, 77, 77)),
         (Image.new("1", (8, 6), 1), {}, (255, 255, 255)),
@@ -90,13 +90,13 @@ def _transparent_palette() -> Image.Image:
     ],
     ids=["grey", "black and white", "grey with alpha", "RGBA", "palette", "transparent palette", "16-bit grey"],
 )
-def test_every_kind_of_picture_becomes_rgb(
-    picture: Image.Image, options: dict[str, object], expected: tuple[int, int, int], tmp_path: Path
+def test_every_kind_of_image_becomes_rgb(
+    image: Image.Image, options: dict[str, object], expected: tuple[int, int, int], tmp_path: Path
 ) -> None:
-    _save(tmp_path / "test" / "cats" / "1.png", picture, **options)
-    (pictures,) = read_image_folder(tmp_path, ["test"], None)
-    assert pictures.shape == (1, 3, 6, 8)
-    assert torch.equal(pictures[0], torch.tensor(expected, dtype=torch.uint8)[:, None, None].expand(3, 6, 8))
+    _save(tmp_path / "test" / "cats" / "1.png", image, **options)
+    (images,) = read_image_folder(tmp_path, ["test"], None)
+    assert images.shape == (1, 3, 6, 8)
+    assert torch.equal(images[0], torch.tensor(expected, dtype=torch.uint8)[:, None, None].expand(3, 6, 8))
 
 
 def test_image_size_cuts_out_the_centre(tmp_path: Path) -> None:
@@ -104,17 +104,17 @@ def test_image_size_cuts_out_the_centre(tmp_path: Path) -> None:
     wide[:, 4:20] = [200, 100, 50]  # 8 to 16 remains; antialiasing looks a little further
     _save(tmp_path / "test" / "cats" / "wide.png", Image.fromarray(wide))
     _save(tmp_path / "test" / "cats" / "tall.png", Image.fromarray(wide.transpose(1, 0, 2)))
-    (pictures,) = read_image_folder(tmp_path, ["test"], 4)
-    assert pictures.shape == (2, 3, 4, 4)
-    assert torch.equal(pictures, torch.tensor([200, 100, 50], dtype=torch.uint8)[:, None, None].expand(2, 3, 4, 4))
+    (images,) = read_image_folder(tmp_path, ["test"], 4)
+    assert images.shape == (2, 3, 4, 4)
+    assert torch.equal(images, torch.tensor([200, 100, 50], dtype=torch.uint8)[:, None, None].expand(2, 3, 4, 4))
 
 
 def test_image_size_is_antialiased(tmp_path: Path) -> None:
     stripes = np.zeros((64, 64, 3), dtype=np.uint8)
     stripes[:, ::2] = 255
     _save(tmp_path / "test" / "cats" / "1.png", Image.fromarray(stripes))
-    (pictures,) = read_image_folder(tmp_path, ["test"], 8)
-    assert pictures[..., 1:-1].float().sub(127.5).abs().max() < 8  # without antialiasing 0 or 255
+    (images,) = read_image_folder(tmp_path, ["test"], 8)
+    assert images[..., 1:-1].float().sub(127.5).abs().max() < 8  # without antialiasing 0 or 255
 
 
 def test_several_sizes_name_two_files(folder: Path) -> None:
@@ -167,7 +167,7 @@ def test_data_dir_that_is_a_file(tmp_path: Path) -> None:
         read_image_folder(file, ["train", "test"], None)
 
 
-def test_picture_outside_a_class(folder: Path) -> None:
+def test_image_outside_a_class(folder: Path) -> None:
     stray = _save(folder / "train" / "stray.png")
     with pytest.raises(UsageError, match=rf"{stray} lies outside a class's folder"):
         read_image_folder(folder, ["train"], None)
@@ -175,20 +175,20 @@ def test_picture_outside_a_class(folder: Path) -> None:
 
 @pytest.mark.parametrize("name", ["notes.txt", "2.jpg", "nothing"])
 @pytest.mark.parametrize("content", [b"", b"these are notes", b"\xff\xd8\xff\xe0 half a header"])
-def test_file_that_is_no_picture_is_named(name: str, content: bytes, folder: Path) -> None:
+def test_file_that_is_no_image_is_named(name: str, content: bytes, folder: Path) -> None:
     path = folder / "train" / "dogs" / name
     path.write_bytes(content)
-    with pytest.raises(UsageError, match=rf"{path} is no picture"):
+    with pytest.raises(UsageError, match=rf"{path} is no image"):
         read_image_folder(folder, ["train", "test"], None)
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "bmp", "webp"])
-def test_truncated_picture_is_named(suffix: str, tmp_path: Path) -> None:
+def test_truncated_image_is_named(suffix: str, tmp_path: Path) -> None:
     path = _save(tmp_path / "test" / "cats" / f"1.{suffix}", _noise(64, 64))
     content = path.read_bytes()
     for num_bytes in (1, 20, 100, len(content) // 2, len(content) * 9 // 10):
         path.write_bytes(content[:num_bytes])
-        with pytest.raises(UsageError, match=rf"{path} is no picture, is damaged"):
+        with pytest.raises(UsageError, match=rf"{path} is no image, is damaged"):
             read_image_folder(tmp_path, ["test"], None)
 
 
@@ -199,7 +199,7 @@ def test_broken_link_is_named(folder: Path) -> None:
         read_image_folder(folder, ["train"], None)
 
 
-def test_picture_of_unknown_range(tmp_path: Path) -> None:
+def test_image_of_unknown_range(tmp_path: Path) -> None:
     path = _save(tmp_path / "test" / "cats" / "1.tif", Image.fromarray(np.ones((4, 4), dtype=np.float32)))
     with pytest.raises(UsageError, match=rf"{path} .*mode F"):
         read_image_folder(tmp_path, ["test"], None)
@@ -211,14 +211,14 @@ def test_decompression_bomb_is_named(folder: Path, monkeypatch: pytest.MonkeyPat
         read_image_folder(folder, ["train"], None)
 
 
-def test_one_picture(tmp_path: Path) -> None:
+def test_one_image(tmp_path: Path) -> None:
     path = _save(tmp_path / "1.png", _noise(5, 7))
-    picture = read_picture(path)
-    assert picture.dtype == torch.uint8
-    assert torch.equal(picture.permute(1, 2, 0), torch.from_numpy(np.array(_noise(5, 7))))
-    for no_picture in (tmp_path, tmp_path / "2.png"):
-        with pytest.raises(UsageError, match=rf"{no_picture} is no picture"):
-            read_picture(no_picture)
+    image = read_image(path)
+    assert image.dtype == torch.uint8
+    assert torch.equal(image.permute(1, 2, 0), torch.from_numpy(np.array(_noise(5, 7))))
+    for no_image in (tmp_path, tmp_path / "2.png"):
+        with pytest.raises(UsageError, match=rf"{no_image} is no image"):
+            read_image(no_image)
 
 
 class _StoppedError(Exception):
@@ -226,9 +226,9 @@ class _StoppedError(Exception):
 
 
 def test_signal_handler_ends_the_reading(tmp_path: Path) -> None:
-    picture = _save(tmp_path / "test" / "cats" / "0.png", _noise(512, 512))
+    image = _save(tmp_path / "test" / "cats" / "0.png", _noise(512, 512))
     for number in range(1, 2000):  # some 10 s of decoding
-        (picture.parent / f"{number}.png").hardlink_to(picture)
+        (image.parent / f"{number}.png").hardlink_to(image)
 
     def stop(*_: object) -> None:
         raise _StoppedError
@@ -243,17 +243,17 @@ def test_signal_handler_ends_the_reading(tmp_path: Path) -> None:
         signal.signal(signal.SIGALRM, handler_before)
 
 
-def test_real_pictures(tmp_path: Path) -> None:
-    if not REAL_PICTURES.exists():
-        pytest.skip(f"{REAL_PICTURES} is not there")
-    with tarfile.open(REAL_PICTURES, "r|xz") as archive:
+def test_real_images(tmp_path: Path) -> None:
+    if not REAL_IMAGES.exists():
+        pytest.skip(f"{REAL_IMAGES} is not there")
+    with tarfile.open(REAL_IMAGES, "r|xz") as archive:
         for member in archive:
             archive.extract(member, tmp_path, filter="data")
             if member.name.endswith("/0199.jpg"):
                 break
-    (pictures,) = read_image_folder(tmp_path / "cifar10-jpeg", ["train"], None)
-    assert pictures.shape == (200, 3, 32, 32)
+    (images,) = read_image_folder(tmp_path / "cifar10-jpeg", ["train"], None)
+    assert images.shape == (200, 3, 32, 32)
     first = Image.open(tmp_path / "cifar10-jpeg" / "train" / "airplane" / "0000.jpg")
     with first:
-        assert np.array_equal(pictures[0].permute(1, 2, 0).numpy(), np.asarray(first))
-    assert 40 < pictures.float().std() < 90
+        assert np.array_equal(images[0].permute(1, 2, 0).numpy(), np.asarray(first))
+    assert 40 < images.float().std() < 90

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from vqae.runtime.errors import DivergedError
-from vqae.training.metrics import LossWatch
+from vqae.training.metrics import LossMeter
 
 CPU = torch.device("cpu")
 
 
-def watch_of(*losses: tuple[float, float]) -> LossWatch:
-    watch = LossWatch(CPU)
+def watch_of(*losses: tuple[float, float]) -> LossMeter:
+    watch = LossMeter(CPU)
     for step, (reconstruction, codebook) in enumerate(losses, start=1):
         watch.add(torch.tensor(reconstruction, requires_grad=True), torch.tensor(codebook), step)
     return watch
@@ -26,7 +26,7 @@ def test_means() -> None:
 
 
 def test_means_of_nothing_are_nan() -> None:
-    assert all(math.isnan(mean) for mean in LossWatch(CPU).means())
+    assert all(math.isnan(mean) for mean in LossMeter(CPU).means())
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -38,7 +38,7 @@ def test_the_first_bad_step_is_named(bad: float) -> None:
 
 
 def test_state_dict_goes_on_where_it_was() -> None:
-    watch = LossWatch(CPU)
+    watch = LossMeter(CPU)
     watch.load_state_dict(watch_of((1.0, 10.0), (2.0, 30.0)).state_dict())
     watch.add(torch.tensor(6.0), torch.tensor(20.0), 3)
     assert watch.means() == (3.0, 20.0)

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from vq_kernels import VectorQuantizer, nearest_code
 from vqae import VQAE
 from vqae.config import Config
-from vqae.training.checkpoint import build_model, save_checkpoint
+from vqae.model.vqae import build_model
+from vqae.training.checkpoint import save_checkpoint
 
 NUM_CODES, BATCH = 16, 8
 
@@ -20,16 +21,16 @@ def build(image_size: tuple[int, int] = (32, 32), code_dim: int = 512, norm: str
     return VQAE(image_size, code_dim, (16,), VectorQuantizer(NUM_CODES, code_dim), embedding_norm=norm)
 
 
-def random_pictures(image_size: tuple[int, int] = (32, 32), count: int = BATCH) -> Tensor:
+def random_images(image_size: tuple[int, int] = (32, 32), count: int = BATCH) -> Tensor:
     """[count, 3, H, W] in [0, 1]."""
     return torch.rand(count, 3, *image_size, generator=torch.Generator().manual_seed(1))
 
 
 class Pass:
-    """One training pass over normalised pictures, with the tensors between the parts kept."""
+    """One training pass over normalised images, with the tensors between the parts kept."""
 
     def __init__(self, model: VQAE) -> None:
-        self.target = model.normalise(random_pictures())
+        self.target = model.normalise(random_images())
         with kept_output(model.encoder) as embeddings, kept_input(model.decoder) as codes:
             self.output = model(self.target)
         self.embeddings, self.codes = embeddings[0], codes[0]
@@ -137,17 +138,17 @@ def test_autocast_leaves_the_search_in_float32(model: VQAE) -> None:
 
 def test_an_encoder_at_rest_stays_as_it_is_while_the_rest_learns() -> None:
     model = build()
-    model.encoder.rest(True)
+    model.encoder.freeze()
     model.train()
     before = {name: value.clone() for name, value in model.encoder.state_dict().items()}
-    step = model(model.normalise(random_pictures()))
-    (F.mse_loss(step.reconstruction, model.normalise(random_pictures())) + step.codebook_loss).backward()
+    step = model(model.normalise(random_images()))
+    (F.mse_loss(step.reconstruction, model.normalise(random_images())) + step.codebook_loss).backward()
     assert all(torch.equal(value, before[name]) for name, value in model.encoder.state_dict().items())
     assert all(parameter.grad is None for parameter in model.encoder.parameters())
     assert model.quantizer.codebook.grad.any()
     assert all(parameter.grad.any() for parameter in model.decoder.parameters())
 
-    model.encoder.rest(False)
+    model.encoder.freeze(False)
     model.train()
     assert all(module.training for module in model.modules())
     assert all(parameter.requires_grad for parameter in model.encoder.parameters())
@@ -161,10 +162,10 @@ def test_an_encoder_at_rest_stays_as_it_is_while_the_rest_learns() -> None:
 @pytest.mark.parametrize("image_size", [(32, 32), (64, 48), (33, 1)])
 def test_shapes(image_size: tuple[int, int], code_dim: int, norm: str) -> None:
     model = build(image_size, code_dim, norm)
-    pictures = random_pictures(image_size, count=3)
-    assert model.encoder(pictures).shape == (3, code_dim)
-    reconstruction, indices, codebook_loss = model(pictures)
-    assert reconstruction.shape == pictures.shape
+    images = random_images(image_size, count=3)
+    assert model.encoder(images).shape == (3, code_dim)
+    reconstruction, indices, codebook_loss = model(images)
+    assert reconstruction.shape == images.shape
     assert indices.shape == (3,)
     assert indices.dtype == torch.int64
     assert codebook_loss.shape == ()
@@ -191,16 +192,16 @@ def test_a_quantizer_of_another_dimension_is_refused() -> None:
 
 def test_encode_and_decode_are_the_training_pass(model: VQAE) -> None:
     model.eval()
-    pictures = random_pictures()
-    indices = model.encode(pictures)
-    output = model(model.normalise(pictures))
+    images = random_images()
+    indices = model.encode(images)
+    output = model(model.normalise(images))
     assert torch.equal(indices, output.indices)
     expected = (output.reconstruction * model.pixel_std + model.pixel_mean).clamp(0, 1)
     assert torch.equal(model.decode(indices), expected)
     assert not model.decode(indices).requires_grad
 
 
-def test_decoded_pictures_lie_between_0_and_1(model: VQAE) -> None:
+def test_decoded_images_lie_between_0_and_1(model: VQAE) -> None:
     with torch.no_grad():
         model.decoder[-2].bias.fill_(100)
     decoded = model.decode(torch.arange(NUM_CODES))
@@ -208,16 +209,16 @@ def test_decoded_pictures_lie_between_0_and_1(model: VQAE) -> None:
     assert (decoded == 1).all()
 
 
-def test_bytes_and_floats_are_the_same_pictures(model: VQAE) -> None:
+def test_bytes_and_floats_are_the_same_images(model: VQAE) -> None:
     model.eval()
-    pictures = (random_pictures() * 255).round().to(torch.uint8)
-    torch.testing.assert_close(model.normalise(pictures), model.normalise(pictures.float() / 255))
-    assert torch.equal(model.encode(pictures), model.encode(pictures.float() / 255))
+    images = (random_images() * 255).round().to(torch.uint8)
+    torch.testing.assert_close(model.normalise(images), model.normalise(images.float() / 255))
+    assert torch.equal(model.encode(images), model.encode(images.float() / 255))
 
 
 @pytest.mark.parametrize("shape", [(3, 32, 32), (2, 3, 32, 31), (2, 1, 32, 32)])
 def test_encode_names_the_shape_that_it_wants(model: VQAE, shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"pictures must be \[B, 3, 32, 32\], got \(" + ", ".join(map(str, shape))):
+    with pytest.raises(ValueError, match=r"images must be \[B, 3, 32, 32\], got \(" + ", ".join(map(str, shape))):
         model.encode(torch.zeros(shape))
 
 
@@ -227,14 +228,14 @@ def test_a_saved_model_loads_as_it_was(tmp_path: Path, norm: str) -> None:
     torch.manual_seed(0)
     model = build_model(config, (64, 48))
     model.pixel_mean.copy_(torch.tensor([0.1, 0.2, 0.3])[:, None, None])
-    pictures = random_pictures((64, 48))
-    model(model.normalise(pictures))  # moves the statistics of the BatchNorms
+    images = random_images((64, 48))
+    model(model.normalise(images))  # moves the statistics of the BatchNorms
     model.eval()
     state = {"config": config.to_dict(), "dataset": "synthetic", "image_size": [64, 48], "model": model.state_dict()}
     save_checkpoint(tmp_path / "model.pt", state)
     loaded = VQAE.load(tmp_path / "model.pt")
     assert not loaded.training
-    assert torch.equal(loaded.encode(pictures), model.encode(pictures))
+    assert torch.equal(loaded.encode(images), model.encode(images))
     indices = torch.arange(NUM_CODES)
     assert torch.equal(loaded.decode(indices), model.decode(indices))
 

@@ -1,4 +1,4 @@
-"""Weights made from pictures: what encoder and decoder are worth before the first step."""
+"""Weights made from images: what encoder and decoder are worth before the first step."""
 
 from collections.abc import Sequence
 
@@ -10,70 +10,70 @@ from torch.nn import functional as F
 from vqae import VQAE
 from vqae.config import Config
 from vqae.model import pca_init
-from vqae.model.pca_init import begin_from_pictures
-from vqae.training.checkpoint import build_model
+from vqae.model.pca_init import init_by_pca
+from vqae.model.vqae import build_model
 
 
-def smooth_pictures(count: int, size: int = 32, rank: int = 6) -> Tensor:
+def smooth_images(count: int, size: int = 32, rank: int = 6) -> Tensor:
     """[count, 3, size, size] uint8: mixtures of a few smooth patterns, the first the strongest, and a little noise."""
     generator = torch.Generator().manual_seed(0)
     patterns = F.interpolate(torch.randn(rank, 3, 3, 3, generator=generator), size=(size, size), mode="bilinear")
     weights = torch.randn(count, rank, generator=generator) / torch.arange(1, rank + 1)
-    pictures = 127 + 40 * torch.einsum("nr,rchw->nchw", weights, patterns)
-    return (pictures + torch.randn(pictures.shape, generator=generator)).clamp(0, 255).to(torch.uint8)
+    images = 127 + 40 * torch.einsum("nr,rchw->nchw", weights, patterns)
+    return (images + torch.randn(images.shape, generator=generator)).clamp(0, 255).to(torch.uint8)
 
 
-def begun(pictures: Tensor, seed: int = 0, code_dim: int = 8, hidden_dims: Sequence[int] = (32,)) -> VQAE:
+def begun(images: Tensor, seed: int = 0, code_dim: int = 8, hidden_dims: Sequence[int] = (32,)) -> VQAE:
     torch.manual_seed(seed)
     config = Config(num_codes=16, code_dim=code_dim, hidden_dims=tuple(hidden_dims))
-    model = build_model(config, (pictures.shape[2], pictures.shape[3]))
-    begin_from_pictures(model, pictures)
+    model = build_model(config, (images.shape[2], images.shape[3]))
+    init_by_pca(model, images)
     return model.eval()
 
 
 @torch.no_grad()
-def unexplained(model: VQAE, pictures: Tensor) -> float:
-    """The error of decoding the embeddings themselves, as a share of the pictures' variance."""
-    x = model.normalise(pictures)
+def unexplained(model: VQAE, images: Tensor) -> float:
+    """The error of decoding the embeddings themselves, as a share of the images' variance."""
+    x = model.normalise(images)
     error = (model.decoder(model.encoder(x)) - x).square().mean()
     return float(error / (x - x.mean(0)).square().mean())
 
 
 @torch.no_grad()
-def distance_ratios(model: VQAE, pictures: Tensor) -> Tensor:
-    """Distances between embeddings over those between their pictures, a number for each pair of neighbours in a row."""
-    x = model.normalise(pictures)
+def distance_ratios(model: VQAE, images: Tensor) -> Tensor:
+    """Distances between embeddings over those between their images, a number for each pair of neighbours in a row."""
+    x = model.normalise(images)
     return model.encoder(x).diff(dim=0).norm(dim=1) / x.flatten(1).diff(dim=0).norm(dim=1)
 
 
-def test_distances_between_embeddings_are_those_between_pictures() -> None:
-    pictures = smooth_pictures(400)
-    ratios = distance_ratios(begun(pictures[:300]), pictures[300:])
+def test_distances_between_embeddings_are_those_between_images() -> None:
+    images = smooth_images(400)
+    ratios = distance_ratios(begun(images[:300]), images[300:])
     assert ratios.std() / ratios.mean() < 0.1
     torch.manual_seed(0)
-    at_random = distance_ratios(build_model(Config(num_codes=16, code_dim=8), (32, 32)).eval(), pictures[300:])
+    at_random = distance_ratios(build_model(Config(num_codes=16, code_dim=8), (32, 32)).eval(), images[300:])
     assert at_random.std() / at_random.mean() > 0.2
 
 
 @pytest.mark.parametrize(("code_dim", "hidden_dims"), [(8, (32,)), (8, ()), (8, (24, 16)), (512, (1024,))])
-def test_the_decoder_draws_new_pictures_from_their_embeddings(code_dim: int, hidden_dims: tuple[int, ...]) -> None:
-    pictures = smooth_pictures(600)
-    assert unexplained(begun(pictures[:500], code_dim=code_dim, hidden_dims=hidden_dims), pictures[500:]) < 0.1
+def test_the_decoder_draws_new_images_from_their_embeddings(code_dim: int, hidden_dims: tuple[int, ...]) -> None:
+    images = smooth_images(600)
+    assert unexplained(begun(images[:500], code_dim=code_dim, hidden_dims=hidden_dims), images[500:]) < 0.1
 
 
 def test_embeddings_are_as_large_as_random_codes() -> None:
-    pictures = smooth_pictures(300)
-    model = begun(pictures)
+    images = smooth_images(300)
+    model = begun(images)
     with torch.no_grad():
-        embeddings = model.encoder(model.normalise(pictures))
+        embeddings = model.encoder(model.normalise(images))
     assert float(embeddings.square().mean()) == pytest.approx(1, abs=0.1)
 
 
 def test_all_of_the_network_can_learn_from_there() -> None:
-    pictures = smooth_pictures(64)
-    model = begun(pictures).train()
-    output = model(model.normalise(pictures))
-    F.mse_loss(output.reconstruction, model.normalise(pictures)).backward()
+    images = smooth_images(64)
+    model = begun(images).train()
+    output = model(model.normalise(images))
+    F.mse_loss(output.reconstruction, model.normalise(images)).backward()
     still = [name for name, weight in model.named_parameters() if weight.grad is None or not weight.grad.any()]
     # A branch that begins at zero gives its own weights no gradient until its last BatchNorm has moved.
     assert all(
@@ -84,9 +84,9 @@ def test_all_of_the_network_can_learn_from_there() -> None:
 
 @pytest.mark.parametrize("size", [1, 5, 32, 40])
 @pytest.mark.parametrize("count", [1, 2, 70])
-def test_weights_are_finite_however_few_and_small_the_pictures(size: int, count: int) -> None:
-    for pictures in (smooth_pictures(count, size), torch.full((count, 3, size, size), 9, dtype=torch.uint8)):
-        state = begun(pictures).state_dict()
+def test_weights_are_finite_however_few_and_small_the_images(size: int, count: int) -> None:
+    for images in (smooth_images(count, size), torch.full((count, 3, size, size), 9, dtype=torch.uint8)):
+        state = begun(images).state_dict()
         assert all(tensor.isfinite().all() for tensor in state.values())
 
 
@@ -104,11 +104,11 @@ def test_ridge_regression_is_the_same_with_few_rows_and_with_many() -> None:
 
 
 def test_the_seed_decides_and_the_mode_stays() -> None:
-    pictures = smooth_pictures(100)
-    first, again, other = (begun(pictures, seed).state_dict() for seed in (3, 3, 4))
+    images = smooth_images(100)
+    first, again, other = (begun(images, seed).state_dict() for seed in (3, 3, 4))
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["decoder.0.weight"], other["decoder.0.weight"])
     model = build_model(Config(num_codes=4, code_dim=4), (32, 32)).train()
-    begin_from_pictures(model, pictures)
+    init_by_pca(model, images)
     assert model.training
     assert all(weight.requires_grad for weight in model.parameters())

@@ -13,8 +13,9 @@ import torch
 
 from tests.vqae.commands import files_in
 from vqae.config import Config
+from vqae.model.vqae import build_model, model_from_checkpoint
 from vqae.runtime.errors import UsageError
-from vqae.training.checkpoint import build_model, load_checkpoint, model_of, save_checkpoint, write_whole
+from vqae.training.checkpoint import atomic_write, load_checkpoint, save_checkpoint
 
 CONFIG = Config(num_codes=16, code_dim=8, hidden_dims=(16,))
 
@@ -27,7 +28,7 @@ def saved_bytes(value: object) -> bytes:
 
 @pytest.fixture(scope="module")
 def state() -> dict[str, Any]:
-    """What best.pt holds of a model for pictures of 8 x 8."""
+    """What best.pt holds of a model for images of 8 x 8."""
     torch.manual_seed(0)
     model = build_model(CONFIG, (8, 8)).state_dict()
     return {"config": CONFIG.to_dict(), "dataset": "synthetic", "image_size": [8, 8], "model": model}
@@ -46,8 +47,8 @@ def whole(state: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> by
 
 def test_write_whole_makes_folders_and_replaces_files(tmp_path: Path) -> None:
     file = tmp_path / "a" / "b" / "file"
-    write_whole(file, b"one")
-    write_whole(file, memoryview(b"two"))
+    atomic_write(file, b"one")
+    atomic_write(file, memoryview(b"two"))
     assert file.read_bytes() == b"two"
     assert files_in(tmp_path) == {"a", "a/b", "a/b/file"}
 
@@ -55,7 +56,7 @@ def test_write_whole_makes_folders_and_replaces_files(tmp_path: Path) -> None:
 def test_files_have_the_mode_that_the_user_wants(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
-        write_whole(tmp_path / "file", b"one")
+        atomic_write(tmp_path / "file", b"one")
     finally:
         os.umask(before)
     assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
@@ -74,10 +75,10 @@ def test_a_disk_that_fails_leaves_what_was_there(
     def fail(_descriptor: int) -> None:
         raise OSError(code, os.strerror(code))
 
-    write_whole(tmp_path / "file", b"old")
+    atomic_write(tmp_path / "file", b"old")
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(UsageError, match=message):
-        write_whole(tmp_path / "file", b"new")
+        atomic_write(tmp_path / "file", b"new")
     assert (tmp_path / "file").read_bytes() == b"old"
     assert files_in(tmp_path) == {"file"}
 
@@ -86,13 +87,13 @@ def test_a_disk_that_fails_leaves_what_was_there(
 def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
     (tmp_path / ".file.part").symlink_to("/dev/full")
     with pytest.raises(UsageError, match="no space left on the disk"):
-        write_whole(tmp_path / "file", b"new")
+        atomic_write(tmp_path / "file", b"new")
     assert files_in(tmp_path) == set()
 
 
 def test_what_a_killed_process_left_is_taken_over(tmp_path: Path) -> None:
     (tmp_path / ".file.part").write_bytes(b"half of a very long")
-    write_whole(tmp_path / "file", b"new")
+    atomic_write(tmp_path / "file", b"new")
     assert (tmp_path / "file").read_bytes() == b"new"
     assert files_in(tmp_path) == {"file"}
 
@@ -100,7 +101,7 @@ def test_what_a_killed_process_left_is_taken_over(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(UsageError, match=r"file/below cannot be written"):
-        write_whole(tmp_path / "file" / "below", b"new")
+        atomic_write(tmp_path / "file" / "below", b"new")
 
 
 # -- reading
@@ -188,9 +189,9 @@ def _with_setting(state: dict[str, Any], **settings: object) -> dict[str, Any]:
 )
 def test_weights_of_another_shape(state: dict[str, Any], change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     with pytest.raises(UsageError, match="the checkpoint's weights do not fit the model: "):
-        model_of(change(state))
+        model_from_checkpoint(change(state))
 
 
 def test_settings_that_are_none(state: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match="the checkpoint: --num-codes must be int"):
-        model_of(_with_setting(state, num_codes="many"))
+        model_from_checkpoint(_with_setting(state, num_codes="many"))

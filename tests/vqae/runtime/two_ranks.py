@@ -16,13 +16,12 @@ from torch import Tensor
 
 from vqae import train
 from vqae.config import Config
-from vqae.data.batches import EpochOrder, in_order
-from vqae.model.vqae import VQAE
+from vqae.data.load import evaluation_batches, training_batches
+from vqae.model.vqae import VQAE, build_model
 from vqae.runtime import process
-from vqae.runtime.distributed import Agreement, check_same, from_first, in_all, in_any, is_first
+from vqae.runtime.distributed import Agreement, any_rank, broadcast_from_rank0, check_same, is_rank0, on_all_ranks
 from vqae.runtime.errors import UsageError
 from vqae.runtime.process import Interrupted, SignalHandler
-from vqae.training.checkpoint import build_model
 from vqae.training.metrics import Evaluation, evaluate
 from vqae.training.trainer import Trainer
 
@@ -50,27 +49,27 @@ CASES = {
         torch.float64,
         20,
         1e-9,
-        Config(batch_size=17, encoder_start=0.0, codebook_init="data", embedding_norm="batch", **SMALL),
+        Config(batch_size=17, unfreeze_encoder_at=0.0, codebook_init="data", embedding_norm="batch", **SMALL),
     ),
-    "float32": Case(torch.float32, 1, 1e-5, Config(batch_size=16, encoder_start=0.0, **SMALL)),
-    "waking": Case(torch.float64, 6, 1e-9, Config(batch_size=17, epochs=1, encoder_start=0.5, **SMALL)),
+    "float32": Case(torch.float32, 1, 1e-5, Config(batch_size=16, unfreeze_encoder_at=0.0, **SMALL)),
+    "waking": Case(torch.float64, 6, 1e-9, Config(batch_size=17, epochs=1, unfreeze_encoder_at=0.5, **SMALL)),
 }
-EVALUATED = ((7, 3), (8, 4), (3, 1), (1, 5), (30, 1000))  # pictures, and how many at a time
+EVALUATED = ((7, 3), (8, 4), (3, 1), (1, 5), (30, 1000))  # images, and how many at a time
 
 
 def noise(count: int, side: int = 8) -> Tensor:
-    """Pictures [count, 3, side, side] uint8."""
+    """Images [count, 3, side, side] uint8."""
     return torch.randint(256, (count, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(count))
 
 
-def make_trainer(config: Config, num_pictures: int, dtype: torch.dtype = torch.float32) -> Trainer:
-    pictures = noise(num_pictures)
+def make_trainer(config: Config, num_images: int, dtype: torch.dtype = torch.float32) -> Trainer:
+    images = noise(num_images)
     torch.manual_seed(config.seed)
     model = build_model(config, (8, 8)).to(dtype)
     for name, parameter in model.named_parameters():
         if name.endswith(".bias") and not parameter.any():  # see test_two_ranks_reach_the_weights_of_one_process
             torch.nn.init.normal_(parameter, std=0.1)
-    return Trainer(config, model, pictures, pictures[:0], pictures[:1], "noise", CPU, SignalHandler())
+    return Trainer(config, model, images, images[:0], images[:1], "noise", CPU, SignalHandler())
 
 
 def weights_after(name: str, steps: int) -> dict[str, Tensor]:
@@ -92,7 +91,7 @@ def learning_rates() -> list[list[float]]:
 
     At every look at the clock 4 s have gone by.
     """
-    with mock.patch.object(process, "elapsed_s", side_effect=itertools.count(0 if is_first() else 20, 4)):
+    with mock.patch.object(process, "elapsed_s", side_effect=itertools.count(0 if is_rank0() else 20, 4)):
         trainer = make_trainer(Config(batch_size=4, max_minutes=1.0, **SMALL), 400)
         rates, schedule_step = [], trainer.schedule.step
 
@@ -133,11 +132,11 @@ def agreements(rank: int) -> dict[str, Any]:
     except Interrupted as interrupted:
         stopped_by = str(interrupted)
     return {
-        "from first": from_first(lambda: rank),
-        "first fails": complaint(lambda: from_first(fails_on(0))),
-        "in all": in_all(lambda: rank),
-        "second fails": complaint(lambda: in_all(fails_on(1))),
-        "in any": (in_any(False), in_any(rank == 1)),
+        "from first": broadcast_from_rank0(lambda: rank),
+        "first fails": complaint(lambda: broadcast_from_rank0(fails_on(0))),
+        "in all": on_all_ranks(lambda: rank),
+        "second fails": complaint(lambda: on_all_ranks(fails_on(1))),
+        "in any": (any_rank(False), any_rank(rank == 1)),
         "same": complaint(lambda: check_same("seven", 7)),
         "not the same": complaint(lambda: check_same("the rank", rank)),
         "share": share,
@@ -152,15 +151,15 @@ def refuse(*_: object) -> None:
 def stopped_run(rank: int, arguments: list[str]) -> dict[str, Any]:
     """A run that a signal stops, which comes to the last process alone, and which the first one alone may write.
 
-    The last process rounds otherwise where it begins from the pictures, as another machine may.
+    The last process rounds otherwise where it begins from the images, as another machine may.
     """
     signals = SignalHandler()
     signals.install()
-    train_step_of, trainer, begin_from_pictures = Trainer._train_step, train.Trainer, train.begin_from_pictures
+    train_step_of, trainer, init_by_pca = Trainer._train_step, train.Trainer, train.init_by_pca
     begun_with: dict[str, Tensor] = {}
 
-    def begin(model: VQAE, pictures: Tensor) -> None:
-        begin_from_pictures(model, pictures)
+    def begin(model: VQAE, images: Tensor) -> None:
+        init_by_pca(model, images)
         for value in model.state_dict().values() if rank == WORLD - 1 else ():
             if value.is_floating_point():
                 value.mul_(1 + 1e-6)
@@ -169,14 +168,14 @@ def stopped_run(rank: int, arguments: list[str]) -> dict[str, Any]:
         begun_with.update({name: value.clone() for name, value in model.state_dict().items()})
         return trainer(config, model, *arguments)
 
-    def train_step(self: Trainer, pictures: Tensor) -> None:
+    def train_step(self: Trainer, images: Tensor) -> None:
         if self._global_step() + 1 == STOP_AFTER and rank == WORLD - 1:
             signal.raise_signal(signal.SIGTERM)
-        train_step_of(self, pictures)
+        train_step_of(self, images)
 
     out, err, stopped_by = io.StringIO(), io.StringIO(), ""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.multiple(train, begin_from_pictures=begin, Trainer=trainer_of))
+        stack.enter_context(mock.patch.multiple(train, init_by_pca=begin, Trainer=trainer_of))
         stack.enter_context(mock.patch.object(Trainer, "_train_step", train_step))
         if rank:
             stack.enter_context(mock.patch.multiple(os, replace=refuse, unlink=refuse, fsync=refuse))
@@ -193,15 +192,15 @@ def run(rank: int, folder: str, arguments: list[str]) -> None:
     """All of it; save what is found."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=WORLD)
-    order = EpochOrder(20, 7, flip=False, seed=0, epoch=0)
     numbers = torch.arange(20).view(20, 1, 1, 1)
+    batches = training_batches(numbers, 7, CPU, flip=False, seed=0, epoch=0)
     found = {
         "weights": {name: weights_after(name, case.steps) for name, case in CASES.items()},
         "evaluations": [evaluation._asdict() for evaluation in evaluations()],
         "learning rates": learning_rates(),
         "agreements": agreements(rank),
-        "batches": [order.batch(numbers, step, CPU).flatten().tolist() for step in range(2)],
-        "in order": [batch.flatten().tolist() for batch in in_order(numbers, 7, CPU)],
+        "batches": [batch.flatten().tolist() for batch in batches],
+        "in order": [batch.flatten().tolist() for batch in evaluation_batches(numbers, 7, CPU)],
         "stopped run": stopped_run(rank, arguments),
     }
     torch.save(found, Path(folder) / f"{rank}.pt")

@@ -14,9 +14,9 @@ import pytest
 import torch
 import torch.multiprocessing
 
-from tests.vqae import doomed_rank
 from tests.vqae.commands import Outcome, assert_equal, files_in, load
-from tests.vqae.two_ranks import (
+from tests.vqae.runtime import failing_rank
+from tests.vqae.runtime.two_ranks import (
     CASES,
     EVALUATED,
     STOP_AFTER,
@@ -85,7 +85,7 @@ def test_both_begin_as_the_first_one_though_the_second_rounds_otherwise(ranks: l
     assert_equal(second, first)
 
 
-def test_a_batch_is_shared_without_a_picture_twice(ranks: list[dict[str, Any]]) -> None:
+def test_a_batch_is_shared_without_a_image_twice(ranks: list[dict[str, Any]]) -> None:
     first, second = (rank["batches"] for rank in ranks)
     assert [len(batch) for batch in first] == [3, 3]
     assert [len(batch) for batch in second] == [4, 4]
@@ -105,13 +105,13 @@ def test_a_time_box_has_one_schedule(ranks: list[dict[str, Any]]) -> None:
 # -- evaluation
 
 
-def test_in_order_gives_every_picture_once(ranks: list[dict[str, Any]]) -> None:
+def test_in_order_gives_every_image_once(ranks: list[dict[str, Any]]) -> None:
     first, second = (rank["in order"] for rank in ranks)
     together = [one + other for one, other in zip(first, second, strict=True)]
     assert together == [list(range(7)), list(range(7, 14)), list(range(14, 20))]
 
 
-def test_an_evaluation_counts_every_picture_once(ranks: list[dict[str, Any]]) -> None:
+def test_an_evaluation_counts_every_image_once(ranks: list[dict[str, Any]]) -> None:
     for number, expected in enumerate(evaluations()):
         count, batch_size = EVALUATED[number]
         for rank in ranks:
@@ -148,7 +148,7 @@ def test_a_signal_to_one_stops_all_after_the_same_step(ranks: list[dict[str, Any
 
 def test_one_rank_writes_and_prints(ranks: list[dict[str, Any]], stopped: Path) -> None:
     first, second = (rank["stopped run"] for rank in ranks)
-    assert first["out"].startswith("imagefolder: 51 pictures to train on")
+    assert first["out"].startswith("imagefolder: 51 images to train on")
     assert "on 2 processes" in first["out"]
     assert second["out"] == second["err"] == ""
     events = {"events", "events/events.out.tfevents.0000000003"}
@@ -180,8 +180,8 @@ def lives(tiny: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Li
     out = tmp_path_factory.mktemp("lives") / "run"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     arguments = (*tiny, "--image-size", 8, "--checkpoint-minutes", 0, "--out", out)
-    killed = torchrun(environment, doomed_rank.__file__, "kill:1@2,kill:0@4", *arguments, restarts=1)
-    stopped = torchrun(environment, doomed_rank.__file__, f"stop@{STOP_AFTER}", "--out", out, "--resume")
+    killed = torchrun(environment, failing_rank.__file__, "kill:1@2,kill:0@4", *arguments, restarts=1)
+    stopped = torchrun(environment, failing_rank.__file__, f"stop@{STOP_AFTER}", "--out", out, "--resume")
     return Lives(out, killed, stopped)
 
 
@@ -192,7 +192,7 @@ def test_a_job_that_loses_a_process_says_so_and_torchrun_begins_it_anew(lives: L
             f"error: rank {survivor} of 2 lost another process; go on with: torchrun --standalone --nproc-per-node"
         )
         assert f"{message} 2 -m vqae.train --out {lives.out} --resume\n" in lives.killed.stderr
-    assert lives.killed.stdout.count("51 pictures to train on") == 2  # lives
+    assert lives.killed.stdout.count("51 images to train on") == 2  # lives
     assert "starts anew" not in lives.killed.stderr
 
 

@@ -1,4 +1,4 @@
-"""The pictures of a run: that they open, their sizes, what they show and what they say."""
+"""The images of a run: that they open, their sizes, what they show and what they say."""
 
 import math
 from pathlib import Path
@@ -10,9 +10,8 @@ import torch
 from PIL import Image
 
 from vqae.config import Config
-from vqae.model.vqae import VQAE
+from vqae.model.vqae import VQAE, build_model
 from vqae.training import report
-from vqae.training.checkpoint import build_model
 from vqae.training.report import _PANELS, plot_codebook, plot_curves, plot_reconstructions
 
 TITLE_HEIGHT = 40
@@ -25,9 +24,9 @@ def build(image_size: tuple[int, int]) -> VQAE:
 
 def opened(file: Path) -> tuple[np.ndarray, str]:
     """Pixels [H, W, 3] uint8 and title of a PNG."""
-    with Image.open(file) as picture:
-        assert picture.format == "PNG"
-        return np.asarray(picture.convert("RGB")), picture.info["Title"]
+    with Image.open(file) as image:
+        assert image.format == "PNG"
+        return np.asarray(image.convert("RGB")), image.info["Title"]
 
 
 @pytest.mark.parametrize(
@@ -42,8 +41,8 @@ def opened(file: Path) -> tuple[np.ndarray, str]:
 def test_reconstructions_have_their_size(
     tmp_path: Path, image_size: tuple[int, int], count: int, grid: tuple[int, int]
 ) -> None:
-    pictures = torch.zeros(count, 3, *image_size, dtype=torch.uint8)
-    plot_reconstructions(build(image_size), pictures, tmp_path / "out.png", "synthetic")
+    images = torch.zeros(count, 3, *image_size, dtype=torch.uint8)
+    plot_reconstructions(build(image_size), images, tmp_path / "out.png", "synthetic")
     pixels, title = opened(tmp_path / "out.png")
     assert pixels.shape == (grid[0] + TITLE_HEIGHT, grid[1], 3)
     assert title == "synthetic"
@@ -52,19 +51,19 @@ def test_reconstructions_have_their_size(
 def test_originals_stand_over_their_reconstructions(tmp_path: Path) -> None:
     model = build((32, 32))
     generator = torch.Generator().manual_seed(0)
-    pictures = torch.randint(256, (16, 3, 32, 32), dtype=torch.uint8, generator=generator)
-    decoded = model.decode(model.encode(pictures))
-    plot_reconstructions(model, pictures, tmp_path / "out.png", "synthetic")
+    images = torch.randint(256, (16, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    decoded = model.decode(model.encode(images))
+    plot_reconstructions(model, images, tmp_path / "out.png", "synthetic")
     pixels, _ = opened(tmp_path / "out.png")
     for column in (0, 15):
-        for row, expected in ((0, pictures[column] / 255), (1, decoded[column])):
+        for row, expected in ((0, images[column] / 255), (1, decoded[column])):
             top, left = TITLE_HEIGHT + 2 + 66 * row, 2 + 66 * column
             shown = pixels[top : top + 64 : 2, left : left + 64 : 2] / 255  # every pixel was doubled
             np.testing.assert_allclose(shown, expected.permute(1, 2, 0).numpy(), atol=1.01 / 255)
 
 
-def test_a_narrow_picture_leaves_room_for_its_title(tmp_path: Path) -> None:
-    title = "originals over reconstructions of one picture"
+def test_a_narrow_image_leaves_room_for_its_title(tmp_path: Path) -> None:
+    title = "originals over reconstructions of one image"
     plot_reconstructions(build((32, 32)), torch.zeros(1, 3, 32, 32), tmp_path / "out.png", title, columns=1)
     pixels, _ = opened(tmp_path / "out.png")
     assert pixels.shape[1] == 9 * len(title)

@@ -8,8 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from vqae.config import Config
-from vqae.model.vqae import VQAE
-from vqae.training.checkpoint import build_model
+from vqae.model.vqae import VQAE, build_model
 from vqae.training.optim import build_optimizer, build_schedule, learning_rate_factor
 
 CONFIG = Config(num_codes=16, code_dim=8, hidden_dims=(16,), restart_after=0)
@@ -33,7 +32,7 @@ def test_past_the_end_the_learning_rate_stays_0() -> None:
     assert learning_rate_factor(1.5, 0.05) == 0
 
 
-@pytest.mark.parametrize("codebook_step", ["share", "plain"])
+@pytest.mark.parametrize("codebook_step", ["count_normalised", "plain"])
 def test_encoder_decoder_and_codebook_are_a_group_each(codebook_step: str) -> None:
     rates = {"encoder_lr": 0.01, "lr": 0.3, "codebook_lr": 0.2}
     config = Config(num_codes=16, code_dim=8, weight_decay=5e-4, codebook_step=codebook_step, **rates)
@@ -52,7 +51,8 @@ def ids(parameters: Iterable[torch.Tensor]) -> set[int]:
 
 
 def test_the_encoders_learning_rate_begins_when_it_does() -> None:
-    config = Config(num_codes=16, code_dim=8, encoder_start=0.5, warmup=0.1, lr=0.3, encoder_lr=0.01, codebook_lr=0.2)
+    options = {"lr": 0.3, "encoder_lr": 0.01, "codebook_lr": 0.2}
+    config = Config(num_codes=16, code_dim=8, unfreeze_encoder_at=0.5, warmup=0.1, **options)
     optimizer = build_optimizer(build_model(config, (8, 8)), config)
     at = 0.0
     schedule = build_schedule(optimizer, config, lambda: at)
@@ -80,10 +80,10 @@ def one_step(config: Config) -> tuple[VQAE, torch.Tensor, torch.Tensor, torch.Te
     before = model.quantizer.codebook.detach().clone()
     seen = []
     handle = model.encoder.register_forward_hook(lambda _module, _inputs, output: seen.append(output.detach()))
-    pictures = torch.randn(12, 3, 8, 8)
-    output = model(pictures)
+    images = torch.randn(12, 3, 8, 8)
+    output = model(images)
     handle.remove()
-    (F.mse_loss(output.reconstruction, pictures) + output.codebook_loss).backward()
+    (F.mse_loss(output.reconstruction, images) + output.codebook_loss).backward()
     optimizer.step()
     return model, before, seen[0], output.indices
 

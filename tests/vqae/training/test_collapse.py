@@ -13,21 +13,21 @@ CONFIG = Config(restart_after=15_360, batch_size=256)  # 60 steps
 LATE = 10_000  # steps
 
 
-def counts_of(num_codes: int, codes_used: int, num_pictures: int) -> Tensor:
-    """[K] counts of so many pictures, which chose so many codes."""
+def counts_of(num_codes: int, codes_used: int, num_images: int) -> Tensor:
+    """[K] counts of so many images, which chose so many codes."""
     counts = torch.zeros(num_codes, dtype=torch.int64)
-    counts[torch.arange(num_pictures) % codes_used] += 1  # one each, then the rest to the first
-    counts[0] += num_pictures - int(counts.sum())
+    counts[torch.arange(num_images) % codes_used] += 1  # one each, then the rest to the first
+    counts[0] += num_images - int(counts.sum())
     return counts
 
 
 @pytest.mark.parametrize(
-    ("num_codes", "codes_used", "num_pictures", "warns"),
+    ("num_codes", "codes_used", "num_images", "warns"),
     [
         (512, 255, 100_000, True),  # everything can be reached: half of the codes is half of K
         (512, 256, 100_000, False),
         (512, 2, 6_000, True),
-        (512, 36, 40, False),  # 40 pictures cannot choose 256 codes
+        (512, 36, 40, False),  # 40 images cannot choose 256 codes
         (512, 20, 40, False),  # evenly drawn, they reach 38.5
         (512, 19, 40, True),
         (1, 1, 1, False),
@@ -36,20 +36,20 @@ def counts_of(num_codes: int, codes_used: int, num_pictures: int) -> Tensor:
         (3, 1, 1000, True),
     ],
 )
-def test_fewer_than_half_of_what_the_pictures_could_choose(
-    num_codes: int, codes_used: int, num_pictures: int, warns: bool
+def test_fewer_than_half_of_what_the_images_could_choose(
+    num_codes: int, codes_used: int, num_images: int, warns: bool
 ) -> None:
-    counts = counts_of(num_codes, codes_used, num_pictures)
-    assert counts.sum() == num_pictures
+    counts = counts_of(num_codes, codes_used, num_images)
+    assert counts.sum() == num_images
     warning = collapse_warning(CONFIG, counts, LATE)
     assert (warning is not None) == warns
     if warning is not None:
         assert warning.startswith(
-            f"warning: the {num_pictures:,} pictures held out chose {codes_used} of {num_codes} codes"
+            f"warning: the {num_images:,} images held out chose {codes_used} of {num_codes} codes"
         )
 
 
-def test_codes_get_the_time_to_restart_and_to_find_pictures() -> None:
+def test_codes_get_the_time_to_restart_and_to_find_images() -> None:
     counts = counts_of(512, 2, 6_000)
     assert collapse_warning(CONFIG, counts, 119) is None
     assert collapse_warning(CONFIG, counts, 120) is not None
@@ -63,9 +63,9 @@ def test_without_restarts_there_is_nothing_to_wait_for() -> None:
     ("overrides", "option"),
     [
         (RECIPES["plain"], f"look at --restart-after {Config.restart_after}, "),
-        ({"codebook_step": "plain"}, "look at --codebook-step share"),
-        ({"codebook_step": "share", "embedding_norm": "none"}, "look at --encoder-lr, now 0.003: "),
-        ({"codebook_step": "share", "embedding_norm": "batch"}, "look at --restart-after, now 15360 pictures"),
+        ({"codebook_step": "plain"}, "look at --codebook-step count_normalised"),
+        ({"codebook_step": "count_normalised", "embedding_norm": "none"}, "look at --encoder-lr, now 0.003: "),
+        ({"codebook_step": "count_normalised", "embedding_norm": "batch"}, "look at --restart-after, now 15360 images"),
     ],
 )
 def test_the_option_that_it_names(overrides: dict[str, object], option: str) -> None:

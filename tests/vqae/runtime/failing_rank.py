@@ -27,7 +27,7 @@ def main() -> None:
     what, _, rank = event.partition(":")
     original = Trainer._train_step
 
-    def train_step(self: Trainer, pictures: Tensor) -> None:
+    def train_step(self: Trainer, images: Tensor) -> None:
         if self._global_step() + 1 == int(step):
             if what == "kill" and launch.rank == int(rank):
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -35,7 +35,7 @@ def main() -> None:
                 os.kill(os.getppid(), signal.SIGTERM)
                 while not self.signals.received:  # until torchrun has passed it on
                     time.sleep(0.01)
-        original(self, pictures)
+        original(self, images)
 
     with mock.patch.object(Trainer, "_train_step", train_step):
         run_command("vqae.train")

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from vqae.config import Config
-from vqae.model.vqae import VQAE
-from vqae.training.checkpoint import build_model, json_line
+from vqae.model.vqae import VQAE, build_model
+from vqae.training.checkpoint import json_line
 from vqae.training.metrics import evaluate, psnr_db
 
 CPU = torch.device("cpu")
@@ -21,15 +21,15 @@ def model() -> VQAE:
 
 
 @pytest.fixture(scope="module")
-def pictures() -> Tensor:
+def images() -> Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.randint(256, (50, 3, 8, 8), dtype=torch.uint8, generator=generator)
 
 
-def test_figures_are_what_their_names_say(model: VQAE, pictures: Tensor) -> None:
-    result = evaluate(model, pictures, 50, CPU)
-    indices = model.encode(pictures)
-    errors = model.decode(indices).double() - pictures.double() / 255
+def test_figures_are_what_their_names_say(model: VQAE, images: Tensor) -> None:
+    result = evaluate(model, images, 50, CPU)
+    indices = model.encode(images)
+    errors = model.decode(indices).double() - images.double() / 255
     counts = torch.bincount(indices, minlength=16)
     share = counts[counts > 0].double() / 50
     assert result.mse == pytest.approx(errors.square().mean().item(), rel=1e-6)
@@ -40,23 +40,23 @@ def test_figures_are_what_their_names_say(model: VQAE, pictures: Tensor) -> None
     assert torch.equal(result.counts, counts)
 
 
-def test_the_batch_size_does_not_matter(model: VQAE, pictures: Tensor) -> None:
-    whole, parts = evaluate(model, pictures, 50, CPU), evaluate(model, pictures, 7, CPU)
+def test_the_batch_size_does_not_matter(model: VQAE, images: Tensor) -> None:
+    whole, parts = evaluate(model, images, 50, CPU), evaluate(model, images, 7, CPU)
     assert torch.equal(parts.counts, whole.counts)
     assert parts.mse == pytest.approx(whole.mse, rel=1e-6)
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_the_model_stays_as_it_was(pictures: Tensor, model: VQAE, training: bool) -> None:
+def test_the_model_stays_as_it_was(images: Tensor, model: VQAE, training: bool) -> None:
     model.train(training)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    evaluate(model, pictures, 50, CPU)
+    evaluate(model, images, 50, CPU)
     assert model.training == training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     model.eval()
 
 
-def test_it_asks_before_every_batch_whether_to_stop(pictures: Tensor, model: VQAE) -> None:
+def test_it_asks_before_every_batch_whether_to_stop(images: Tensor, model: VQAE) -> None:
     asked = []
 
     def poll() -> None:
@@ -66,7 +66,7 @@ def test_it_asks_before_every_batch_whether_to_stop(pictures: Tensor, model: VQA
 
     model.train()
     with pytest.raises(KeyboardInterrupt):
-        evaluate(model, pictures, 10, CPU, poll)
+        evaluate(model, images, 10, CPU, poll)
     assert model.training
     model.eval()
 

@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 from torch import nn
 from torchvision.models import resnet18
 
-from vqae.model.trimmed_conv import TrimmedConv2d
+from vqae.model.encoder import TrimmedConv2d
 
 
 def assert_same(plain: nn.Module, x: torch.Tensor) -> None:
     """Outputs, and gradients of input and parameters, in float64."""
     trimmed = copy.deepcopy(plain)
-    TrimmedConv2d.adopt(trimmed)
+    TrimmedConv2d.convert(trimmed)
     results = []
     for module in (plain, trimmed):
         leaf = x.clone().requires_grad_()
@@ -60,7 +60,7 @@ def test_a_whole_resnet_is_the_same(size: tuple[int, int]) -> None:
     assert_same(resnet18(weights=None).double().eval(), torch.randn(1, 3, *size, dtype=torch.float64))
 
 
-def test_a_single_picture_without_a_batch() -> None:
+def test_a_single_image_without_a_batch() -> None:
     torch.manual_seed(0)
     assert_same(nn.Sequential(nn.Conv2d(2, 3, 3, padding=1, dtype=torch.float64)), torch.randn(2, 1, 4).double())
 
@@ -68,7 +68,7 @@ def test_a_single_picture_without_a_batch() -> None:
 def test_a_dead_tap_gets_a_gradient_of_zero() -> None:
     torch.manual_seed(0)
     trimmed = nn.Sequential(nn.Conv2d(1, 1, 3, padding=1))
-    TrimmedConv2d.adopt(trimmed)
+    TrimmedConv2d.convert(trimmed)
     trimmed(torch.ones(1, 1, 1, 1)).sum().backward()
     expected = torch.zeros(1, 1, 3, 3)
     expected[0, 0, 1, 1] = 1
@@ -78,7 +78,7 @@ def test_a_dead_tap_gets_a_gradient_of_zero() -> None:
 def test_state_dict_names_and_parameters_stay() -> None:
     model = resnet18(weights=None)
     names, parameters = list(model.state_dict()), list(model.parameters())
-    TrimmedConv2d.adopt(model)
+    TrimmedConv2d.convert(model)
     assert list(model.state_dict()) == names
     assert all(one is other for one, other in zip(model.parameters(), parameters, strict=True))
     assert sum(isinstance(module, TrimmedConv2d) for module in model.modules()) == 20
@@ -97,6 +97,6 @@ def test_only_taps_that_meet_a_pixel_take_part(
 
     monkeypatch.setattr(nn.functional, "conv2d", spy)
     trimmed = nn.Sequential(nn.Conv2d(1, 1, kernel, padding=kernel // 2))
-    TrimmedConv2d.adopt(trimmed)
+    TrimmedConv2d.convert(trimmed)
     trimmed(torch.ones(1, 1, size, size))
     assert seen == [shape]
