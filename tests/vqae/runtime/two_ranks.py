@@ -18,7 +18,6 @@ from vqae import train
 from vqae.config import Config
 from vqae.data.load import evaluation_batches, training_batches
 from vqae.model.vqae import VQAE, build_model
-from vqae.runtime import process
 from vqae.runtime.distributed import Agreement, any_rank, broadcast_from_rank0, check_same, is_rank0, on_all_ranks
 from vqae.runtime.errors import UsageError
 from vqae.runtime.process import Interrupted, SignalHandler
@@ -91,7 +90,7 @@ def learning_rates() -> list[list[float]]:
 
     At every look at the clock 4 s have gone by.
     """
-    with mock.patch.object(process, "elapsed_s", side_effect=itertools.count(0 if is_rank0() else 20, 4)):
+    with mock.patch("vqae.training.trainer.elapsed_s", side_effect=itertools.count(0 if is_rank0() else 20, 4)):
         trainer = make_trainer(Config(batch_size=4, max_minutes=1.0, **SMALL), 400)
         rates, schedule_step = [], trainer.schedule.step
 
