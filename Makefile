@@ -1,4 +1,5 @@
-# Two commands do everything on a fresh machine: `make train` and `make test`. PYTHON names the interpreter to use.
+# `make train`, `make test` and `make docs` work on a fresh clone: they create .venv first.
+# PYTHON is the interpreter to create it with. ARGS is passed on to the command.
 PYTHON ?= python3
 OUT ?= runs/$(shell date +%Y-%m-%d-%H%M%S)
 ARGS ?=
@@ -10,7 +11,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 train: .venv/train.stamp
 	$(BIN)/python -m vqae.train --max-minutes 6 --out $(OUT) $(ARGS)
 
-# Two processes of one thread each; the tests of a file share what they have made.
+# Two processes of one thread each. The tests of a file run in one process and share its fixtures.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
@@ -24,9 +25,9 @@ bench: .venv/dev.stamp
 	$(BIN)/python benchmarks/argmin_bench.py $(ARGS)
 
 docs: .venv/dev.stamp
-	$(BIN)/python -W error -m pdoc --docformat google --output-directory build/reference vq_kernels vqae.model
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --site-dir build/site
 
-# A stamp stands for "installed": made again only when what is asked for has changed.
+# A stamp file records an installation. It is remade when the requirements change.
 .venv/train.stamp: pyproject.toml constraints.txt | .venv/bin/python
 	$(PIP) --editable '.[train]'
 	touch $@

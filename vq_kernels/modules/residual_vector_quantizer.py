@@ -37,9 +37,10 @@ class ResidualVectorQuantizer(StagedQuantizer):
             the device. All ranks of a process group drop the same.
         heads: parts that each vector of heads·D channels is cut into, each with indices of its own.
         separate_codebooks: codebooks for each head; else all share those of a stage.
-        init, init_scale, restart_after, restart_noise, commitment_weight, channel_dim, ema_decay, ema_eps, backend,
-            synchronise: as for `VectorQuantizer`, for each stage. With init="data" the codes of a stage begin at rows
-            of what the stages before left over, and a code that restarts is put there too.
+        init, init_scale, restart_after, restart_noise, commitment_weight: as for `VectorQuantizer`, for each stage.
+            With init="data" the codes of a stage begin at rows of what the stages before left over, and a code that
+            restarts is put there too.
+        channel_dim, ema_decay, ema_eps, backend, synchronise: as for `VectorQuantizer`.
 
     Attributes:
         codebook: [Q, K, D], or [heads, Q, K, D] if they are separate; a Parameter, or a buffer with `ema_decay`.

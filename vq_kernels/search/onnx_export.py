@@ -4,7 +4,7 @@ It is written in PyTorch, which the exporter translates (onnx and onnxscript are
 
 1. scan: with m the mean of the usable codes, X = x - m, C_k = c_k - m, the float64 scores S_k = X·C_k - ½‖C_k‖² of a
    tile of codes at a time, of which the best, its index and the runner-up are kept. A score is off by at most
-   E = f·(‖X‖·R + R²), with R = max ‖C_k‖ and f = 2.02·(D + 16)·2⁻⁵³ (docs/exactness.md, (a), the float64 scan: E_k of
+   E = f·(‖X‖·R + R²), with R = max ‖C_k‖ and f = 2.02·(D + 16)·2⁻⁵³ (exactness.md, (a), the float64 scan: E_k of
    the longest code). Best - runner-up > 2·E proves the best. Where float64 overflows, E is Inf or NaN and proves
    nothing; where it underflows, nor does a difference below 2⁻⁹⁰⁰;
 2. direct: each row that is left gets all K distances, by direct float64 differences; the least wins, the lowest index

@@ -1,7 +1,7 @@
 """The k nearest codes, exactly, in plain PyTorch on any device.
 
 The scan of the PyTorch backend gives each code an upper bound U_j >= S_j of its score, whose lower bound is U_j - 2·E_j
-(torch_operand.py, docs/exactness.md). Let t be the least lower bound of the k codes with the largest U: k codes have
+(torch_bounds.py). Let t be the least lower bound of the k codes with the largest U: k codes have
 S >= t, so a code with U_j < t is none of the k nearest. The others, k and a few as a rule, are ordered by their float64
 sums of squared differences. Rows that float32 bounds leave with many candidates are scanned again in float64.
 

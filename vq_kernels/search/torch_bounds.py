@@ -2,7 +2,7 @@
 
 The nearest code of x maximises S_k = (x - m)·(c_k - m) - ½‖c_k - m‖², where m is the codebook's mean. A row
 [x - m, 1, ‖x - m‖] times a code's [c_k - m, E'_k - ½‖c_k - m‖², E''_k] is S_k plus the bound E_k = E'_k + ‖x - m‖·E''_k
-of all that rounding does to it: an upper bound U_k >= S_k. docs/exactness.md derives it.
+of all that rounding does to it: an upper bound U_k >= S_k. docs/explanations/exactness.md derives it.
 """
 
 import math

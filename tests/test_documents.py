@@ -1,0 +1,213 @@
+"""The README and the documents are true: every fenced block runs, every link and every file they name exists.
+
+The Python blocks of a document run in order and share their names. A comment such as "# [8, 64], indices [8]" states
+the shapes of what its line assigns. The sh blocks of a document run in order, line by line, in a copy of the checkout.
+`REPLACEMENTS` make the commands small first and fill in what the reader has to.
+"""
+
+import ast
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+import vq_kernels
+from tests.vqae import conftest
+from tests.vqae.commands import TINY, Outcome, load
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+SMALL = f"{shlex.join(TINY)} --epochs 1"
+
+# Applied in this order to every line of sh. IMAGES is a folder of test images and PORT a free port.
+REPLACEMENTS = (
+    ("make ", "make --just-print "),
+    (r"\.venv/bin/pre-commit install", "pre-commit --version"),
+    (r"(python benchmarks/\w+\.py|python -m benchmarks\.\w+).*", r"\1 --help"),
+    (r"tensorboard .*", "tensorboard --version_tb"),
+    (r"--dataset imagefolder --data-dir DIR|--dataset synthetic", "--dataset imagefolder --data-dir IMAGES"),
+    (r"--epochs \d+|--max-minutes \d+", ""),
+    (r"(vqae\.train\b)(?!.*--(?:resume|help))", rf"\1 {SMALL} --dataset imagefolder --data-dir IMAGES"),
+    (r"(torchrun .*vqae\.train\b)", r"\1 --image-size 8"),
+    (r"IMAGES\.\.\.", "IMAGES/test/colours/00.png IMAGES/test/colours/01.png"),
+    (r"--nproc-per-node 8", "--nproc-per-node 1"),
+    (r"HOST:29400", "localhost:PORT"),
+)
+
+command, images = conftest.command, conftest.pictures  # fixtures
+
+
+class Block(NamedTuple):
+    """A fenced block: the document it is in, the heading above it, its language and its text."""
+
+    document: str
+    heading: str
+    language: str
+    text: str
+
+
+def blocks_of(document: Path) -> Iterator[Block]:
+    heading = ""
+    for title, language, text in re.findall(
+        r"^#+ (.*)$|^```(\w*)\n([\s\S]*?)^```$", document.read_text(), re.MULTILINE
+    ):
+        heading = title or heading
+        if not title:
+            yield Block(str(document.relative_to(ROOT)), heading, language, text)
+
+
+BLOCKS = [block for document in DOCUMENTS for block in blocks_of(document)]
+
+
+def documents_with(language: str) -> list[str]:
+    return sorted({block.document for block in BLOCKS if block.language == language})
+
+
+def test_every_block_is_of_a_kind_that_is_tested() -> None:
+    assert {block.language for block in BLOCKS} == {"python", "sh", "mermaid"}
+    assert sum(document.read_text().count("\n```") for document in DOCUMENTS) == 2 * len(BLOCKS)
+
+
+# -- Python
+
+
+@pytest.mark.parametrize("document", documents_with("python"))
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore::FutureWarning:torch")
+def test_python_blocks_run(document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # needs no C++ compiler
+    names: dict[str, Any] = {}
+    with torch.random.fork_rng():
+        for block in BLOCKS:
+            if (block.document, block.language) == (document, "python"):
+                run_python(block, names)
+
+
+def run_python(block: Block, names: dict[str, Any]) -> None:
+    for node in ast.parse(block.text).body:
+        exec(compile(ast.Module([node], []), f"{block.document}, {block.heading}", "exec"), names)  # noqa: S102
+        line = block.text.splitlines()[node.lineno - 1]
+        stated = re.findall(r"(?:(\w+) )?\[([\d, ]*)\]", line.partition("  # ")[2])
+        if not stated:
+            continue
+        assert isinstance(node, ast.Assign), line
+        values = [names[name] for name in re.findall(r"\w+", ast.unparse(node.targets[0]))]
+        found = [getattr(values[0], name) for name, _ in stated] if stated[0][0] else values
+        assert [str([*value.shape]) for value in found] == [f"[{shape}]" for _, shape in stated], line
+
+
+# -- sh
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the checkout as the working directory, whose packages are the ones imported."""
+    folder = tmp_path / "checkout"
+    left_out = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "runs", "data", "build", "dist", "results")
+    shutil.copytree(ROOT, folder, ignore=left_out)
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=":")
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return folder
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return int(listener.getsockname()[1])
+
+
+def lines_to_run(document: str, images: Path) -> list[str]:
+    text = "".join(block.text for block in BLOCKS if (block.document, block.language) == (document, "sh"))
+    lines = []
+    for line in text.replace("\\\n", " ").splitlines():
+        for pattern, replacement in REPLACEMENTS:
+            line = re.sub(pattern, replacement, line)
+        lines.append(line.replace("IMAGES", shlex.quote(str(images))).replace("PORT", str(free_port())))
+    return lines
+
+
+def run_line(line: str, command: Callable[..., Outcome]) -> str:
+    """Run a line that must exit with 0, and return what it prints.
+
+    Commands of vqae run in this process, which has torch loaded. A line with --nnodes 2 runs twice at once.
+    """
+    words = shlex.split(line, comments=True)
+    if words[:2] == ["python", "-m"] and words[2].startswith("vqae."):
+        outcome = command(*words[2:])
+        assert outcome.exit_code == 0, outcome.err
+        return outcome.out
+    machines = int(words[words.index("--nnodes") + 1]) if "--nnodes" in words else 1
+    shells = [
+        subprocess.Popen(["bash", "-c", line], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(machines)
+    ]
+    try:
+        ends = [(*shell.communicate(timeout=200), shell.returncode) for shell in shells]
+    finally:
+        for shell in shells:
+            shell.terminate()
+    assert [exit_code for *_, exit_code in ends] == [0] * machines, ends
+    return "".join(out for out, *_ in ends)
+
+
+@pytest.mark.parametrize("document", documents_with("sh"))
+def test_sh_blocks_run(document: str, command: Callable[..., Outcome], checkout: Path, images: Path) -> None:
+    for line in lines_to_run(document, images):
+        printed = run_line(line, command)
+        if line.startswith("make"):  # make also succeeds where a file has the target's name
+            assert ".venv/bin/python -m " in printed
+        if line.startswith("torchrun"):  # all processes are one run, reported once
+            assert printed.count("on 2 processes") == 1
+        for out in re.findall(r"vqae\.train .*--out (\S+)", line):
+            state = load(checkout / out / "last.pt")
+            assert state["finished"]
+            assert [entry["step"] for entry in state["history"]] == [3]
+            assert printed.count(f"results in {out}: ") == ("--resume" not in line)
+
+
+# -- links and names
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: str(document.relative_to(ROOT)))
+def test_links_lead_to_files(document: Path) -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)(?:#[^)]*)?\)", document.read_text()):
+        assert (document.parent / target).is_file(), target
+
+
+def test_files_named_in_the_documents_exist() -> None:
+    pattern = r"(?<![\w/.])(?:vq_kernels|vqae|benchmarks|docs|examples|tests)/[\w/]*\.(?:py|md|png|jsonl)\b"
+    for document in DOCUMENTS:
+        if document.stem == "exactness":
+            continue
+        for file in re.findall(pattern, document.read_text()):
+            assert (ROOT / file).is_file(), f"{file}, in {document.name}"
+
+
+def test_documents_named_in_the_code_exist() -> None:
+    for package in ("vq_kernels", "vqae", "benchmarks", "tests", "examples"):
+        for file in (ROOT / package).rglob("*.py"):
+            for name in re.findall(r"\bdocs/[\w/-]+\.md\b", file.read_text()):
+                assert (ROOT / name).is_file(), f"{name}, in {file.relative_to(ROOT)}"
+
+
+def test_the_boxes_of_the_architecture_exist() -> None:
+    """A box is a file or folder of the repository, a public name, or in round brackets, a tensor or a file of a run."""
+    pictures = [block.text for block in BLOCKS if block.language == "mermaid"]
+    assert pictures
+    for picture in pictures:
+        boxes = re.findall(r'\w\["([^"<]+)', picture)
+        assert boxes
+        for box in boxes:
+            name = box.strip()
+            assert (ROOT / name).exists() or name in vq_kernels.__all__, name
