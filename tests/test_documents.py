@@ -43,7 +43,7 @@ REPLACEMENTS = (
     (r"HOST:29400", "localhost:PORT"),
 )
 
-command, images = conftest.command, conftest.pictures  # fixtures
+command, images = conftest.command, conftest.images  # fixtures
 
 
 class Block(NamedTuple):
