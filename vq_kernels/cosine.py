@@ -1,4 +1,4 @@
-"""The most similar code: the exact argmax of the dot product, by the exact search for the nearest."""
+"""The exact argmax of the dot product with each code, by the exact nearest-code search."""
 
 from typing import NamedTuple
 
@@ -11,8 +11,8 @@ from vq_kernels.search.backend import Backend, has_float64
 from vq_kernels.search.validation import check_pair
 
 _SHORTEST_NORM = 1e-6
-_STEPS = 3  # coordinates added, of 22 bits each: 66 bits of M are more than float64 holds
-_BELOW = 1 - 2.0**-23  # so that the rounding to float32 does not pass the square root
+_STEPS = 3  # added coordinates, of 22 bits each: 66 bits of M, more than float64 holds
+_BELOW = 1 - 2.0**-23  # keeps the rounding to float32 below the square root
 
 
 class SimilarCode(NamedTuple):
@@ -30,26 +30,27 @@ class SimilarCode(NamedTuple):
 
 
 def unit(x: Tensor) -> Tensor:
-    """x [..., D] divided by its norm; by 1e-6 where that is shorter, so that 0 stays 0."""
+    """Divide x [..., D] by its norm, or by 1e-6 if that is larger, so that 0 stays 0."""
     return F.normalize(x, dim=-1, eps=_SHORTEST_NORM)
 
 
 def most_similar_code(x: Tensor, codebook: Tensor, *, backend: Backend = "auto") -> SimilarCode:
-    """The codebook row with the largest dot product with each vector; the cosine's, where both are `unit`.
+    """Find the codebook row with the largest dot product with each vector. For `unit` vectors this is the cosine.
 
-    On unit vectors the nearest code is not it: a norm rounded to float32 is off 1 by up to 1e-7, and distances take
-    that for a difference. So each code gets coordinates that bring all codes to one length, and x gets zeros there:
-    with M = max ‖c_k‖² and a_k of length² M - ‖c_k‖²,
+    The nearest code is not always the most similar one, even among unit vectors: a norm rounded to float32 differs from
+    1 by up to 1e-7, which changes the distances. So each code gets coordinates a_k that bring all codes to one length,
+    and x gets zeros there. With M = max ‖c_k‖² and ‖a_k‖² = M - ‖c_k‖²,
 
         ‖(x, 0) - (c_k, a_k)‖² = ‖x‖² + M - 2·x·c_k,
 
-    and the nearest of those is the code with the largest x·c_k. ‖c_k‖² is a float64 sum of exact squares, off by at
-    most D·2⁻⁵³·M. a_k has three coordinates of x's own dtype, each the square root of what the ones before left over,
-    rounded down by up to 3·2⁻²⁴ of itself: less than 2⁻⁶⁴·M of the length² is missing. The search tells distances apart
-    down to float64's rounding of them, D·2⁻⁵³ of up to 4·M for an x as long as the codes. So two codes are told apart
-    wherever their dot products differ by more than about 4·D·2⁻⁵³·M, a few times what a float64 dot product's own
-    rounding may come to: closer ones count as equal, and either may be given. Two kinds of ties are none of rounding,
-    and give the lowest index: identical codes, and a row of zeros.
+    so the nearest of these is the code with the largest x·c_k.
+
+    ‖c_k‖² is a float64 sum of exact squares, with an error of at most D·2⁻⁵³·M. a_k has three coordinates in x's dtype.
+    Each is the square root of what the previous ones leave, rounded down by up to 3·2⁻²⁴ relative; less than 2⁻⁶⁴·M of
+    ‖a_k‖² is missing. The search distinguishes distances up to their rounding in float64, D·2⁻⁵³ of up to 4·M for an x
+    as long as the codes. Two codes are therefore distinguished if their dot products differ by more than about
+    4·D·2⁻⁵³·M, a few times the rounding error of a float64 dot product. Closer ones count as equal, and either may be
+    returned. Two ties do not depend on rounding and give the lowest index: identical codes, and a row of zeros.
 
     Args:
         x: [..., D], float32, float16, bfloat16 or float64.
@@ -58,13 +59,13 @@ def most_similar_code(x: Tensor, codebook: Tensor, *, backend: Backend = "auto")
 
     Returns:
         SimilarCode(indices [...] int64 in [0, K), codes [..., D] in x's dtype, similarities [...]). Not differentiable.
-        NaN and Inf as for `nearest_code`.
+        NaN and Inf are treated as by `nearest_code`.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as for `nearest_code`.
+        TypeError, ValueError, RuntimeError: as `nearest_code`.
 
-    Source: the reduction of inner products to distances, Bachrach et al. 2014, "Speeding up the Xbox recommender
-    system using a Euclidean transformation for inner-product spaces", theorem 1; the bound is derived above.
+    Source: Bachrach et al. 2014, "Speeding up the Xbox recommender system using a Euclidean transformation for
+    inner-product spaces", theorem 1, for the reduction to distances. The bound is derived above.
     """
     check_pair(x, codebook)
     wider = torch.promote_types(torch.promote_types(x.dtype, codebook.dtype), torch.float32)
@@ -80,7 +81,7 @@ def most_similar_code(x: Tensor, codebook: Tensor, *, backend: Backend = "auto")
 
 
 def _missing_length(codes: Tensor) -> Tensor:
-    """[K, 3]: coordinates that bring all finite codes [K, D] to the length of the longest; NaN for the others."""
+    """Coordinates [K, 3] that bring all finite codes [K, D] to the length of the longest; NaN for other codes."""
     if not has_float64(codes.device):
         return _missing_length(codes.cpu()).to(codes.device)
     sq_norms = codes.double().square().sum(dim=1)

@@ -1,4 +1,4 @@
-"""The cross-entropy of given codes, without the N × K logits: by chunks of rows, which the backward computes again.
+"""The cross-entropy of given codes without the N × K logits, in chunks of rows that the backward recomputes.
 
 The logits of row x are its similarities to the K codes,
 
@@ -8,7 +8,7 @@ and the loss of a row with target t is ℓ = log Σ_k exp(z_k) - z_t. With p = s
 
     ∂ℓ/∂x = -Σ_k s_k·(x - c_k)/|z_k|,  ∂ℓ/∂c_k = s_k·(x - c_k)/|z_k|    or    ∂ℓ/∂x = Σ_k s_k·c_k,  ∂ℓ/∂c_k = s_k·x;
 
-a distance under its floor has no gradient. What is kept for the backward is log Σ exp(z), one number a row.
+A distance below the minimum 1e-4 has no gradient. Only log Σ exp(z), one number per row, is kept for the backward.
 """
 
 from collections.abc import Iterator
@@ -28,18 +28,16 @@ _LEAST_SQ_DISTANCE = 1e-8
 
 
 def code_cross_entropy(x: Tensor, codebook: Tensor, targets: Tensor, *, metric: Metric = "euclidean") -> Tensor:
-    """The sum over all rows with a target of -log p(target), where p is the softmax over the codes' similarities.
+    """Sum -log p(target) over all rows with a target, where p is the softmax over the similarities to the codes.
 
     Args:
         x: [N, D], any floating dtype; gets a gradient.
-        codebook: [K, D]; gets a gradient. It must not change until the backward.
-        targets: [N] int64, in [0, K), or -1: the row does not count.
-        metric: see above.
+        codebook: [K, D]; gets a gradient. It must not change before the backward.
+        targets: [N] int64, in [0, K), or -1 to ignore the row.
+        metric: "euclidean" or "dot", see the formulas at the head of this file.
 
     Returns:
-        [], float32, or float64 where an input is.
-
-    Source: the formulas above.
+        [], float32, or float64 if an input is.
     """
     wide = torch.promote_types(torch.promote_types(x.dtype, codebook.dtype), torch.float32)
     losses, _ = _CodeCrossEntropy.apply(x.to(wide), codebook.to(wide), targets, metric)
@@ -71,7 +69,7 @@ class _CodeCrossEntropy(torch.autograd.Function):
 
 @torch.library.custom_op("vq_kernels::code_cross_entropy", mutates_args=())
 def _forward_op(x: Tensor, codebook: Tensor, targets: Tensor, metric: str) -> tuple[Tensor, Tensor]:
-    """x [N, D], codebook [K, D], targets [N] -> losses [N], 0 for ignored rows; log_sums [N]."""
+    """x [N, D], codebook [K, D], targets [N] -> losses [N] (0 for ignored rows), log_sums [N]."""
     ignored = targets == IGNORED
     chosen = targets.masked_fill(ignored, 0)[:, None]
     losses, log_sums = x.new_empty(x.shape[0]), x.new_empty(x.shape[0])
@@ -95,7 +93,7 @@ def _(x: Tensor, codebook: Tensor, targets: Tensor, metric: str) -> tuple[Tensor
 def _backward_op(
     x: Tensor, codebook: Tensor, targets: Tensor, log_sums: Tensor, grad_losses: Tensor, metric: str
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of x [N, D] and of the codebook [K, D], from that of the losses [N]."""
+    """The gradients of x [N, D] and of the codebook [K, D], from the gradient of the losses [N]."""
     ignored = targets == IGNORED
     chosen = targets.masked_fill(ignored, 0)[:, None]
     weights = grad_losses.masked_fill(ignored, 0)[:, None]
@@ -126,12 +124,12 @@ def _(
 
 
 def _centre(codebook: Tensor, metric: str) -> Tensor:
-    """[D], taken off rows and codes alike: distances stay, and their parts cancel less. Of products, nothing may be."""
+    """[D], subtracted from rows and codes to reduce cancellation. Distances do not change; dot products would."""
     return codebook.mean(dim=0) if metric == "euclidean" else torch.zeros_like(codebook[0])
 
 
 def _logits(rows: Tensor, codes: Tensor, metric: str) -> Tensor:
-    """The similarities z [R, K] of rows [R, D] to codes [K, D]."""
+    """The logits z [R, K] of rows [R, D] and codes [K, D]."""
     products = rows @ codes.t()
     if metric == "dot":
         return products
@@ -140,6 +138,6 @@ def _logits(rows: Tensor, codes: Tensor, metric: str) -> Tensor:
 
 
 def _chunks(num_rows: int, num_codes: int) -> Iterator[slice]:
-    """Slices of all rows, so many at a time as the logits may be."""
+    """Slices of the rows, each with at most _CHUNK_ELEMENTS logits."""
     rows = max(1, _CHUNK_ELEMENTS // num_codes)
     return (slice(start, start + rows) for start in range(0, num_rows, rows))

@@ -1,4 +1,4 @@
-"""Which backend searches, and why."""
+"""Backend selection."""
 
 import functools
 import os
@@ -14,12 +14,12 @@ Backend = Literal["auto", "triton", "torch"]
 
 BACKENDS = ("auto", "triton", "torch")
 ENVIRONMENT_VARIABLE = "VQ_KERNELS_BACKEND"
-_LARGEST_TRITON_DIM = 1 << 15  # for more, scores may leave the range that the kernels keep to
+_LARGEST_TRITON_DIM = 1 << 15  # beyond it, scores may leave the range that the kernels assume
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def choose_backend(x: Tensor, codebook: Tensor, backend: str = "auto") -> tuple[Backend, str]:
-    """As `select_backend`, for tensors that have been checked."""
+    """`select_backend` for tensors that have been checked."""
     source = "backend"
     if backend == "auto" and ENVIRONMENT_VARIABLE in os.environ:
         source, backend = ENVIRONMENT_VARIABLE, os.environ[ENVIRONMENT_VARIABLE]
@@ -34,7 +34,7 @@ def choose_backend(x: Tensor, codebook: Tensor, backend: str = "auto") -> tuple[
         return "triton", f"{source} asks for it"
     if x.device.type != "cuda":
         where = "" if has_float64(x.device) else f"; it runs on the CPU, as {x.device.type} has no float64"
-        return "torch", f"x is on {x.device.type}, and Triton's kernels are for CUDA{where}"
+        return "torch", f"x is on {x.device.type}, and the Triton kernels need CUDA{where}"
     if obstacle:
         _warn_once(f"vq_kernels searches with PyTorch instead of Triton: {obstacle}")
         return "torch", obstacle
@@ -42,17 +42,17 @@ def choose_backend(x: Tensor, codebook: Tensor, backend: str = "auto") -> tuple[
 
 
 def backend_module(name: str) -> ModuleType:
-    """The module with a backend's `prepare` and `search`. Triton is imported here, on first use."""
+    """Return the module with the backend's `prepare` and `search`. Triton is imported on first use."""
     return import_module(f"vq_kernels.search.{'triton.launch' if name == 'triton' else 'torch_backend'}")
 
 
 def has_float64(device: torch.device) -> bool:
-    """Whether the device computes in float64; what needs it is done on the CPU where it does not."""
+    """Whether the device supports float64. If not, the CPU computes what needs it."""
     return device.type != "mps"
 
 
 def _triton_obstacle(x: Tensor, codebook: Tensor) -> str:
-    """Why Triton cannot search here; empty if it can."""
+    """Why Triton cannot search here, or an empty string."""
     for name, tensor in (("x", x), ("codebook", codebook)):
         if tensor.dtype not in TRITON_DTYPES:
             return f"{name} is {tensor.dtype}, and the kernels take float32, float16 and bfloat16"
@@ -66,7 +66,8 @@ def _triton_obstacle(x: Tensor, codebook: Tensor) -> str:
     if missing:
         return missing
     if x.device.type == "cpu":
-        return "" if _interpreting() else "x is on the CPU, and TRITON_INTERPRET=1 is not set"
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        return "" if interpreted else "x is on the CPU, and TRITON_INTERPRET=1 is not set"
     major, minor = torch.cuda.get_device_capability(x.device)
     return "" if major >= 8 else f"the GPU is sm_{major}{minor}, and the kernels need sm_80 or newer"
 
@@ -78,10 +79,6 @@ def _triton_missing() -> str:
     except ImportError as error:
         return f"Triton cannot be imported ({error})"
     return ""
-
-
-def _interpreting() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @functools.cache

@@ -1,18 +1,18 @@
-"""The reference: every distance in float64, by direct differences. Slow, obvious, and what "exact" means here."""
+"""The reference that defines "exact": brute force in float64, by direct differences."""
 
 import torch
 from torch import Tensor
 
-# Of the [rows, K] distances held at a time: on a CPU they stay in a core's caches, a GPU needs work for each launch.
+# Distances held at a time. On a CPU they fit into a core's caches; a GPU needs more work per launch.
 _BUFFER_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}
 
 
 def brute_force_nearest(x: Tensor, codebook: Tensor) -> Tensor:
-    """The index of the nearest code of each row, by float64 brute force; the lowest index on a tie.
+    """Find the nearest code of each row by float64 brute force, with the lowest index on a tie.
 
     Args:
-        x: [N, D], any floating dtype. A row holding NaN or Inf gets index 0.
-        codebook: [K, D], any floating dtype. A code holding NaN or Inf is never chosen unless there is no finite one.
+        x: [N, D], any floating dtype. A row with NaN or Inf gets index 0.
+        codebook: [K, D], any floating dtype. A code with NaN or Inf is never chosen, unless no code is finite.
 
     Returns:
         indices [N], int64.
@@ -25,7 +25,7 @@ def brute_force_nearest(x: Tensor, codebook: Tensor) -> Tensor:
     for start in range(0, x.shape[0], rows):
         block = x[start : start + rows].double()
         distances = torch.zeros(block.shape[0], codebook.shape[0], dtype=torch.float64, device=x.device)
-        for d in range(x.shape[1]):  # one dimension at a time: no [rows, K, D]
+        for d in range(x.shape[1]):  # one dimension at a time, without a [rows, K, D] tensor
             distances += (block[:, d, None] - wide_codes[None, :, d]).square_()
         distances.masked_fill_(unusable, torch.inf)
         least = distances.amin(dim=1, keepdim=True)

@@ -1,44 +1,44 @@
-"""The largest score of each row, its code and the runner-up, with no index carried through the pass over the scores.
+"""Finds the top two scores of each row without tracking indices.
 
-Code k stands in group k // S, and in slot k % S of its half of the groups. Two vectorised reductions of the scores give
-the maximum of each group and of each slot. The largest score is the largest of either, its code the one in both; any
-other score lies in another group or in another slot, so the runner-up is the larger of their two runners-up. Where
-several codes share the largest score the runner-up equals it, and the code found may be none of them, though none with
-a larger index.
+Code k belongs to group k // S, and to slot k % S of its half of the groups. Two vectorised reductions of the scores
+give the maximum of each group and of each slot. The top score is the largest of either; its code is in that group and
+that slot. Every other code is in another group or in another slot, so the runner-up is the second largest group maximum
+or the second largest slot maximum, whichever is larger. If several codes share the top score, the runner-up equals it.
+The code found may then be none of them, but its index is at most their highest.
 
-In halves, since a product's two threads write half of the codes each: no reduction then reads what another thread's
-core has in its cache. Where two cores share none, that would slow the next product to half of its speed.
+The groups are divided into halves because the two threads of a product write half of the codes each. No reduction then
+reads from the cache of another thread's core, which would slow the next product down to half its speed.
 """
 
 import torch
 from torch import Tensor
 
-TILE_ELEMENTS = 1 << 20  # scores held at a time: 4 MiB of float32 stay in a core's caches
-_PART_ELEMENTS = 1 << 20  # numbers of the rows, or of their maxima, that are worked on at a time
-_BLOCK_K = 1 << 12  # codes a tile covers at most; more are taken in blocks
+TILE_ELEMENTS = 1 << 20  # scores held at a time; 4 MiB of float32 fit into a core's caches
+_PART_ELEMENTS = 1 << 20  # numbers of the rows, or of their maxima, processed at a time
+_BLOCK_K = 1 << 12  # most codes per tile; larger codebooks are processed in blocks
 
 
 def num_slots(num_codes: int) -> int:
-    """S, so that there are about as many groups as slots in both halves: a power of two, at least 16."""
+    """S, a power of two of at least 16, for about as many groups as slots in both halves."""
     return 1 << max(4, ((num_codes - 1).bit_length() - 1) // 2)
 
 
 def padded(num_codes: int) -> int:
-    """The next number of codes that is two halves of whole groups."""
+    """num_codes rounded up to two halves of whole groups."""
     unit = 2 * num_slots(num_codes)
     return -(-num_codes // unit) * unit
 
 
-class LargestTwo:
-    """The two largest numbers of each row of rows @ matrix.T: first `reduce` the rows, then take the `result`.
+class Top2:
+    """The two largest numbers of each row of rows @ matrix.T. Call `reduce` for the rows, then `result`.
 
     Args:
-        matrix: [K, W], K as `padded` makes it.
-        num_rows: how many rows there are in all.
+        matrix: [K, W], where K is `padded`.
+        num_rows: the total number of rows.
 
     Attributes:
-        part_rows: how many rows to give `reduce` at a time.
-        chunk_rows: how many rows there may be between two results.
+        part_rows: the number of rows per call of `reduce`.
+        chunk_rows: the most rows per `result`.
     """
 
     def __init__(self, matrix: Tensor, num_rows: int) -> None:
@@ -47,7 +47,7 @@ class LargestTwo:
         self.matrix, self.slots = matrix, slots
         self.block_k = min(num_codes, max(_BLOCK_K, slots))
         tile_rows = max(1, min(TILE_ELEMENTS // self.block_k, _PART_ELEMENTS // width))
-        self.tile_rows = max(1, min(num_rows, 1 << tile_rows.bit_length() - 1))  # a power of two: products like it
+        self.tile_rows = max(1, min(num_rows, 1 << tile_rows.bit_length() - 1))  # a power of two: faster products
         num_maxima = 2 * slots + num_codes // slots
         self.part_rows = self.tile_rows * max(1, _PART_ELEMENTS // (self.tile_rows * max(width, num_maxima)))
         self.chunk_rows = self.part_rows * max(1, _PART_ELEMENTS // (self.part_rows * num_maxima))
@@ -56,7 +56,7 @@ class LargestTwo:
         self.group_maxima = matrix.new_empty(num_codes // slots, min(self.chunk_rows, num_rows))
 
     def reduce(self, rows: Tensor, first_row: int) -> None:
-        """Take rows [N, W] as rows first_row, first_row + 1, ... of the next result."""
+        """Add rows [N, W] as rows first_row, first_row + 1, ... of the next result."""
         for start in range(0, rows.shape[0], self.tile_rows):
             tile = rows[start : start + self.tile_rows]
             place = slice(first_row + start, first_row + start + tile.shape[0])
@@ -79,21 +79,21 @@ class LargestTwo:
                 torch.maximum(by_half, halves.amax(dim=1), out=by_half)
 
     def result(self, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
-        """For the N rows reduced: the code with the largest score, [N] int64, that score and the runner-up, [N]."""
+        """Return the code with the top score [N] int64, that score [N] and the runner-up [N] of the N rows reduced."""
         slot, best, other_slot = _largest_and_next(self.slot_maxima[:, :num_rows])
         group, _, other_group = _largest_and_next(self.group_maxima[:, :num_rows])
         return group * self.slots + slot % self.slots, best, torch.maximum(other_slot, other_group)
 
 
 def _largest_and_next(maxima: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """For each column of maxima [S, N], which it overwrites: where the first largest is [N] int64, its value, the next.
+    """The position of the first largest [N] int64, its value [N] and the next value [N] of each column of [S, N].
 
-    By vectorised passes: `max` carries an index through, and takes three times as long.
+    Overwrites maxima. Three vectorised passes; `max`, which tracks an index, takes three times as long.
     """
     size = maxima.shape[0]
     largest = maxima.amax(dim=0)
     countdown = torch.arange(size, 0, -1, dtype=maxima.dtype, device=maxima.device)
     marks = torch.eq(maxima, largest, out=torch.empty_like(maxima)).mul_(countdown[:, None])
-    place = (size - marks.amax(dim=0)).long() % size  # a column of NaN has no mark, and gets place 0
+    place = (size - marks.amax(dim=0)).long() % size  # a column of NaN has no mark and gets 0
     maxima.scatter_(0, place[None], -torch.inf)
     return place, largest, maxima.amax(dim=0)

@@ -1,8 +1,8 @@
-"""Both sides of the PyTorch backend's matrix product: the codebook and the rows, shifted, scaled, with their errors.
+"""Both sides of the PyTorch backend's matrix product: codebook and rows, shifted and scaled, with error bounds.
 
-The nearest code of x maximises S_k = (x - m)·(c_k - m) - ½‖c_k - m‖², where m is the codebook's mean. A row
-[x - m, 1, ‖x - m‖] times a code's [c_k - m, E'_k - ½‖c_k - m‖², E''_k] is S_k plus the bound E_k = E'_k + ‖x - m‖·E''_k
-of all that rounding does to it: an upper bound U_k >= S_k. docs/explanations/exactness.md derives it.
+The nearest code of x maximises S_k = (x - m)·(c_k - m) - ½‖c_k - m‖², where m is the mean of the codebook. The product
+of the row [x - m, 1, ‖x - m‖] and the code [c_k - m, E'_k - ½‖c_k - m‖², E''_k] is S_k plus E_k = E'_k + ‖x - m‖·E''_k,
+which bounds the rounding error: an upper bound U_k >= S_k. docs/explanations/exactness.md has the proof.
 """
 
 import math
@@ -14,50 +14,50 @@ from torch import Tensor
 from vq_kernels.search.top2 import padded
 
 _UNIT = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
-_ROW_LIMIT = {torch.float32: 2.0**42, torch.float64: 2.0**400}  # longer rows, once scaled, are not scanned
+_ROW_LIMIT = {torch.float32: 2.0**42, torch.float64: 2.0**400}  # scaled rows that are longer get no bound
 _NEVER = {torch.float32: -(2.0**100), torch.float64: -(2.0**900)}  # the score of a code that must not win
-_TINY = {torch.float32: 2.0**-100, torch.float64: 2.0**-900}  # covers every underflow, even flushed to zero
-_HIDDEN_NORM = 2.0**-50  # what squares that underflow may take from a norm
-_LARGEST_FLOAT32_DIM = 1 << 15  # up to it the 1 % that the errors are raised by covers the smaller terms
-_SHORTEST_RADIUS, _LONGEST_RADIUS = 2.0**-12, 2.0**12  # a codebook whose longest code is between them is not scaled
-_CODE_LIMIT = {torch.float32: 2.0**42, torch.float64: 2.0**420}  # with a longer code, once scaled, nothing is scanned
+_TINY = {torch.float32: 2.0**-100, torch.float64: 2.0**-900}  # covers every underflow, even when flushed to zero
+_HIDDEN_NORM = 2.0**-50  # covers what a norm loses to squares that underflow
+_LARGEST_FLOAT32_DIM = 1 << 15  # up to it, the 1 % added to the errors covers the smaller terms
+_SHORTEST_RADIUS, _LONGEST_RADIUS = 2.0**-12, 2.0**12  # codebooks with a longest code in between are not scaled
+_CODE_LIMIT = {torch.float32: 2.0**42, torch.float64: 2.0**420}  # with a longer scaled code, no row gets a bound
 
 
 class CodebookOperand(NamedTuple):
-    """The codebook as a scan reads it: shifted by its mean, scaled so that nothing overflows, with its error bounds."""
+    """A codebook, shifted by its mean and scaled so that nothing overflows, with its error bounds."""
 
     scale: Tensor  # [1], a power of two
     minus_mean: Tensor  # [D], times the scale
-    matrix: Tensor  # [K padded, D + 2]: the scaled code, -h + its error, the error for a unit of a row's norm
-    error_constant: Tensor  # [K]
+    matrix: Tensor  # [K padded, D + 2]: c - m, E' - h, E'', all scaled
+    error_constant: Tensor  # [K], E'
 
     @property
     def lowest_threshold(self) -> float:
-        """Above the score of a code that is not finite, below that of every other with a row that is in range."""
+        """A score above those of codes that are not finite, and below all others for rows in range."""
         return _NEVER[self.matrix.dtype] / 2
 
     def usable(self, num_codes: int) -> Tensor:
-        """[K] bool: which of the num_codes codes are finite."""
+        """Return [K] bool, which of the num_codes codes are finite."""
         return self.matrix[:num_codes, -2] != _NEVER[self.matrix.dtype]
 
     def errors(self, indices: Tensor, norms: Tensor) -> Tensor:
-        """The bounds E of the errors of the scores of codes indices with rows of these norms, [N] each."""
+        """Return E [N] for the codes at indices [N] and rows with norms [N]."""
         return torch.addcmul(self.error_constant[indices], norms, self.matrix[:, -1][indices])
 
     def largest_errors(self, norms: Tensor) -> Tensor:
-        """Bounds that hold for every code's score with rows of these norms, [N]."""
+        """Return bounds [N] that hold for every code, for rows with norms [N]."""
         return torch.addcmul(self.error_constant.amax(), norms, self.matrix[:, -1].amax())
 
     def lower_bound(self, upper_bounds: Tensor, errors: Tensor, norms: Tensor) -> Tensor:
-        """The lower bounds of the scores with these upper bounds and errors, for rows of these norms, [N] each.
+        """Return the lower bounds U - 2·E of the scores, for rows with norms [N].
 
-        NaN for a row out of range. NaN compares as false: nothing is proved by it, and no code ruled out.
+        A row out of range gets NaN, which compares as false: it certifies nothing and rules out no code.
         """
         return torch.sub(upper_bounds, errors, alpha=2).masked_fill_(norms > _ROW_LIMIT[norms.dtype], torch.nan)
 
 
 def prepare(codebook: Tensor, dtype: torch.dtype = torch.float32) -> CodebookOperand:
-    """What a scan in `dtype` (float32 or float64) needs of the codebook [K, D]."""
+    """Prepare the codebook [K, D] for scans in `dtype` (float32 or float64)."""
     num_codes, code_dim = codebook.shape
     wide = codebook.to(torch.promote_types(codebook.dtype, dtype))
     num_padded = padded(num_codes)
@@ -66,17 +66,17 @@ def prepare(codebook: Tensor, dtype: torch.dtype = torch.float32) -> CodebookOpe
     scale, minus_mean, not_usable = 1.0, wide.mean(dim=0).neg_().to(dtype), None
     norms = _shift_and_scale(wide, scale, minus_mean, centred)
     radius = float(norms.amax())
-    if not _SHORTEST_RADIUS <= radius <= _LONGEST_RADIUS:  # nor if it is NaN
+    if not _SHORTEST_RADIUS <= radius <= _LONGEST_RADIUS:  # or NaN
         scale, minus_mean, not_usable, norms = _shift_and_scale_any(wide, centred)
         radius = float(norms.amax())
 
     error = 1.01 * (code_dim + 16) * (_UNIT[dtype] + _UNIT[torch.float64])
     sq_norms = norms.square()
-    error_constant = (error * sq_norms).add_(_TINY[dtype])  # half for the product, half for the norm
+    error_constant = (error * sq_norms).add_(_TINY[dtype])  # one half for the product, one for the norm
     torch.sub(error_constant, sq_norms, alpha=0.5, out=matrix[:num_codes, code_dim])
     torch.mul(norms, error, out=matrix[:num_codes, code_dim + 1]).add_(error * _HIDDEN_NORM)
     if not radius <= _CODE_LIMIT[dtype]:
-        matrix[:num_codes, code_dim:] = torch.nan  # no bound, no score: every row is decided without them
+        matrix[:num_codes, code_dim:] = torch.nan  # no bounds, so every row is decided by direct differences
     if not_usable is not None:
         matrix[:num_codes, code_dim].masked_fill_(not_usable, _NEVER[dtype])
     if num_padded > num_codes:
@@ -86,8 +86,11 @@ def prepare(codebook: Tensor, dtype: torch.dtype = torch.float32) -> CodebookOpe
 
 
 def _shift_and_scale_any(wide: Tensor, centred: Tensor) -> tuple[float, Tensor, Tensor | None, Tensor]:
-    """`_shift_and_scale` for a codebook of any size, or with codes that are not finite: the scale, minus the mean,
-    which codes are not finite [K] bool (None: all are), the norms. Those codes are 0 in centred."""
+    """`_shift_and_scale` for codes of any magnitude, of which some may not be finite; these become 0 in centred.
+
+    Returns:
+        The scale, minus the mean [D], which codes are not finite [K] bool (or None), and the norms [K].
+    """
     not_usable, num_usable = None, wide.shape[0]
     largest = _largest_entry(wide)
     if not math.isfinite(largest):
@@ -108,21 +111,20 @@ def _shift_and_scale_any(wide: Tensor, centred: Tensor) -> tuple[float, Tensor, 
 
 
 def _largest_entry(values: Tensor) -> float:
-    """The largest magnitude; NaN or infinite where one is."""
+    """The largest magnitude; NaN or inf if a value is."""
     least, largest = (float(extreme) for extreme in torch.aminmax(values))
-    return max(-least, largest)  # both are NaN, if one is
+    return max(-least, largest)  # both are NaN if one value is
 
 
 def _power_of_two_for(radius: float) -> float:
-    """The power of two, within 2^±100, that brings the radius into [1, 2); 1 for a radius of 0, and for NaN."""
+    """The power of two, within 2^±100, that scales the radius into [1, 2); 1 for 0 and NaN."""
     return 2.0 ** (1 - math.frexp(min(max(radius, 2.0**-100), 2.0**100))[1]) if radius > 0 else 1.0
 
 
 def _shift_and_scale(
     wide: Tensor, scale: float, minus_mean: Tensor, centred: Tensor, left_out: Tensor | None = None
 ) -> Tensor:
-    """Write wide·scale + minus_mean to centred [K, D], rounded to wide's format, then to its own; 0 for the codes
-    left_out [K] bool. The codes' norms [K]."""
+    """Write wide·scale + minus_mean to centred [K, D], and 0 for the codes left_out [K] bool. Return the norms [K]."""
     torch.addcmul(minus_mean.to(wide.dtype), wide, wide.new_full((1,), scale), out=centred)
     if left_out is not None:
         centred.masked_fill_(left_out[:, None], 0)
@@ -130,18 +132,16 @@ def _shift_and_scale(
     return norms
 
 
-def float32_will_do(x: Tensor) -> bool:
-    """Whether the error bounds hold for float32 products of rows like x [N, D], here and now."""
-    return x.shape[1] <= _LARGEST_FLOAT32_DIM and float32_products_are_exact_enough(x.device.type)
-
-
 def augment(x: Tensor, operand: CodebookOperand, left: Tensor, norms: Tensor) -> Tensor:
-    """[(x - mean)·scale, 1, norm] for x [N, D], in the first N rows of left [.., D + 2]; the norms also in norms."""
+    """Write [(x - mean)·scale, 1, norm] for x [N, D] to the first N rows of left [.., D + 2], and the norms to norms.
+
+    Return those N rows.
+    """
     num_rows, code_dim = x.shape
     left, norms = left[:num_rows], norms[:num_rows]
     shifted = left[:, :code_dim]
-    # Scaled first: a difference flushed to zero afterwards is small beside the codebook. All in the wider of both
-    # dtypes, so that it is rounded once.
+    # Scaled first, so that a difference flushed to zero is small compared to the codebook. In the wider dtype, so that
+    # it is rounded once.
     wider = torch.promote_types(x.dtype, left.dtype)
     torch.addcmul(operand.minus_mean.to(wider), x.to(wider), operand.scale.to(wider), out=shifted)
     torch.linalg.vector_norm(shifted, dim=1, out=norms)
@@ -151,12 +151,11 @@ def augment(x: Tensor, operand: CodebookOperand, left: Tensor, norms: Tensor) ->
     return left
 
 
-def float32_products_are_exact_enough(device_type: str) -> bool:
-    """Whether float32 matrix products on such a device are float32's own, not TF32's or bfloat16's.
+def float32_is_sufficient(x: Tensor) -> bool:
+    """Whether the error bounds hold for float32 products of rows like x [N, D] with the current settings.
 
-    `torch.set_float32_matmul_precision`, `torch.backends.*.fp32_precision` and their older forms all end up in the
-    settings read here. The certificate of the search holds for float32 rounding only, so a lower setting makes the
-    search use float64: no switch changes a result.
+    They hold for float32 rounding only. `torch.set_float32_matmul_precision`, `torch.backends.*.fp32_precision` and
+    their older forms all change the setting read here. If it allows TF32 or bfloat16, the search uses float64 instead.
     """
-    backend = torch.backends.cuda if device_type == "cuda" else torch.backends.mkldnn
-    return backend.matmul.fp32_precision in ("ieee", "none")
+    backend = torch.backends.cuda if x.is_cuda else torch.backends.mkldnn
+    return x.shape[1] <= _LARGEST_FLOAT32_DIM and backend.matmul.fp32_precision in ("ieee", "none")

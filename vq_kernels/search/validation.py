@@ -1,4 +1,4 @@
-"""The checks on what a user passes, made before anything is computed."""
+"""Checks of public arguments, done before any computation."""
 
 from torch import Tensor, bfloat16, float16, float32, float64, strided
 

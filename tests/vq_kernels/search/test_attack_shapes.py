@@ -15,7 +15,7 @@ from torch import Tensor
 from tests.vq_kernels.search.exactness import DTYPES, INTERPRETED, check_exact, check_outputs, device_of
 from vq_kernels import NearestCode, PreparedCodebook, nearest_code, nearest_code_topk
 from vq_kernels.search.reference import brute_force_nearest
-from vq_kernels.search.torch_bounds import float32_will_do
+from vq_kernels.search.torch_bounds import float32_is_sufficient
 
 T = TypeVar("T")
 WIDE_DTYPES = tuple(dtype for dtype in DTYPES if dtype.itemsize >= 4)
@@ -149,8 +149,8 @@ def test_rows_far_from_all_codes_are_certified(backend: str, steps: Counter[str]
 
 def test_more_dimensions_than_float32_has_bounds_for() -> None:
     most = 1 << 15
-    assert float32_will_do(torch.zeros(1, most))
-    assert not float32_will_do(torch.zeros(1, most + 1))
+    assert float32_is_sufficient(torch.zeros(1, most))
+    assert not float32_is_sufficient(torch.zeros(1, most + 1))
     check_exact("torch", *gaussian(20, 30, most + 1))
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vq_kernels.search.top2 import LargestTwo, num_slots, padded
+from vq_kernels.search.top2 import Top2, num_slots, padded
 
 
 @pytest.mark.parametrize("num_rows", [1, 63, 1000])
@@ -12,10 +12,10 @@ def test_equals_topk(num_rows: int, num_codes: int) -> None:
     generator = torch.Generator().manual_seed(num_rows * num_codes)
     matrix = torch.randn(num_codes, 5, generator=generator, dtype=torch.float64)
     rows = torch.randn(num_rows, 5, generator=generator, dtype=torch.float64)
-    largest_two = LargestTwo(matrix, num_rows)
-    largest_two.reduce(rows[:17], 0)
-    largest_two.reduce(rows[17:], min(17, num_rows))
-    index, best, second = largest_two.result(num_rows)
+    top2 = Top2(matrix, num_rows)
+    top2.reduce(rows[:17], 0)
+    top2.reduce(rows[17:], min(17, num_rows))
+    index, best, second = top2.result(num_rows)
     values, indices = (rows @ matrix.t()).topk(2, dim=1)
     assert torch.equal(index, indices[:, 0])
     assert torch.allclose(torch.stack([best, second], dim=1), values, rtol=1e-12)
@@ -28,22 +28,22 @@ def test_equal_largest_scores_leave_no_gap(twins: tuple[int, int]) -> None:
     assert (num_slots(96), padded(96)) == (16, 96)
     matrix = torch.arange(96.0)[:, None] / 96
     matrix[list(twins)] = 2.0
-    largest_two = LargestTwo(matrix, 1)
-    largest_two.reduce(torch.ones(1, 1), 0)
-    index, best, second = largest_two.result(1)
+    top2 = Top2(matrix, 1)
+    top2.reduce(torch.ones(1, 1), 0)
+    index, best, second = top2.result(1)
     assert best == second == 2
     assert index <= max(twins)  # which may be neither, but no padding behind the last code
 
 
 def test_rows_of_nan_get_the_first_code() -> None:
-    largest_two = LargestTwo(torch.ones(64, 1), 3)
-    largest_two.reduce(torch.tensor([[1.0], [torch.nan], [2.0]]), 0)
-    index, best, second = largest_two.result(3)
+    top2 = Top2(torch.ones(64, 1), 3)
+    top2.reduce(torch.tensor([[1.0], [torch.nan], [2.0]]), 0)
+    index, best, second = top2.result(3)
     assert index.tolist() == [0, 0, 0]
     assert best.isnan().tolist() == second.isnan().tolist() == [False, True, False]
 
 
 def test_buffers_stay_small_for_the_largest_codebooks() -> None:
-    largest_two = LargestTwo(torch.empty(1 << 20, 10, device="meta"), 1 << 24)
-    buffers = (largest_two.scores, largest_two.slot_maxima, largest_two.group_maxima)
+    top2 = Top2(torch.empty(1 << 20, 10, device="meta"), 1 << 24)
+    buffers = (top2.scores, top2.slot_maxima, top2.group_maxima)
     assert sum(buffer.nbytes for buffer in buffers) <= 20 << 20
