@@ -1,4 +1,4 @@
-"""k-means in ten lines: `nearest_code` as a plain search.
+"""k-means with `nearest_code`.
 
 python examples/kmeans.py
 """
@@ -10,11 +10,11 @@ from vq_kernels import nearest_code
 
 
 def kmeans(points: Tensor, num_means: int, num_steps: int = 10) -> tuple[Tensor, list[float]]:
-    """Means [K, D] of points [N, D], and the mean squared distance to them at the beginning of each step."""
+    """Return the means [K, D] of points [N, D], and the mean squared distance before each step."""
     means = points[torch.randperm(len(points))[:num_means]]
     errors = []
     for _ in range(num_steps):
-        nearest, _, sq_distances = nearest_code(points, means)  # exact, and never N x K numbers
+        nearest, _, sq_distances = nearest_code(points, means)  # exact, without an [N, K] matrix
         errors.append(sq_distances.mean().item())
         sums = torch.zeros_like(means).index_add_(0, nearest, points)
         counts = nearest.bincount(minlength=num_means)[:, None]
@@ -29,4 +29,4 @@ if __name__ == "__main__":
     means, errors = kmeans(points, num_means=200)
     for step, error in enumerate(errors):
         print(f"step {step}: mean squared distance {error:6.2f}")
-    print(f"of which noise: {points.shape[1]}")
+    print(f"variance of the noise: {points.shape[1]}")

@@ -1,4 +1,4 @@
-"""Residual vector quantization of a 1-d signal: each stage adds 8 bits a frame, and a decoder may stop at any.
+"""Residual vector quantization of an audio signal: each stage adds 8 bits per frame, and decoding may use any of them.
 
 python examples/residual_signal.py
 """
@@ -11,23 +11,23 @@ from torch import Tensor
 from vq_kernels import ResidualVectorQuantizer
 
 FRAME = 32  # samples
-SAMPLE_RATE = 16_000  # a second
+SAMPLE_RATE = 16_000  # Hz
 
 
 def chirps(seconds: float) -> Tensor:
-    """A signal whose three tones glide up and down, with a little noise."""
+    """Return three tones that glide up and down, with a little noise."""
     time = torch.arange(int(seconds * SAMPLE_RATE)) / SAMPLE_RATE
     tones = (torch.sin(400 * base * (time + 0.1 * torch.sin(time / base))) / base for base in (1.0, 1.7, 2.3))
     return sum(tones, 0.01 * torch.randn_like(time))
 
 
 def signal_to_noise(signal: Tensor, decoded: Tensor) -> float:
-    """In decibels."""
+    """Return the signal-to-noise ratio in decibels."""
     return 10 * math.log10(signal.square().mean() / (signal - decoded).square().mean())
 
 
 def train(quantizer: ResidualVectorQuantizer, frames: Tensor, num_steps: int = 150) -> None:
-    """Without an optimizer: the codes follow the means of what they stand for."""
+    """Train without an optimizer: the codes follow the moving averages of their frames."""
     for _ in range(num_steps):
         batch = torch.randint(len(frames), (2048,))
         quantizer(frames[batch])
@@ -43,6 +43,6 @@ if __name__ == "__main__":
     train(quantizer, frames)
     indices = quantizer.eval()(frames).indices  # [frames, 6]
     for stages in range(1, 7):
-        decoded = quantizer.decode(indices[:, :stages])  # the first stages alone
+        decoded = quantizer.decode(indices[:, :stages])  # from the first stages
         kbit_s = stages * 8 * SAMPLE_RATE / FRAME / 1000
-        print(f"{stages} stages, {kbit_s:4.0f} kbit/s: {signal_to_noise(frames, decoded):5.1f} dB")
+        print(f"{stages} of 6 stages, {kbit_s:4.0f} kbit/s: {signal_to_noise(frames, decoded):5.1f} dB")

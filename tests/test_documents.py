@@ -202,11 +202,11 @@ def test_documents_named_in_the_code_exist() -> None:
 
 
 def test_the_boxes_of_the_architecture_exist() -> None:
-    """A box is a file or folder of the repository, a public name, or in round brackets, a tensor or a file of a run."""
-    pictures = [block.text for block in BLOCKS if block.language == "mermaid"]
-    assert pictures
-    for picture in pictures:
-        boxes = re.findall(r'\w\["([^"<]+)', picture)
+    """A square box is a file or folder of the repository or a public name. A round box is a tensor."""
+    for block in BLOCKS:
+        if block.language != "mermaid":
+            continue
+        boxes = re.findall(r'\w\["([^"<]+)', block.text)
         assert boxes
         for box in boxes:
             name = box.strip()

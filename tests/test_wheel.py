@@ -1,4 +1,4 @@
-"""What `pip install` gets: every module, and an import that needs torch alone."""
+"""The wheel holds every module, and importing vq_kernels requires only torch."""
 
 import shutil
 import subprocess
@@ -37,7 +37,7 @@ print(tuple(quantized.shape), tuple(indices.shape), sorted(ABSENT & set(sys.modu
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy, since setuptools leaves files beside what it builds."""
+    """Build the wheel from a copy, because setuptools leaves files beside the sources."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     source.mkdir()
@@ -62,7 +62,7 @@ def test_it_holds_every_module_and_nothing_else(wheel: Path) -> None:
     }
 
 
-def test_it_asks_for_torch_and_for_triton_where_there_is_one(wheel: Path) -> None:
+def test_it_requires_torch_and_on_linux_triton(wheel: Path) -> None:
     with ZipFile(wheel) as files:
         (name,) = [name for name in files.namelist() if name.endswith(".dist-info/METADATA")]
         metadata = message_from_string(files.read(name).decode())
@@ -71,7 +71,7 @@ def test_it_asks_for_torch_and_for_triton_where_there_is_one(wheel: Path) -> Non
     assert "platform_system" in needed[1]
 
 
-def test_its_import_needs_torch_alone(wheel: Path, tmp_path: Path) -> None:
+def test_its_import_requires_only_torch(wheel: Path, tmp_path: Path) -> None:
     ZipFile(wheel).extractall(tmp_path)
     command = [sys.executable, "-I", "-c", IMPORT, str(tmp_path)]
     outcome = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)

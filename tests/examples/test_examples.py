@@ -1,4 +1,4 @@
-"""The examples run as they stand, and what they print is what they promise."""
+"""The examples run unchanged and print what they promise."""
 
 import re
 import runpy
@@ -14,7 +14,7 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 def run(name: str, capsys: pytest.CaptureFixture[str]) -> str:
     started = time.process_time()
     runpy.run_path(str(EXAMPLES / name), run_name="__main__")
-    assert time.process_time() - started < 60  # of one CPU, as each of them says
+    assert time.process_time() - started < 60  # CPU time
     return capsys.readouterr().out
 
 
@@ -22,14 +22,14 @@ def test_every_example_is_tested() -> None:
     assert {file.name for file in EXAMPLES.glob("*.py")} == {"kmeans.py", "residual_signal.py", "swap_quantizer.py"}
 
 
-def test_kmeans_goes_down_at_every_step(capsys: pytest.CaptureFixture[str]) -> None:
+def test_kmeans_lowers_the_error_at_every_step(capsys: pytest.CaptureFixture[str]) -> None:
     errors = [float(error) for error in re.findall(r"distance +([\d.]+)", run("kmeans.py", capsys))]
     assert len(errors) == 10
     assert all(later <= earlier for earlier, later in pairwise(errors))
     assert 16 < errors[-1] < errors[0] / 4
 
 
-def test_every_stage_brings_the_signal_closer(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_stage_raises_the_signal_to_noise_ratio(capsys: pytest.CaptureFixture[str]) -> None:
     decibels = [float(found) for found in re.findall(r"([\d.]+) dB", run("residual_signal.py", capsys))]
     assert len(decibels) == 6
     assert all(later > earlier for earlier, later in pairwise(decibels))
@@ -37,7 +37,7 @@ def test_every_stage_brings_the_signal_closer(capsys: pytest.CaptureFixture[str]
     assert decibels[-1] > 40
 
 
-def test_the_quantizer_put_in_is_the_better_one(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_new_quantizer_is_better(capsys: pytest.CaptureFixture[str]) -> None:
     found = re.findall(r"error ([\d.]+), (\d+) of 256", run("swap_quantizer.py", capsys))
     (error_before, codes_before), (error_after, codes_after) = ((float(error), int(codes)) for error, codes in found)
     assert error_after < 0.7 * error_before
