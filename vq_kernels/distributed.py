@@ -1,14 +1,13 @@
-"""What the processes of a distributed job agree on. Without a process group there is one rank, and nothing to do."""
+"""Collectives for the processes of a distributed job. Without a process group they act on one rank."""
 
 import torch.distributed
 from torch import Tensor
 
 
 def rank_and_world(synchronise: bool) -> tuple[int, int]:
-    """This process's rank and how many there are, asked for now: a group made after the layer counts.
+    """Returns this process's rank and the world size, or (0, 1) without a process group or if `synchronise` is False.
 
-    Args:
-        synchronise: False: be alone, (0, 1), whatever there is.
+    The process group may be created after the module.
     """
     if synchronise and torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -16,7 +15,7 @@ def rank_and_world(synchronise: bool) -> tuple[int, int]:
 
 
 def sum_over_ranks(tensor: Tensor, synchronise: bool) -> Tensor:
-    """The sum of every rank's `tensor`, of one shape on all; the tensor itself where there is one rank."""
+    """Returns the sum of `tensor`, of equal shape on all ranks; with one rank, the tensor itself."""
     if rank_and_world(synchronise)[1] == 1:
         return tensor
     total = tensor.clone()

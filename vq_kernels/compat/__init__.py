@@ -1,6 +1,5 @@
 """Drop-in replacements for the quantizers of other libraries."""
 
-from vq_kernels.compat.losses import LossBreakdown
-from vq_kernels.compat.vector_quantize import VectorQuantize
+from vq_kernels.compat.vector_quantize import LossBreakdown, VectorQuantize
 
 __all__ = ["LossBreakdown", "VectorQuantize"]

@@ -59,10 +59,3 @@ def refuse_unsupported(given: Mapping[str, Any], unsupported: Mapping[str, tuple
         default, instead = unsupported[name]
         if value is not default and value != default:
             raise NotImplementedError(f"{name} is not supported but as {default!r}, got {value!r}: {instead}")
-
-
-def check_at_least(least: float, **arguments: float) -> None:
-    """Raise ValueError for an argument that is less, or NaN."""
-    for name, value in arguments.items():
-        if not value >= least:
-            raise ValueError(f"{name} must be >= {least}, got {value}")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from vq_kernels.heads import check_mask, mask_from_lens
+from vq_kernels.modules.base import check_mask
 from vq_kernels.search.validation import check_dtype
 
 PADDING = -1
@@ -68,7 +68,7 @@ def position_mask(mask: Tensor | None, lens: Tensor | None, leading: torch.Size)
             raise ValueError("mask and lens must not both be given")
         if len(leading) != 2 or lens.shape != leading[:1]:
             raise ValueError(f"lens must be [b] for sequences [b, n], got {tuple(lens.shape)} for {tuple(leading)}")
-        return mask_from_lens(lens, leading[1])
+        return torch.arange(leading[1], device=lens.device) < lens[:, None]
     if mask is not None:
         check_mask(mask, leading)
     return mask

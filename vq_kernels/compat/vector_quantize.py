@@ -1,66 +1,78 @@
-"""`VectorQuantize`, to be put in the place of vector_quantize_pytorch's by changing an import."""
+"""`VectorQuantize`, a drop-in replacement for that of vector_quantize_pytorch."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from vq_kernels.compat.codebook import Codebook
-from vq_kernels.compat.keywords import AT_CONSTRUCTION, IN_A_CALL, check_at_least, refuse_unsupported
-from vq_kernels.compat.losses import LossBreakdown, commitment_loss, indices_loss
+from vq_kernels.compat.codebook import CompatCodebook
+from vq_kernels.compat.keywords import AT_CONSTRUCTION, IN_A_CALL, refuse_unsupported
 from vq_kernels.compat.shapes import PADDING, InputShape, check_targets, position_mask, projections
 from vq_kernels.cosine import unit
-from vq_kernels.gradient.autograd import rotation_trick as turn_gradient
+from vq_kernels.cross_entropy import code_cross_entropy
+from vq_kernels.gradient.autograd import rotation_trick as rotate_gradient
 from vq_kernels.gradient.autograd import straight_through
-from vq_kernels.heads import HeadLayout
+from vq_kernels.modules.base import HeadLayout, codes_at
+from vq_kernels.modules.codebook import check_at_least
 from vq_kernels.search.backend import BACKENDS, Backend
 from vq_kernels.search.validation import check_choice
 
 
+class LossBreakdown(NamedTuple):
+    """The parts of the loss, [] each, before they are weighted. All but the first are 0."""
+
+    commitment: Tensor
+    codebook_diversity: Tensor
+    orthogonal_reg: Tensor
+    inplace_optimize: Tensor
+
+
 class VectorQuantize(nn.Module):
-    """Replaces each vector by its nearest code; the code follows the mean of its rows. As vector_quantize_pytorch's
-    `VectorQuantize` (1.32.0), whose arguments, results and state dict it has, with the exact search of this library.
+    """Replaces each vector by its nearest code, which follows the mean of its rows.
+
+    It has the arguments, results and state dict of vector_quantize_pytorch's `VectorQuantize` (1.32.0), with the exact
+    search of this library. docs/guides/migrating.md lists what is the same, what differs and what is not supported.
 
     Example, with dim=256 and codebook_size=512: x [8, 1024, 256] gives quantized [8, 1024, 256], indices [8, 1024] and
-    a loss [], which is 0 in eval mode. docs/guides/migrating.md lists what is the same and what differs.
+    a loss [], which is 0 in eval mode.
 
     Args:
-        dim: of x's vectors.
-        codebook_size: K, codes in a codebook.
-        codebook_dim: D, of the codes; None: `dim`. Where heads·D is not `dim`, there are a `project_in` and a
-            `project_out`.
-        heads: parts that each vector is cut into, each with an index of its own.
-        separate_codebook_per_head: a codebook for each head, [heads, K, D]; else all share one.
+        dim: the channels of x.
+        codebook_size: K, the codes of a codebook.
+        codebook_dim: D, the dimension of the codes; None: `dim`. If heads·D differs from `dim`, there are a
+            `project_in` and a `project_out`.
+        heads: parts that each vector is split into, each with its own index.
+        separate_codebook_per_head: a codebook for each head, [heads, K, D]; else all heads share one.
         decay: λ of the moving averages, in [0, 1].
-        eps: >= 0, added to each code's average number of rows.
-        freeze_codebook: nothing is learned in training either; a call may say otherwise.
-        kmeans_init: the codebook begins with k-means on the first batch, in eval mode as well.
-        kmeans_iters: iterations of it, >= 1.
-        sync_kmeans: k-means over all ranks; False is not supported, since the ranks would disagree.
-        use_cosine_sim: rows and codes are unit vectors, and the code with the largest dot product is chosen.
-        layernorm_after_project_in: LayerNorm behind `project_in`.
-        threshold_ema_dead_code: a code whose average number of rows falls below it is put where a random row is;
-            0: never.
+        eps: >= 0, smoothing of each code's average number of rows.
+        freeze_codebook: training changes nothing either, unless a call says otherwise.
+        kmeans_init: initialise the codebook by k-means on the first batch, in eval mode as well.
+        kmeans_iters: its iterations, >= 1.
+        sync_kmeans: k-means over all ranks. False is not supported, because the ranks would disagree.
+        use_cosine_sim: normalise rows and codes, and choose the code with the largest dot product.
+        layernorm_after_project_in: apply LayerNorm after `project_in`.
+        threshold_ema_dead_code: reset codes whose average number of rows falls below it to random rows; 0: never.
         channel_last: x is [b, n, dim]; else [b, dim, n].
         accept_image_fmap: x is [b, dim, h, w].
         accept_3d_fmap: x is [b, dim, d, h, w].
-        commitment_weight: >= 0, of MSE(x, quantized) in the loss.
-        rotation_trick: the gradient is turned from code to x, see `vq_kernels.gradient.autograd`; None: if dim > 1.
-        sync_codebook: sum the averages over all ranks; None or True: whenever there is a process group, also one that
-            was made after this layer.
+        commitment_weight: >= 0, the weight of MSE(x, quantized) in the loss.
+        rotation_trick: rotate the gradient from the code to x, see `vq_kernels.gradient.autograd.rotation_trick`;
+            None: if dim > 1.
+        sync_codebook: sum the averages over all ranks; None or True: if there is a process group in the forward pass.
         ema_update: the codes follow the means of their rows; None: True.
-        learnable_codebook: the codes are a Parameter, which gets the commitment's gradient; needs ema_update=False.
-        return_zeros_for_masked_padding: padded positions give 0; else x as it is.
+        learnable_codebook: the codes are a Parameter with the gradient of the commitment loss. Needs ema_update=False.
+        return_zeros_for_masked_padding: padded positions give 0; else x unchanged.
         backend: as for `nearest_code`.
-        unsupported: the other keywords of 1.32.0; each is accepted at its default alone.
+        unsupported: the other keywords of 1.32.0, accepted only at their defaults.
 
     Attributes:
-        codebook: [K, D]; [heads, K, D] with `separate_codebook_per_head`. May be set, see `Codebook.set_codes`.
+        codebook: [K, D]; [heads, K, D] with `separate_codebook_per_head`. It can be set, which sets the averages too.
 
     Raises:
-        NotImplementedError: a keyword of 1.32.0 that is not supported; says which.
-        TypeError: a keyword that is not known.
-        ValueError: an argument outside of its range, or two that do not go together.
+        NotImplementedError: a keyword of 1.32.0 is not supported.
+        TypeError: a keyword is not known.
+        ValueError: an argument is out of range, or two arguments conflict.
 
     Source: van den Oord et al. 2017, arXiv:1711.00937; defaults and names: vector_quantize_pytorch 1.32.0.
     """
@@ -138,17 +150,18 @@ class VectorQuantize(nn.Module):
         self.project_in, self.project_out = projections(dim, inner_dim, layernorm_after_project_in)
         self._shape = InputShape(dim, channel_last, accept_image_fmap, accept_3d_fmap)
         self._layout = HeadLayout(heads, separate_codebook_per_head)
-        self._codebook = Codebook(
-            self._layout.num_codebooks,
+        self._codebook = CompatCodebook(
+            (self._layout.num_codebooks,),
             codebook_size,
             codebook_dim,
-            decay=decay,
-            eps=eps,
-            kmeans_iters=kmeans_iters if kmeans_init else 0,
-            cosine=use_cosine_sim,
-            dead_below=threshold_ema_dead_code,
+            init="kmeans" if kmeans_init else "kaiming_uniform",
+            kmeans_iters=kmeans_iters,
+            min_cluster_size=threshold_ema_dead_code,
+            metric="cosine" if use_cosine_sim else "euclidean",
             learnable=self.learnable_codebook,
-            ema=ema,
+            follows_means=ema,
+            ema_decay=decay,
+            ema_eps=eps,
             synchronise=sync_codebook is None or sync_codebook,
             backend=backend,
         )
@@ -164,30 +177,30 @@ class VectorQuantize(nn.Module):
         return_loss_breakdown: bool = False,
         **unsupported: Any,
     ) -> tuple[Any, ...]:
-        """Quantize x; in training mode, let the codebook learn from it afterwards.
+        """Quantizes x. In training mode, the codebook learns from it.
 
-        Where gradient checkpointing runs it twice for a batch, the second pass repeats the first and learns nothing, be
-        it compiled or not; the backward of a batch must then come before the next batch.
+        Under activation checkpointing, compiled or not, the recomputed pass repeats the original one and learns
+        nothing; the backward of a batch must then come before the next batch.
 
         Args:
-            x: [b, n, dim], [b, dim], or channel first as the layer was made: [b, dim, n], [b, dim, h, w],
-                [b, dim, d, h, w]. Its leading shape, x's without dim, is called [...] here.
-            indices: targets for the cross-entropy, shaped like the indices that are returned; -1 does not count.
-            mask: [...] bool, False for padding. Padding may hold anything: nothing is learned from it.
-            lens: [b], in place of a mask for [b, n]: how many positions of each row are no padding.
-            freeze_codebook: None: as the layer was made.
-            return_loss_breakdown: return the parts of the loss as well.
-            unsupported: the other keywords of 1.32.0; each is accepted at its default alone.
+            x: [b, n, dim] or [b, dim]; or with the channels second, as the layer was made for: [b, dim, n],
+                [b, dim, h, w], [b, dim, d, h, w]. [...] is its shape without dim.
+            indices: targets of a cross-entropy, with the shape of the returned indices; -1 does not count.
+            mask: [...] bool, False for padding, which may hold anything.
+            lens: [b], instead of a mask for [b, n]: the number of positions of each row before the padding.
+            freeze_codebook: None: as at construction.
+            return_loss_breakdown: also return the parts of the loss.
+            unsupported: the other keywords of 1.32.0, accepted only at their defaults.
 
         Returns:
-            quantized, shaped like x, in x's dtype; indices [...] int64, or [..., heads]; loss []; with
-            `return_loss_breakdown`, a LossBreakdown. Padding has quantized 0 and index -1. With `indices`: quantized
-            and the cross-entropy [], the mean over all targets that count of -log p, where the codes' probabilities p
-            are softmax(-distance), or softmax(similarity).
+            quantized, with x's shape and dtype; indices [...] int64, or [..., heads]; loss []; with
+            `return_loss_breakdown`, a LossBreakdown. Padding has quantized 0 and index -1. With `indices`: quantized,
+            and the cross-entropy [], the mean of -log p over the targets that count, where the probabilities p of the
+            codes are softmax(-distance), or softmax(similarity).
 
         Raises:
             NotImplementedError, TypeError: as the constructor.
-            TypeError, ValueError: a tensor whose dtype or shape does not fit.
+            TypeError, ValueError: a tensor's dtype or shape does not fit.
         """
         refuse_unsupported(unsupported, IN_A_CALL)
         channel_dim = self._shape.channel_dim(x)
@@ -201,24 +214,18 @@ class VectorQuantize(nn.Module):
         learns = self.training and not frozen
 
         rows = self._rows(positions, mask)  # [C, M, D]
-        searched = rows.detach()
-        self._codebook.begin(searched, row_mask)
-        codebooks = self._codebook.codes_to_search(learns)  # [C, K, D]
-        chosen = self._codebook(searched, codebooks)
+        codes, chosen, codebooks = self._codebook(rows.detach(), row_mask, learns)
         if indices is None:
-            codes = chosen.codes if self.learnable_codebook and learns else chosen.codes.detach()
-            loss, commitment = self._loss(rows, codes, row_mask)
+            target = codes if self.learnable_codebook and learns else codes.detach()
+            loss, commitment = self._loss(rows, target, row_mask)
         else:
             targets = self._layout.split_indices(indices)
-            loss = indices_loss(rows, codebooks.clone(), targets, row_mask, cosine=self.use_cosine_sim)
-        if learns:
-            self._codebook.learn(searched, chosen, row_mask)
+            loss = _cross_entropy(rows, codebooks.clone(), targets, row_mask, cosine=self.use_cosine_sim)
 
-        codes = chosen.codes
         if self.training and x.requires_grad:
-            codes = (turn_gradient if self.rotation_trick else straight_through)(rows, codes)
+            codes = (rotate_gradient if self.rotation_trick else straight_through)(rows, codes)
         quantized = self.project_out(self._layout.join(codes.to(x.dtype), leading))
-        joined = self._layout.join_indices(chosen.indices, leading)
+        joined = self._layout.join_indices(chosen, leading)
         if mask is not None:
             padding = torch.zeros_like(positions) if self.return_zeros_for_masked_padding else positions
             quantized = torch.where(mask[..., None], quantized, padding.to(quantized.dtype))
@@ -227,30 +234,30 @@ class VectorQuantize(nn.Module):
         if indices is not None:
             return quantized, loss
         if return_loss_breakdown:
-            nothing = torch.zeros_like(commitment)
-            return quantized, joined, loss, LossBreakdown(commitment, nothing, nothing, nothing)
+            zero = torch.zeros_like(commitment)
+            return quantized, joined, loss, LossBreakdown(commitment, zero, zero, zero)
         return quantized, joined, loss
 
     def _loss(self, rows: Tensor, codes: Tensor, row_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The loss and its part for commitment, [] each, of rows and their codes [C, M, D]."""
-        nothing = torch.zeros((), device=rows.device)
+        """Returns the loss and its commitment part, [] each, of rows and their codes [C, M, D]."""
+        zero = torch.zeros((), device=rows.device)
         if not self.training:
-            return nothing, nothing
-        is_leaf = not torch.compiler.is_compiling()  # a captured graph cannot make one
-        loss = torch.zeros_like(nothing, requires_grad=is_leaf)  # has a backward, whatever the rows have
+            return zero, zero
+        is_leaf = not torch.compiler.is_compiling()  # a captured graph cannot create a leaf
+        loss = torch.zeros_like(zero, requires_grad=is_leaf)  # can be backpropagated even if the rows cannot
         if not self.commitment_weight:
-            return loss, nothing
-        commitment = commitment_loss(rows, codes, row_mask)
+            return loss, zero
+        commitment = _commitment_loss(rows, codes, row_mask)
         return loss + self.commitment_weight * commitment, commitment
 
     def _rows(self, positions: Tensor, mask: Tensor | None) -> Tensor:
-        """positions [..., dim] as rows [C, M, D], as the codebook searches them; padding is 0 before the projection."""
+        """Returns positions [..., dim] as rows [C, M, D]. Padding is 0 before the projection."""
         if mask is not None:
             positions = positions.masked_fill(~mask[..., None], 0)
         return self._as_searched(self._layout.split(self.project_in(positions)))
 
     def _as_searched(self, rows: Tensor) -> Tensor:
-        """rows [C, M, D] in float32 at least, and then, for the cosine, of length 1."""
+        """Widens rows [C, M, D] to float32 at least, and normalises them for the cosine."""
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         return unit(rows) if self.use_cosine_sim else rows
 
@@ -269,36 +276,50 @@ class VectorQuantize(nn.Module):
     @property
     def ema_update(self) -> bool:
         """Whether the codes follow the means of their rows."""
-        return self._codebook.ema
+        return self._codebook.follows_means
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
-        """The codes of indices [...] int64, or [..., heads], side by side: heads·D channels where x has dim.
-
-        A code of -1 is 0.
-        """
+        """Returns the codes of indices [...] or [..., heads], int64: heads·D channels where x has dim; 0 for -1."""
         return self._shape.restore(self._decode(indices))
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
-        """What the forward pass in eval mode gave as `quantized` with these indices; 0 for padding."""
+        """Returns what the forward pass in eval mode gave as `quantized` with these indices; 0 for padding."""
         output = self.project_out(self._decode(indices))  # [..., dim]
         padding = indices == PADDING if self.heads == 1 else (indices == PADDING).all(dim=-1)
         return self._shape.restore(output.masked_fill(padding[..., None], 0))
 
     def _decode(self, indices: Tensor) -> Tensor:
-        """[..., heads·D]: the codes of indices [...], or [..., heads]."""
+        """Returns the codes [..., heads·D] of indices [...], or [..., heads]."""
         if self.heads > 1 and indices.shape[-1:] != (self.heads,):
             raise ValueError(f"indices must be [..., {self.heads}], one for each head, got {tuple(indices.shape)}")
         leading = indices.shape if self.heads == 1 else indices.shape[:-1]
-        rows = self._layout.split_indices(indices)  # [C, M]
-        padding = rows == PADDING
-        each = zip(self._codebook.embed, rows.masked_fill(padding, 0), strict=True)
-        codes = torch.stack([codes.index_select(0, chosen) for codes, chosen in each])
-        return self._layout.join(codes.masked_fill(padding[..., None], 0), leading)
+        each = zip(self._codebook.embed, self._layout.split_indices(indices), strict=True)
+        return self._layout.join(torch.stack([codes_at(*head) for head in each]), leading)
 
     def expire_codes_(self, x: Tensor) -> None:
-        """In training mode, put dead codes at random rows of x [..., heads·D], which is past `project_in`."""
-        if not self.training or not self._codebook.dead_below:
-            return
-        rows = self._as_searched(self._layout.split(x.detach()))
-        for head in range(self._layout.num_codebooks):
-            self._codebook.replace_dead_codes(head, rows[head], rows[head].isfinite().all(dim=1))
+        """Resets dead codes to random rows of x [..., heads·D], an output of `project_in`. Only in training mode."""
+        if self.training and self._codebook.min_cluster_size:
+            self._codebook.expire(self._as_searched(self._layout.split(x.detach())))
+
+
+def _commitment_loss(rows: Tensor, codes: Tensor, row_mask: Tensor | None) -> Tensor:
+    """Returns the mean of (row - code)², [], over rows [C, M, D] that row_mask [M] does not exclude; 0 for none."""
+    if row_mask is None:
+        return F.mse_loss(rows, codes, reduction="sum") / max(rows.numel(), 1)
+    squares = F.mse_loss(rows, codes, reduction="none")
+    num_numbers = row_mask.sum() * rows.shape[0] * rows.shape[2]
+    return torch.where(row_mask[:, None], squares, 0).sum() / num_numbers.clamp(min=1)
+
+
+def _cross_entropy(
+    rows: Tensor, codebooks: Tensor, targets: Tensor, row_mask: Tensor | None, *, cosine: bool
+) -> Tensor:
+    """Returns the mean cross-entropy, [], of targets [C, M] for rows [C, M, D] in codebooks [C, K, D]; 0 for none.
+
+    A target counts unless it is -1 or row_mask [M] excludes its row.
+    """
+    if row_mask is not None:
+        targets = targets.masked_fill(~row_mask, -1)
+    each = zip(rows, codebooks, targets, strict=True)
+    total = torch.stack([code_cross_entropy(*one, metric="dot" if cosine else "euclidean") for one in each]).sum()
+    return total / (targets != -1).sum().clamp(min=1)

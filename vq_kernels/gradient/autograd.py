@@ -1,37 +1,46 @@
-"""Gradients past the choice of codes, in one stage or in several, each of which takes what the one before left over.
+"""Quantization with gradients: the choice of codes, the straight-through estimator, the gradient of the codebook.
 
-With r_1 = x, c_q the code that stage q chose for r_q, r_{q+1} = r_q - c_q, and M the numbers that count, in all stages:
+A quantizer has Q >= 1 stages, each of which quantizes the residual of the stage before. With r_1 = x, c_q the code that
+stage q chose for r_q, r_{q+1} = r_q - c_q, w the commitment weight and M the numbers that count, in all stages:
 
     quantized = Σ_q c_q,    loss = (1 + w) / M · Σ_q Σ (r_q - c_q)².
 
-With g the gradient that arrives at `quantized`, and 1 at the loss,
+With g the gradient with respect to `quantized`, and 1 with respect to the loss,
 
     x gets g + (2·w / M)·Σ_q r_{q+1},    code k of stage q gets (2 / M)·Σ (c_k - r_q) over its rows.
 
-Kept for the backward are x and the indices, however many stages there are: the residuals are subtracted anew.
+The backward needs x and the indices, for any number of stages: it subtracts the residuals again.
 """
 
+from collections.abc import Sequence
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vq_kernels.gradient import torch_backend
-from vq_kernels.search.backend import choose_backend, has_float64
+from vq_kernels.cosine import most_similar_code
+from vq_kernels.gradient.torch_backend import codebook_gradient
+from vq_kernels.search.api import nearest_code_op
+from vq_kernels.search.backend import Backend, choose_backend, has_float64
+
+Metric = Literal["euclidean", "cosine"]
+METRICS = ("euclidean", "cosine")
 
 LEFT_OUT = -1
-"""The index of a row that a stage leaves out: its code is 0, and it counts for nothing."""
+"""The index of a row that a stage leaves out. Its code is 0, and it does not count."""
+
+_SHORTEST_NORM = 1e-6
 
 
 class Choice(NamedTuple):
-    """What Q stages chose for x [N, D].
+    """The choice of Q stages for x [N, D].
 
     Attributes:
         indices: [Q, N] int64, in [0, K), or LEFT_OUT.
-        codes: [N, D], the sum of the codes chosen, in x's dtype.
-        sq_distances: [Q, N], of each residual to its code; of a row left out, anything.
+        codes: [N, D], the sum of the chosen codes, in x's dtype.
+        sq_distances: [Q, N], from each residual to its code; undefined for rows left out.
     """
 
     indices: Tensor
@@ -39,31 +48,58 @@ class Choice(NamedTuple):
     sq_distances: Tensor
 
 
+def choose(
+    x: Tensor,
+    codebook: Tensor,
+    *,
+    metric: Metric = "euclidean",
+    operands: Sequence[Tensor] = (),
+    backend: Backend = "auto",
+) -> Choice:
+    """Chooses a code for each row in one stage. Arguments and results have no gradient.
+
+    Args:
+        x: [N, D]; unit vectors if the metric is "cosine".
+        codebook: [K, D]; likewise.
+        metric: "euclidean", the nearest code; "cosine", the code with the largest dot product.
+        operands: what the backend prepared of the codebook for "euclidean", or nothing.
+        backend: as for `nearest_code`.
+    """
+    if metric == "cosine":
+        found = most_similar_code(x, codebook, backend=backend)
+        indices, codes = found.indices, found.codes
+    else:
+        indices, codes, sq_distances, _ = nearest_code_op(x, codebook, list(operands), backend, "exact")
+    if metric == "cosine" or torch.float64 in (x.dtype, codebook.dtype):  # the operator's sq_distances are float32
+        sq_distances = (x - codebook[indices]).square().sum(dim=1)
+    return Choice(indices[None], codes, sq_distances[None])
+
+
 def pass_gradients(
     x: Tensor, codebooks: Tensor, choice: Choice, *, commitment_weight: float, complete: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
-    """What was chosen, differentiably.
+    """Returns the chosen codes and the loss with the gradients above.
 
     Args:
         x: [N, D], any floating dtype.
         codebooks: [Q, K, D]. They must not change until the backward.
         choice: for x in these codebooks.
         commitment_weight: w above.
-        complete: no row is left out of any stage.
+        complete: no stage leaves out a row.
         backend: as for `nearest_code`.
 
     Returns:
-        quantized [N, D] in x's dtype, and the loss [], 0 where nothing counts.
+        quantized [N, D] in x's dtype, and the loss [], which is 0 if no row counts.
     """
-    quantized, loss, pull = _PassGradients.apply(x, codebooks, *choice, commitment_weight > 0, complete, backend)
-    return quantized, loss + commitment_weight * pull if commitment_weight > 0 else loss
+    quantized, loss, commitment = _Quantize.apply(x, codebooks, *choice, commitment_weight > 0, complete, backend)
+    return quantized, loss + commitment_weight * commitment if commitment_weight > 0 else loss
 
 
-class _PassGradients(torch.autograd.Function):
-    """(x [N, D], codebooks [Q, K, D], the parts of a `Choice`) -> quantized [N, D], loss [], pull [].
+class _Quantize(torch.autograd.Function):
+    """(x [N, D], codebooks [Q, K, D], the fields of a `Choice`) -> quantized [N, D], loss [], commitment [].
 
-    `loss` and `pull` are one number, the mean of (r_q - c_q)²: the first moves the codes, the second moves x. They are
-    weighted outside, since a graph with dynamic shapes may hold the weight as an input of its own.
+    `loss` and `commitment` are the same number, the mean of (r_q - c_q)². The first has the gradient of the codes, the
+    second that of x. The weight is applied outside, because a graph with dynamic shapes may hold it as an input.
     """
 
     @staticmethod
@@ -73,7 +109,7 @@ class _PassGradients(torch.autograd.Function):
         indices: Tensor,
         codes: Tensor,
         sq_distances: Tensor,
-        pulls: bool,
+        commits: bool,
         complete: bool,
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -84,34 +120,34 @@ class _PassGradients(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, codebooks, indices, _, _, ctx.pulls, ctx.complete, ctx.backend = inputs
+        x, codebooks, indices, _, _, ctx.commits, ctx.complete, ctx.backend = inputs
         ctx.save_for_backward(x, codebooks, indices)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        grad_quantized, grad_loss, grad_pull = grad_outputs
+        grad_quantized, grad_loss, grad_commitment = grad_outputs
         x, codebooks, indices = ctx.saved_tensors
-        x_needs_it, codebooks_need_it = ctx.needs_input_grad[:2]
+        needs_x, needs_codebooks = ctx.needs_input_grad[:2]
         num_numbers = _num_numbers(x, indices, ctx.complete)
-        pulls = x_needs_it and ctx.pulls
-        residual, left_over, grad_codebooks = x, None, []
+        commits = needs_x and ctx.commits
+        residual, residual_sum, grad_codebooks = x, None, []
         for stage, (codebook, chosen) in enumerate(zip(codebooks, indices, strict=True), start=1):
             left_out = None if ctx.complete else (chosen == LEFT_OUT)[:, None]
             chosen = chosen if ctx.complete else chosen.clamp(min=0)
-            if codebooks_need_it:
+            if needs_codebooks:
                 rows = residual.detach()
-                if left_out is not None:  # at its code, a row adds nothing to the sums
+                if left_out is not None:  # a row at its code adds 0
                     rows = torch.where(left_out, codebook[chosen], rows)
                 sums = difference_sums(rows, codebook, chosen, ctx.backend)
                 grad_codebooks.append((2 * grad_loss / num_numbers * sums).to(codebook.dtype))
-            if pulls or stage < len(indices):
+            if commits or stage < len(indices):
                 residual = residual - codebook.detach()[chosen]
                 residual = residual if left_out is None else residual.masked_fill(left_out, 0)
-            if pulls:
-                left_over = residual if left_over is None else left_over + residual
-        grad_x = grad_quantized if x_needs_it else None
-        if left_over is not None:
-            grad_x = grad_quantized + (2 * grad_pull / num_numbers * left_over).to(grad_quantized.dtype)
+            if commits:
+                residual_sum = residual if residual_sum is None else residual_sum + residual
+        grad_x = grad_quantized if needs_x else None
+        if residual_sum is not None:
+            grad_x = grad_quantized + (2 * grad_commitment / num_numbers * residual_sum).to(grad_quantized.dtype)
         return grad_x, torch.stack(grad_codebooks) if grad_codebooks else None, *[None] * 6
 
 
@@ -122,42 +158,39 @@ def _num_numbers(x: Tensor, indices: Tensor, complete: bool) -> int | Tensor:
     return ((indices != LEFT_OUT).sum() * x.shape[1]).clamp(min=1)
 
 
-_SHORTEST_NORM = 1e-6
-
-
 def straight_through(x: Tensor, codes: Tensor) -> Tensor:
-    """`codes` as they are, [..., D] in x's dtype; the gradient that arrives goes to x unchanged, and none to the codes.
+    """Returns `codes` [..., D] in x's dtype. Its gradient goes to x unchanged, and not to the codes.
 
     Source: Bengio et al. 2013, arXiv:1308.3432; van den Oord et al. 2017, arXiv:1711.00937, section 3.2.
     """
-    passed: Tensor = _PassGradient.apply(x, codes, False)
-    return passed
+    result: Tensor = _StraightThrough.apply(x, codes, False)
+    return result
 
 
 def rotation_trick(x: Tensor, codes: Tensor) -> Tensor:
-    """`codes` as they are, [..., D] in x's dtype; x gets the gradient that arrives, turned and scaled from code to x.
+    """Returns `codes` [..., D] in x's dtype. Its gradient goes to x, rotated and scaled from the code to x.
 
-    A code c is R·x·‖c‖/‖x‖, where R turns x's direction u into c's direction v: with w = (u + v)/‖u + v‖,
-    R = 1 - 2·w·wᵀ + 2·v·uᵀ. Taken as constant, that gives x the gradient ‖c‖/‖x‖·(g - 2·w·(w·g) + 2·u·(v·g)); the
+    A code c is R·x·‖c‖/‖x‖, where R rotates x's direction u to c's direction v: with w = (u + v)/‖u + v‖,
+    R = 1 - 2·w·wᵀ + 2·v·uᵀ. Taken as a constant, this gives x the gradient ‖c‖/‖x‖·(g - 2·w·(w·g) + 2·u·(v·g)). The
     codes get none. Norms under 1e-6 count as 1e-6.
 
     Source: Fifty et al. 2024, arXiv:2410.06424, section 4.2.
     """
-    turned: Tensor = _PassGradient.apply(x, codes, True)
-    return turned
+    result: Tensor = _StraightThrough.apply(x, codes, True)
+    return result
 
 
-class _PassGradient(torch.autograd.Function):
-    """(x [..., D], codes [..., D]) -> codes [..., D]. Saves x and the codes, and only where the gradient is turned."""
+class _StraightThrough(torch.autograd.Function):
+    """(x [..., D], codes [..., D]) -> codes [..., D]. Saves x and the codes only if the gradient is rotated."""
 
     @staticmethod
-    def forward(x: Tensor, codes: Tensor, turn: bool) -> Tensor:
+    def forward(x: Tensor, codes: Tensor, rotate: bool) -> Tensor:
         return codes.to(x.dtype, copy=True)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, bool], output: Tensor) -> None:
-        x, codes, ctx.turn = inputs
-        if ctx.turn:
+        x, codes, ctx.rotate = inputs
+        if ctx.rotate:
             ctx.save_for_backward(x, codes)
 
     @staticmethod
@@ -165,10 +198,10 @@ class _PassGradient(torch.autograd.Function):
         (grad,) = grad_outputs
         if not ctx.needs_input_grad[0]:
             return None, None, None
-        return (_turn_back(grad, *ctx.saved_tensors) if ctx.turn else grad), None, None
+        return (_rotate_back(grad, *ctx.saved_tensors) if ctx.rotate else grad), None, None
 
 
-def _turn_back(grad: Tensor, x: Tensor, codes: Tensor) -> Tensor:
+def _rotate_back(grad: Tensor, x: Tensor, codes: Tensor) -> Tensor:
     """Rᵀ·grad·‖code‖/‖x‖, [..., D], in float32 at least."""
     wide = torch.promote_types(grad.dtype, torch.float32)
     g, x, codes = grad.to(wide), x.detach().to(wide), codes.detach().to(wide)
@@ -177,15 +210,15 @@ def _turn_back(grad: Tensor, x: Tensor, codes: Tensor) -> Tensor:
     from_direction = x / x_norm
     to_direction = codes / code_norm.clamp(min=_SHORTEST_NORM)
     middle = F.normalize(from_direction + to_direction, dim=-1, eps=_SHORTEST_NORM)
-    turned = g - 2 * middle * (middle * g).sum(dim=-1, keepdim=True)
-    turned = turned + 2 * from_direction * (to_direction * g).sum(dim=-1, keepdim=True)
-    grad_x: Tensor = turned * (code_norm / x_norm)
+    rotated = g - 2 * middle * (middle * g).sum(dim=-1, keepdim=True)
+    rotated = rotated + 2 * from_direction * (to_direction * g).sum(dim=-1, keepdim=True)
+    grad_x: Tensor = rotated * (code_norm / x_norm)
     return grad_x.to(grad.dtype)
 
 
 @torch.library.custom_op("vq_kernels::codebook_gradient", mutates_args=())
 def codebook_gradient_op(x: Tensor, codebook: Tensor, indices: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    """x [N, D], codebook [K, D], indices [N] -> the sums of (code - row) [K, D], and counts [K] int64."""
+    """x [N, D], codebook [K, D], indices [N] -> sums of (code - row) over the rows of each code, [K, D]; counts [K]."""
     if not has_float64(x.device):
         sums, counts = codebook_gradient_op(x.cpu(), codebook.cpu(), indices.cpu(), backend)
         return sums.to(x.device), counts.to(x.device)
@@ -195,7 +228,7 @@ def codebook_gradient_op(x: Tensor, codebook: Tensor, indices: Tensor, backend: 
         triton_backend = import_module("vq_kernels.gradient.triton_backend")  # on first use
         sums, counts = triton_backend.codebook_gradient(x, codebook, indices, deterministic)
         return sums, counts
-    return torch_backend.codebook_gradient(x, codebook, indices, deterministic)
+    return codebook_gradient(x, codebook, indices, deterministic)
 
 
 @codebook_gradient_op.register_fake
@@ -206,8 +239,10 @@ def _(x: Tensor, codebook: Tensor, indices: Tensor, backend: str) -> tuple[Tenso
 
 
 def difference_sums(x: Tensor, codebook: Tensor, indices: Tensor, backend: str) -> Tensor:
-    """The operator's sums of (code - row), [K, D], differentiably: for gradients of gradients, and for
-    `torch.func.grad`, where no operator may stand that has no gradient."""
+    """Returns the operator's sums of (code - row), [K, D], with a gradient.
+
+    Gradients of gradients need it, and so does `torch.func.grad`, which rejects operators without a gradient.
+    """
     sums: Tensor = _DifferenceSums.apply(x, codebook, indices, backend)[0]
     return sums
 

@@ -1,6 +1,8 @@
-"""Where codes begin anew: at rows spread evenly over the batch, the batch of all ranks where there are several."""
+"""Samples the rows that replace dead codes, from the batch of all ranks.
 
-from typing import NamedTuple
+`evenly_spaced_rows` gives the rows that one process with the whole batch would give. `random_rows` draws a random
+permutation on each rank, as vector_quantize_pytorch does on one. Neither branches on data, so both can be compiled.
+"""
 
 import torch
 import torch.distributed
@@ -9,36 +11,56 @@ from torch import Tensor
 from vq_kernels.distributed import rank_and_world, sum_over_ranks
 
 
-def spread_rows(
-    x: Tensor, slots: Tensor, num_slots: Tensor, *, noise: float, dtype: torch.dtype, synchronise: bool
+def evenly_spaced_rows(
+    rows: Tensor,
+    row_mask: Tensor | None,
+    slots: Tensor,
+    num_slots: Tensor,
+    *,
+    noise: float,
+    dtype: torch.dtype,
+    synchronise: bool,
 ) -> Tensor:
-    """A row of the batch for each slot, evenly spaced from a random start, with noise.
+    """Returns one row for each slot, evenly spaced from a random start, with noise added.
 
-    The batch is all ranks' rows, in the order of the ranks. Each rank answers for its own rows, so that the result is
-    the same on all of them, whatever they draw; where they draw the same random numbers it is that of one process with
-    all rows. Written without a branch on data, for compiled graphs.
+    The batch is the rows of all ranks, in rank order. Each rank contributes its own rows, so the result is the same on
+    all ranks, even if their random numbers differ. If these are equal, it is the result of one process with all rows.
 
     Args:
-        x: [N, D], this rank's rows; N may differ from rank to rank.
-        slots: [K] int64, the same on all ranks; those in [0, num_slots) get distinct rows, if there are as many.
+        rows: [N, D], this rank's rows; N may differ between ranks.
+        row_mask: [N] bool, the rows that may be taken; None: all.
+        slots: [K] int64, equal on all ranks. Slots in [0, num_slots) get distinct rows if there are enough.
         num_slots: [] int64.
-        noise: standard deviation added, relative to the row's root mean square.
-        dtype: of the result.
-        synchronise: over the ranks of the default process group, where there is one; else this process alone.
+        noise: standard deviation of the noise, relative to the row's root mean square.
+        dtype: dtype of the result.
+        synchronise: over the ranks of the default process group; False: this process alone.
 
     Returns:
-        [K, D], the same on all ranks; NaN where there are no rows at all.
+        [K, D], equal on all ranks; NaN if there are no rows.
     """
+    if row_mask is not None:
+        rows = _repeat_masked(rows, row_mask)
     if rank_and_world(synchronise)[1] == 1:
-        start = torch.randint(x.shape[0], (), device=x.device)
-        return _with_noise(x[(start + slots * x.shape[0] // num_slots.clamp(min=1)) % x.shape[0]].to(dtype), noise)
-    start, first, num_rows = draw_start(x).unbind()
-    rows = (start + slots * num_rows // num_slots.clamp(min=1)) % num_rows.clamp(min=1) - first  # of this rank's
-    here = (rows >= 0) & (rows < x.shape[0])
-    padded = x if x.shape[0] else x.new_zeros(1, x.shape[1])
-    targets = _with_noise(padded[rows.clamp(0, padded.shape[0] - 1)].to(dtype), noise)
-    targets = sum_over_ranks(torch.where(here[:, None], targets, 0), synchronise)
+        start = torch.randint(rows.shape[0], (), device=rows.device)
+        chosen = (start + slots * rows.shape[0] // num_slots.clamp(min=1)) % rows.shape[0]
+        return _with_noise(rows[chosen].to(dtype), noise)
+    start, first, num_rows = draw_start(rows).unbind()
+    chosen = (start + slots * num_rows // num_slots.clamp(min=1)) % num_rows.clamp(min=1) - first  # on this rank
+    is_here = (chosen >= 0) & (chosen < rows.shape[0])
+    padded = rows if rows.shape[0] else rows.new_zeros(1, rows.shape[1])
+    targets = _with_noise(padded[chosen.clamp(0, padded.shape[0] - 1)].to(dtype), noise)
+    targets = sum_over_ranks(torch.where(is_here[:, None], targets, 0), synchronise)
     return targets.masked_fill(num_rows == 0, torch.nan)
+
+
+def _repeat_masked(rows: Tensor, row_mask: Tensor) -> Tensor:
+    """Repeats the rows [N, D] that row_mask [N] bool keeps, in order, until there are N. NaN if it keeps none.
+
+    Evenly spaced rows of the result are then evenly spaced rows of those kept.
+    """
+    kept_first = row_mask.logical_not().argsort(stable=True)
+    position = torch.arange(rows.shape[0], device=rows.device) * row_mask.sum() // max(rows.shape[0], 1)
+    return rows[kept_first[position]].masked_fill(~row_mask.any(), torch.nan)
 
 
 def _with_noise(rows: Tensor, noise: float) -> Tensor:
@@ -47,51 +69,50 @@ def _with_noise(rows: Tensor, noise: float) -> Tensor:
 
 
 @torch.library.custom_op("vq_kernels::draw_start", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
-def draw_start(x: Tensor) -> Tensor:
-    """A random row of the batch of all ranks, where this rank's rows [N, D] begin in it, and its size: [3] int64.
+def draw_start(rows: Tensor) -> Tensor:
+    """Returns [3] int64: a random row of the batch of all ranks, the position of this rank's rows, the batch size.
 
-    An operator, so that a captured graph holds a node: how many rows the ranks have is read on the host, to draw what
-    one process would draw.
+    An operator, because the number of rows is read on the host, to draw the number that one process would draw.
     """
     rank, world_size = rank_and_world(synchronise=True)
-    counts = torch.zeros(world_size, dtype=torch.int64, device=x.device)
-    counts[rank] = x.shape[0]
+    counts = torch.zeros(world_size, dtype=torch.int64, device=rows.device)
+    counts[rank] = rows.shape[0]
     num_rows = sum_over_ranks(counts, synchronise=True).tolist()
-    start = torch.randint(max(sum(num_rows), 1), (), device=x.device)
+    start = torch.randint(max(sum(num_rows), 1), (), device=rows.device)
     torch.distributed.broadcast(start, src=0)
     return torch.stack([start, *(start.new_tensor(value) for value in (sum(num_rows[:rank]), sum(num_rows)))])
 
 
 @draw_start.register_fake
-def _(x: Tensor) -> Tensor:
-    return x.new_empty(3, dtype=torch.int64)
+def _(rows: Tensor) -> Tensor:
+    return rows.new_empty(3, dtype=torch.int64)
 
 
-def draw_rows(
-    rows: Tensor, counted: Tensor, order: Tensor, slots: Tensor, *, synchronise: bool
+def random_rows(
+    rows: Tensor, counted: Tensor, permutation: Tensor, slots: Tensor, *, synchronise: bool
 ) -> tuple[Tensor, Tensor]:
-    """A random row for each slot, distinct ones for distinct slots; written without a branch on data.
+    """Returns one random row for each slot, distinct rows for distinct slots.
 
-    Slot s is served by rank s mod W of W, from a random order of its own rows: what is drawn agrees on all ranks
-    without sharing a random number, or a row that is not needed.
+    Rank s mod W of W serves slot s, from a random permutation of its own rows. The ranks therefore agree without
+    sharing random numbers, or rows that are not needed.
 
     Args:
-        rows: [M, D]; M may differ from rank to rank.
-        counted: [M] bool, which rows may be drawn.
-        order: [M] int64, a random permutation; this rank's own.
-        slots: [K] int64, >= 0, the same on all ranks.
-        synchronise: as for `row_sums`.
+        rows: [M, D]; M may differ between ranks.
+        counted: [M] bool, the rows that may be drawn.
+        permutation: [M] int64, random, of this rank.
+        slots: [K] int64, >= 0, equal on all ranks.
+        synchronise: as for `evenly_spaced_rows`.
 
     Returns:
-        drawn [K, D], and found [K] bool: false where the rank that serves the slot has not so many rows.
+        drawn [K, D], and found [K] bool: false if the rank that serves the slot has too few rows.
     """
     rank, world = rank_and_world(synchronise)
     position = slots // world
     if rows.shape[0]:
-        rank_of_row = counted[order].cumsum(0)  # 1 for the first that counts
-        place = torch.searchsorted(rank_of_row, position + 1).clamp(max=rows.shape[0] - 1)
-        found = (slots % world == rank) & (position < rank_of_row[-1])
-        drawn = torch.where(found[:, None], rows[order[place]], 0)
+        num_counted = counted[permutation].cumsum(0)
+        place = torch.searchsorted(num_counted, position + 1).clamp(max=rows.shape[0] - 1)
+        found = (slots % world == rank) & (position < num_counted[-1])
+        drawn = torch.where(found[:, None], rows[permutation[place]], 0)
     else:
         found = torch.zeros_like(slots, dtype=torch.bool)
         drawn = rows.new_zeros(slots.shape[0], rows.shape[1])
@@ -99,35 +120,29 @@ def draw_rows(
     return packed[:, 1:], packed[:, 0] > 0
 
 
-class Lots(NamedTuple):
-    """The random numbers of `draw_replacements`: an order of the rows, [M] int64, and a number in [0, 1), []."""
-
-    order: Tensor
-    first: Tensor
+def draw_sampling(num_rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Draws the random numbers of `random_replacements`: a permutation [M] int64, and an offset [] in [0, 1)."""
+    return torch.randperm(num_rows, device=device), torch.rand((), device=device)
 
 
-def draw_lots(num_rows: int, device: torch.device) -> Lots:
-    """Draw them for M rows; on each rank by itself."""
-    return Lots(torch.randperm(num_rows, device=device), torch.rand((), device=device))
-
-
-def draw_replacements(
-    dead: Tensor, rows: Tensor, counted: Tensor, lots: Lots, *, synchronise: bool
+def random_replacements(
+    dead: Tensor, rows: Tensor, counted: Tensor, sampling: tuple[Tensor, Tensor], *, synchronise: bool
 ) -> tuple[Tensor, Tensor]:
-    """A random row for each dead code. Where there are fewer rows than dead codes, some of these have to wait.
+    """Returns a random row for each dead code. If there are fewer rows than dead codes, a random choice of these waits.
 
     Args:
-        dead: [K] bool, the same on all ranks.
-        rows, counted, synchronise: as for `draw_rows`.
-        lots: of `draw_lots`; this rank's own.
+        dead: [K] bool, equal on all ranks.
+        rows, counted, synchronise: as for `random_rows`.
+        sampling: from `draw_sampling`, on each rank its own.
 
     Returns:
         drawn [K, D], and replaced [K] bool: the dead codes that got a row.
     """
+    permutation, offset = sampling
     num_dead = dead.sum()
-    first = lots.first * (rank_and_world(synchronise)[0] == 0)  # rank 0 decides who waits
-    num_counted, first = sum_over_ranks(torch.stack([counted.sum().to(first.dtype), first]), synchronise)
-    start = torch.where(num_dead > num_counted, (first * num_dead).long(), 0)
+    offset = offset * (rank_and_world(synchronise)[0] == 0)  # all ranks use that of rank 0
+    num_counted, offset = sum_over_ranks(torch.stack([counted.sum().to(offset.dtype), offset]), synchronise)
+    start = torch.where(num_dead > num_counted, (offset * num_dead).long(), 0)
     slots = (dead.cumsum(0) - 1 - start) % num_dead.clamp(min=1)
-    drawn, found = draw_rows(rows, counted, lots.order, slots, synchronise=synchronise)
+    drawn, found = random_rows(rows, counted, permutation, slots, synchronise=synchronise)
     return drawn, dead & found

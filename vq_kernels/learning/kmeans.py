@@ -1,4 +1,4 @@
-"""k-means on the first batch, as one operator: a captured graph holds a node, not the loop."""
+"""k-means on the first batch, as one operator: in a captured graph it is a node, not a loop."""
 
 from typing import cast
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vq_kernels.cosine import most_similar_code, unit
-from vq_kernels.learning.dead_codes import draw_rows
+from vq_kernels.learning.dead_codes import random_rows
 from vq_kernels.learning.ema import row_sums
 from vq_kernels.search import nearest_code
 from vq_kernels.search.backend import Backend
@@ -23,29 +23,29 @@ def kmeans_if_needed(
     synchronise: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Lloyd's algorithm from random rows, if it is needed and there are rows.
+    """Runs Lloyd's algorithm from random rows, if it is needed and there are rows.
 
     Args:
-        needed: [] bool, the same on all ranks. Reading it waits for the device.
-        rows: [M, D], float32 or float64; unit vectors, if `cosine`.
-        counted: [M] bool, which rows count; those holding NaN or Inf never do.
-        num_codes: K. Where there are fewer rows, rows are repeated.
+        needed: [] bool, equal on all ranks. Reading it waits for the device.
+        rows: [M, D], float32 or float64; unit vectors if `cosine`.
+        counted: [M] bool, the rows to use. Rows with NaN or Inf are never used.
+        num_codes: K. If there are fewer rows, they are repeated.
         num_iterations: >= 1.
-        cosine: assign by the dot product, and bring the means to length 1.
+        cosine: assign by the dot product, and normalise the means.
         synchronise: as for `row_sums`.
         backend: as for `nearest_code`.
 
     Returns:
-        means [K, D], in rows' dtype; counts [K], likewise, the rows of each mean in the last iteration; made [] bool:
-        false where nothing was done, and the other two are 0.
+        means [K, D] and counts [K] of the last iteration, in the dtype of rows; done [] bool. If it is false, nothing
+        was done and the other two are 0.
     """
     nothing = rows.new_zeros(num_codes, rows.shape[1]), rows.new_zeros(num_codes), torch.zeros_like(needed)
     if not needed:
         return nothing
     counted = counted & rows.isfinite().all(dim=1)
     slots = torch.arange(num_codes, device=rows.device)
-    order = torch.randperm(rows.shape[0], device=rows.device)
-    means, found = draw_rows(rows, counted, order, slots, synchronise=synchronise)
+    permutation = torch.randperm(rows.shape[0], device=rows.device)
+    means, found = random_rows(rows, counted, permutation, slots, synchronise=synchronise)
     if not found.any():
         return nothing
     distinct = means[found]

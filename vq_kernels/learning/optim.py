@@ -4,10 +4,10 @@ from typing import Any
 
 import torch
 
-from vq_kernels.modules.codebook import LearnedCodebooks
+from vq_kernels.modules.base import QuantizerBase
 
 
-def count_normalised_param_group(quantizer: LearnedCodebooks, fraction: float) -> dict[str, Any]:
+def count_normalised_param_group(quantizer: QuantizerBase, fraction: float) -> dict[str, Any]:
     """Returns an SGD parameter group whose step moves each chosen code `fraction` of the way to the mean of its rows.
 
     Use it together with `attach_count_normalised_step`. It has no momentum and no weight decay, so a code moves only
@@ -30,7 +30,7 @@ def count_normalised_param_group(quantizer: LearnedCodebooks, fraction: float) -
     return {"params": [quantizer.codebook], "lr": fraction, "momentum": 0.0, "weight_decay": 0.0}
 
 
-def attach_count_normalised_step(optimizer: torch.optim.Optimizer, quantizer: LearnedCodebooks) -> Any:
+def attach_count_normalised_step(optimizer: torch.optim.Optimizer, quantizer: QuantizerBase) -> Any:
     """Adds a hook to the optimizer that divides each code's gradient by its share of the batch before each step.
 
     The gradient of the loss at code k is 2·n_k / (N·D) times the difference between the code and the mean of its n_k

@@ -1,56 +1,168 @@
-"""From vectors to codes and back, in one stage or in several: what the two quantizers of this library share."""
+"""The base class of the quantizers: from vectors to codes and back, over heads and stages."""
 
+import math
+from dataclasses import dataclass
 from functools import reduce
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from vq_kernels.cosine import unit
-from vq_kernels.functional import Quantized, choose
-from vq_kernels.gradient.autograd import LEFT_OUT, Choice, pass_gradients
-from vq_kernels.heads import check_mask
+from vq_kernels.functional import Quantized
+from vq_kernels.gradient.autograd import LEFT_OUT, Choice, choose, pass_gradients
 from vq_kernels.learning.ema import RowSums
-from vq_kernels.learning.recompute import is_second_pass, unless_second_pass
-from vq_kernels.modules.codebook import LearnedCodebooks
-from vq_kernels.search.validation import check_dtype
+from vq_kernels.learning.recompute import is_recomputing
+from vq_kernels.modules.codebook import Codebook, check_at_least, stack
+from vq_kernels.search.validation import check_choice, check_dtype
+
+Init = Literal["normal", "uniform", "data"]
+INITS = ("normal", "uniform", "data")
 
 
-class StagedQuantizer(LearnedCodebooks):
-    """The forward pass of `LearnedCodebooks`, and the way back.
+@dataclass(frozen=True)
+class HeadLayout:
+    """How vectors [..., heads·D] are split into rows [C, M, D] for C codebooks.
 
-    [...] is the shape of x without its channels, N the number of its positions. Rows are [C, M, D]: M is N, or N·heads
-    where all heads share their codebooks.
+    If all heads share a codebook, C = 1, M = N·heads, and the split is a view. If each head has its own, C = heads and
+    M = N.
+
+    Attributes:
+        heads: parts of each vector, >= 1.
+        separate: whether each head has its own codebook.
     """
 
+    heads: int
+    separate: bool
+
+    @property
+    def num_codebooks(self) -> int:
+        """C."""
+        return self.heads if self.separate else 1
+
+    def split(self, x: Tensor) -> Tensor:
+        """Splits x [..., heads·D] into rows [C, M, D]."""
+        rows = x.reshape(-1, self.num_codebooks, x.shape[-1] // self.num_codebooks).transpose(0, 1)
+        return rows.reshape(self.num_codebooks, -1, x.shape[-1] // self.heads)
+
+    def join(self, rows: Tensor, leading: torch.Size) -> Tensor:
+        """Joins rows [C, M, D] to [*leading, heads·D]."""
+        parts, code_dim = self.heads // self.num_codebooks, rows.shape[-1]
+        joined = rows.reshape(self.num_codebooks, math.prod(leading), parts * code_dim).transpose(0, 1)
+        return joined.reshape(*leading, self.heads * code_dim)
+
+    def split_indices(self, indices: Tensor) -> Tensor:
+        """Splits indices [..., heads], or [...] for one head, into [C, M]."""
+        return indices.reshape(-1, self.num_codebooks, self.heads // self.num_codebooks).transpose(0, 1).flatten(1)
+
+    def join_indices(self, indices: Tensor, leading: torch.Size) -> Tensor:
+        """Joins indices [C, M] to [*leading, heads], or [*leading] for one head."""
+        parts = self.heads // self.num_codebooks
+        joined = indices.reshape(self.num_codebooks, math.prod(leading), parts).transpose(0, 1)
+        return joined.reshape(*leading, self.heads) if self.heads > 1 else joined.reshape(leading)
+
+    def split_mask(self, mask: Tensor) -> Tensor:
+        """Repeats mask [...] bool for the rows of a codebook, [M]."""
+        return mask.reshape(-1, 1).expand(-1, self.heads // self.num_codebooks).reshape(-1)
+
+
+def check_mask(mask: Tensor, shape: torch.Size) -> None:
+    """Raises TypeError or ValueError unless `mask` is bool and has this shape."""
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask must be bool, got {mask.dtype}")
+    if mask.shape != shape:
+        raise ValueError(f"mask must be {tuple(shape)} to match x, got {tuple(mask.shape)}")
+
+
+class QuantizerBase(Codebook):
+    """The forward pass of the quantizers and its inverse, for Q stages, and C codebooks in each.
+
+    [...] is the shape of x without its channels, and N the number of positions. Rows are [C, M, D], see `HeadLayout`.
+    Codebook p = c·Q + q is that of head c in stage q.
+
+    Args:
+        num_stages: Q; None: 1, and no dimension for it in the state.
+        num_codes, code_dim, heads, separate_codebooks, channel_dim: as for `VectorQuantizer`.
+        commitment_weight, ema_decay: as for `VectorQuantizer`.
+        options: the other arguments of `Codebook`.
+    """
+
+    codebook: Tensor
+    cluster_sizes: Tensor
+    cluster_sums: Tensor
+
+    def __init__(
+        self,
+        num_stages: int | None,
+        num_codes: int,
+        code_dim: int,
+        *,
+        commitment_weight: float,
+        heads: int,
+        separate_codebooks: bool,
+        channel_dim: int,
+        ema_decay: float | None,
+        **options: Any,
+    ) -> None:
+        check_at_least(1, heads=heads)
+        check_at_least(0, commitment_weight=commitment_weight)
+        check_choice("init", options["init"], INITS)
+        layout = HeadLayout(heads, separate_codebooks and heads > 1)
+        leading = ((heads,) if layout.separate else ()) + (() if num_stages is None else (num_stages,))
+        super().__init__(
+            leading,
+            num_codes,
+            code_dim,
+            learnable=ema_decay is None,
+            follows_means=ema_decay is not None,
+            ema_decay=ema_decay,
+            **options,
+        )
+        self.commitment_weight = commitment_weight
+        self.heads = heads
+        self.channel_dim = channel_dim
+        self._layout = layout
+        self._num_stages = 1 if num_stages is None else num_stages
+
+    def extra_repr(self) -> str:
+        """Returns the arguments that `print(module)` shows."""
+        sizes = f"num_codes={self.num_codes}, code_dim={self.code_dim}"
+        shown = f"{sizes}, init={self.init!r}, restart_after={self.restart_after}"
+        defaults = {"metric": "euclidean", "heads": 1, "channel_dim": -1, "ema_decay": None}
+        changed = {name: getattr(self, name) for name, value in defaults.items() if getattr(self, name) != value}
+        if self._layout.separate:
+            changed["separate_codebooks"] = True
+        return ", ".join([shown, *(f"{name}={value!r}" for name, value in changed.items())])
+
     def _quantize(self, x: Tensor, mask: Tensor | None, active: Tensor | None = None) -> Quantized:
-        """Quantize x; in training mode, restart, learn and count.
+        """Quantizes x; in training mode, also updates the codebooks.
 
         Args:
             x: heads·D channels in `channel_dim`.
-            mask: [...] bool, False for padding; None: there is none.
+            mask: [...] bool, False for padding; None: no padding.
             active: [Q] bool, the stages that take part; None: all.
 
         Returns:
             Quantized, with indices [..., Q], or [..., heads, Q].
         """
+        learns = self.training
         positions, row_mask = self._positions(x, mask)
         leading = positions.shape[:-1]
         rows = self._as_searched(self._layout.split(positions))
-        left_out = self._left_out(rows.shape[1], row_mask, active)  # [Q, M]
-        choices, searched, batches = self._choose(rows.detach(), row_mask, left_out)
+        left_out = self._left_out(rows.shape[1], row_mask, active)
+        choices, searched, batches = self._choose(rows.detach(), row_mask, left_out, learns)
         indices = torch.stack([choice.indices for choice in choices])  # [C, Q, M]
+        codebooks = self._by_head(self._normalise(self._differentiable(searched, learns)))
+        weight, complete = self.commitment_weight, left_out is None
         passed = [
-            pass_gradients(
-                *head, commitment_weight=self.commitment_weight, complete=left_out is None, backend=self.backend
-            )
-            for head in zip(rows, self._by_head(self._differentiable(searched)), choices, strict=True)
+            pass_gradients(*head, commitment_weight=weight, complete=complete, backend=self.backend)
+            for head in zip(rows, codebooks, choices, strict=True)
         ]
-        if self.training and not is_second_pass():
-            learning = self._learning(active)
+        if learns and not is_recomputing():
+            learning = self._learning(None if active is None else active.repeat(len(choices)))
             self._count(indices.flatten(0, 1), learning)
-            if self.ema_decay is not None:
-                self._follow(searched, batches, self.ema_decay, learning)
-        codes = torch.stack([codes for codes, _ in passed]) if len(passed) > 1 else passed[0][0][None]
+            if self.follows_means:
+                self._update_averages(searched, batches, learning)
+        codes = stack([codes for codes, _ in passed])
         return Quantized(
             self._restore(self._layout.join(codes.to(x.dtype), leading)),
             torch.stack([self._layout.join_indices(stage, leading) for stage in indices.unbind(1)], dim=-1),
@@ -58,30 +170,33 @@ class StagedQuantizer(LearnedCodebooks):
         )
 
     def _choose(
-        self, rows: Tensor, row_mask: Tensor | None, left_out: Tensor | None
+        self, rows: Tensor, row_mask: Tensor | None, left_out: Tensor | None, learns: bool
     ) -> tuple[list[Choice], list[Tensor], list[RowSums]]:
-        """Search for each head, stage after stage, without a gradient; codes that are due restart before.
+        """Searches stage after stage for each head, without a gradient. In training, dead codes are reset before.
 
         Args:
             rows: [C, M, D], detached.
             row_mask: [M] bool, False for padding.
-            left_out: [Q, M] bool, the rows that a stage leaves out, padding too.
+            left_out: [Q, M] bool, the rows that each stage leaves out, including padding.
+            learns: whether codes may change.
 
         Returns:
-            What each head's stages choose, [C]; the codebooks that were searched, [C·Q], as they are held; and, if
-            codes follow the means of their rows, what the batch says about each, [C·Q], or nothing.
+            The choices of the C heads; the C·Q codebooks that were searched, before they are normalised; and, if the
+            codes follow the means of their rows, the statistics of the batch for each, else nothing.
         """
         choices, searched, batches = [], [], []
         for head, residual in enumerate(rows):
             indices, sq_distances, total = [], [], residual.new_zeros(())
             for stage in range(self._num_stages):
-                place = head * self._num_stages + stage
-                self._restart(place, residual, row_mask)
-                searched.append(self._to_search(place))
-                codebook = self._as_codes(searched[place])
+                p = head * self._num_stages + stage
+                if learns:
+                    self._reset_unused(p, residual, row_mask)
+                searched.append(self._to_search(p, learns))
+                codebook = self._normalise(searched[p])
                 chosen, codes, distances = choose(residual, codebook, metric=self.metric, backend=self.backend)
-                if self.training and self.ema_decay is not None and not is_second_pass():
-                    batches.append(self._row_sums(residual, codebook, chosen[0], row_mask))
+                if learns and self.follows_means and not is_recomputing():
+                    counted = self._counted(residual, row_mask)
+                    batches.append(self._row_sums(residual, codebook, chosen[0], counted))
                 if stage + 1 < self._num_stages:
                     residual = residual - codes
                 if left_out is not None:
@@ -93,15 +208,8 @@ class StagedQuantizer(LearnedCodebooks):
             choices.append(Choice(torch.cat(indices), total, torch.cat(sq_distances)))
         return choices, searched, batches
 
-    def _learning(self, active: Tensor | None) -> Tensor | None:
-        """[C·Q] bool: the codebooks that learn from a batch; None: all. For `active` see `_quantize`."""
-        if active is None and not torch.compiler.is_compiling():
-            return None
-        active = torch.ones_like(self.needs_data) if active is None else active.expand_as(self.needs_data)
-        return unless_second_pass(active.flatten())
-
     def _left_out(self, num_rows: int, row_mask: Tensor | None, active: Tensor | None) -> Tensor | None:
-        """[Q, M] bool: the rows that each stage leaves out; None: no stage leaves out any."""
+        """Returns [Q, M] bool: the rows that each stage leaves out; None: no stage leaves out any."""
         if row_mask is None and active is None:
             return None
         taken = torch.ones(self._num_stages, num_rows, dtype=torch.bool, device=self.codebook.device)
@@ -109,17 +217,17 @@ class StagedQuantizer(LearnedCodebooks):
         return ~(taken if active is None else taken & active[:, None])
 
     def _decode(self, indices: Tensor) -> Tensor:
-        """The sums of the codes of the first q stages, at indices [..., q], or [..., heads, q]; channels as in x."""
+        """Sums the codes of the first q stages, at indices [..., q] or [..., heads, q]. The channels are as in x."""
         leading = indices.shape[:-1] if self.heads == 1 else indices.shape[:-2]
         by_head = torch.stack([self._layout.split_indices(stage) for stage in indices.unbind(-1)], dim=1)  # [C, q, M]
         sums = []
-        for codebooks, stages in zip(self._by_head(self._as_codes(self.codebook)), by_head, strict=True):
-            first_stages = zip(codebooks, stages, strict=False)  # and no more than have indices
-            sums.append(reduce(torch.add, (_codes_at(*stage) for stage in first_stages)))
+        for codebooks, stages in zip(self._by_head(self._normalise(self._codes)), by_head, strict=True):
+            first_stages = zip(codebooks, stages, strict=False)  # q of Q
+            sums.append(reduce(torch.add, (codes_at(*stage) for stage in first_stages)))
         return self._restore(self._layout.join(torch.stack(sums), leading))
 
     def _positions(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """x as [..., heads·D], with 0 for padding, and the mask of its rows, [M], or None.
+        """Returns x as [..., heads·D] with 0 for padding, and the mask of its rows, [M] or None.
 
         Raises:
             TypeError, ValueError: x or mask does not fit.
@@ -137,22 +245,22 @@ class StagedQuantizer(LearnedCodebooks):
         return positions.masked_fill(~mask[..., None], 0), self._layout.split_mask(mask)
 
     def _restore(self, positions: Tensor) -> Tensor:
-        """positions [..., heads·D] with the channels where x has them."""
+        """Moves the channels of positions [..., heads·D] to where x has them."""
         return positions.movedim(-1, self.channel_dim)
 
     def _as_searched(self, rows: Tensor) -> Tensor:
-        """rows [C, M, D], for the cosine of length 1; in float32 at least, where more is done than to search them."""
+        """Normalises rows [C, M, D] for the cosine, and widens them to float32 unless they are only searched."""
         if self._num_stages == 1 and self.metric == "euclidean" and self.ema_decay is None:
             return rows
         wide = torch.promote_types(torch.promote_types(rows.dtype, self.codebook.dtype), torch.float32)
-        return unit(rows.to(wide)) if self.metric == "cosine" else rows.to(wide)
+        return self._normalise(rows.to(wide))
 
     def _by_head(self, codebooks: Tensor) -> Tensor:
-        """codebooks [C·Q, K, D], or as they are held, as [C, Q, K, D]."""
+        """Views codebooks [P, K, D] as [C, Q, K, D]."""
         return codebooks.view(-1, self._num_stages, *codebooks.shape[-2:])
 
 
-def _codes_at(codebook: Tensor, indices: Tensor) -> Tensor:
-    """[M, D]: the codes of codebook [K, D] at indices [M], 0 at LEFT_OUT."""
+def codes_at(codebook: Tensor, indices: Tensor) -> Tensor:
+    """Returns the codes of codebook [K, D] at indices [M]; 0 at LEFT_OUT."""
     left_out = indices == LEFT_OUT
     return codebook.index_select(0, indices.masked_fill(left_out, 0)).masked_fill(left_out[:, None], 0)

@@ -1,252 +1,334 @@
-"""Codebooks that learn: how they begin, where codes restart, how they follow their rows, how they are counted."""
+"""Codebooks and the state of their training: initialisation, dead-code resets, moving averages, usage counts."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from vq_kernels.cosine import unit
 from vq_kernels.distributed import rank_and_world, sum_over_ranks
-from vq_kernels.functional import METRICS, Metric
-from vq_kernels.gradient.autograd import LEFT_OUT, straight_through
-from vq_kernels.heads import HeadLayout
-from vq_kernels.learning.dead_codes import spread_rows
+from vq_kernels.gradient.autograd import LEFT_OUT, METRICS, Metric, straight_through
+from vq_kernels.learning.dead_codes import draw_sampling, evenly_spaced_rows, random_replacements
 from vq_kernels.learning.ema import RowSums, mean_codes, move_averages_, row_sums
-from vq_kernels.learning.recompute import copy_to_search, unless_second_pass
+from vq_kernels.learning.kmeans import kmeans_if_needed
+from vq_kernels.learning.recompute import copy_to_search, unless_recomputing
 from vq_kernels.search.backend import BACKENDS, Backend, has_float64
 from vq_kernels.search.validation import check_choice
 
-Init = Literal["normal", "uniform", "data"]
-INITS = ("normal", "uniform", "data")
 
+class Codebook(nn.Module):
+    """P codebooks of K codes of dimension D, and what changes them in training.
 
-class LearnedCodebooks(nn.Module):
-    """C codebooks side by side, each for a part of a vector, of Q stages of K codes: what they hold, what changes it.
+    The base class of the quantizers, which number their codebooks over heads and stages: p in [0, P). A training step
 
-    The arguments and attributes are explained where they are public: by `VectorQuantizer`, whose `num_stages` is None,
-    and by `ResidualVectorQuantizer`. Inside, all P = C·Q stages of codebooks are counted through, [P, K, D].
+    1. calls `_reset_unused` (or `_start_by_kmeans`) with the rows that codebook p will quantize;
+    2. searches `_to_search(p)`, and takes gradients with respect to `_differentiable(...)`;
+    3. calls `_count`, and `_update_averages` with the `_row_sums` of each codebook, unless it is recomputing;
+    4. calls `_reset_small`.
 
-    Under gradient checkpointing the second forward pass of a batch finds the codebooks that the first one searched,
-    draws the same random numbers, and changes nothing.
+    Under activation checkpointing the recomputed forward pass searches the same codes as the original one, draws the
+    same random numbers, and changes nothing. No method branches on data, so a step can be compiled.
+
+    Args:
+        leading: the shape in front of [K, D]; P is its product.
+        num_codes, code_dim: K, D.
+        init: "normal", N(0, init_scale²); "uniform", in ±init_scale; "data" or "kmeans", from the first rows, by
+            `_reset_unused` or `_start_by_kmeans`; "kaiming_uniform", as vector_quantize_pytorch.
+        init_scale: see `init`.
+        kmeans_iters: iterations of `_start_by_kmeans`.
+        restart_after: `_reset_unused` resets codes that were not chosen for so many training steps; 0: none.
+        restart_noise: standard deviation of the noise of these resets, relative to the row's root mean square.
+        min_cluster_size: `_reset_small` resets codes whose average number of rows is below it; 0: none.
+        metric: "cosine" normalises the means of rows.
+        learnable: the codes are a Parameter, else a buffer.
+        follows_means: the codes are set to the means of their rows.
+        ema_decay: λ of the moving averages, see `vq_kernels.learning.ema`; None: there are no averages.
+        ema_eps: smoothing of the average sizes.
+        synchronise: over all ranks of the default process group, if there is one in the forward pass.
+        backend: as for `nearest_code`.
+
+    Raises:
+        ValueError: an argument is out of range.
     """
 
-    codebook: Tensor
+    state_names: ClassVar[dict[str, str]] = {}
+    """For subclasses: the names of `codebook`, `cluster_sizes` and `cluster_sums` in the state dict, if others."""
+
     steps_unused: Tensor
     batch_counts: Tensor
     usage_counts: Tensor
     restarts: Tensor
     needs_data: Tensor
-    cluster_sizes: Tensor
-    cluster_sums: Tensor
-    searched_codebook: Tensor
+    searched_codebook: Tensor | None
 
     def __init__(
         self,
-        num_stages: int | None,
+        leading: tuple[int, ...],
         num_codes: int,
         code_dim: int,
         *,
-        init: Init,
-        init_scale: float,
-        restart_after: int,
-        restart_noise: float,
-        commitment_weight: float,
-        metric: Metric,
-        heads: int,
-        separate_codebooks: bool,
-        channel_dim: int,
+        init: Literal["normal", "uniform", "data", "kaiming_uniform", "kmeans"],
+        init_scale: float = 1.0,
+        kmeans_iters: int = 10,
+        restart_after: int = 0,
+        restart_noise: float = 0.0,
+        min_cluster_size: float = 0.0,
+        metric: Metric = "euclidean",
+        learnable: bool,
+        follows_means: bool,
         ema_decay: float | None,
         ema_eps: float,
         synchronise: bool,
         backend: Backend,
     ) -> None:
         super().__init__()
-        for name, value, least in (
-            ("num_codes", num_codes, 1),
-            ("code_dim", code_dim, 1),
-            ("heads", heads, 1),
-            ("init_scale", init_scale, 0),
-            ("restart_after", restart_after, 0),
-            ("restart_noise", restart_noise, 0),
-            ("commitment_weight", commitment_weight, 0),
-            ("ema_eps", ema_eps, 0),
-        ):
-            if not value >= least:
-                raise ValueError(f"{name} must be >= {least}, got {value}")
+        check_at_least(1, num_codes=num_codes, code_dim=code_dim)
+        check_at_least(
+            0, init_scale=init_scale, restart_after=restart_after, restart_noise=restart_noise, ema_eps=ema_eps
+        )
         if ema_decay is not None and not 0 <= ema_decay <= 1:
             raise ValueError(f"ema_decay must be None or in [0, 1], got {ema_decay}")
-        check_choice("init", init, INITS)
         check_choice("metric", metric, METRICS)
         check_choice("backend", backend, BACKENDS)
         self.num_codes = num_codes
         self.code_dim = code_dim
         self.init = init
+        self.kmeans_iters = kmeans_iters
         self.restart_after = restart_after
         self.restart_noise = restart_noise
-        self.commitment_weight = commitment_weight
+        self.min_cluster_size = min_cluster_size
         self.metric: Metric = metric
-        self.heads = heads
-        self.channel_dim = channel_dim
+        self.learnable = learnable
+        self.follows_means = follows_means
         self.ema_decay = ema_decay
         self.ema_eps = ema_eps
         self.synchronise = synchronise
         self.backend: Backend = backend
-        self._layout = HeadLayout(heads, separate_codebooks and heads > 1)
-        self._num_stages = 1 if num_stages is None else num_stages
-        of_heads = (heads,) if self._layout.separate else ()
-        of_stages = () if num_stages is None else (num_stages,)
-        self._make_state((*of_heads, *of_stages, num_codes), init_scale)
 
-    def _make_state(self, shape: tuple[int, ...], init_scale: float) -> None:
-        if self.init == "uniform":
-            codes = torch.empty(*shape, self.code_dim).uniform_(-init_scale, init_scale)
-        else:
-            codes = init_scale * torch.randn(*shape, self.code_dim)
-        if self.ema_decay is None:
-            self.codebook = nn.Parameter(codes)
-        else:
-            self.register_buffer("codebook", codes)
-            self.register_buffer("cluster_sizes", torch.ones(shape))
-            self.register_buffer("cluster_sums", codes.clone())
-            self.register_buffer("searched_codebook", codes.clone(), persistent=False)
+        codes = self._initial_codes((*leading, num_codes, code_dim), init_scale)
+        self._register("codebook", nn.Parameter(codes) if learnable else codes)
+        if ema_decay is not None:
+            self._register("cluster_sizes", torch.ones(*leading, num_codes))
+            self._register("cluster_sums", codes.clone())
+        changes_after_search = follows_means or min_cluster_size > 0
+        searched = _flat(codes.clone(), 2) if changes_after_search else None
+        self.register_buffer("searched_codebook", searched, persistent=False)
+        self._register_counts((*leading, num_codes))
+
+    def _initial_codes(self, shape: tuple[int, ...], scale: float) -> Tensor:
+        codes = torch.zeros(shape)
+        if self.init == "kaiming_uniform":
+            nn.init.kaiming_uniform_(codes)
+            return unit(codes) if self.metric == "cosine" else codes
+        if self.init == "kmeans":
+            return codes
+        return codes.uniform_(-scale, scale) if self.init == "uniform" else scale * codes.normal_()
+
+    def _register_counts(self, shape: tuple[int, ...]) -> None:
         for name in ("steps_unused", "batch_counts", "usage_counts"):
             self.register_buffer(name, torch.zeros(shape, dtype=torch.int64))
         self.register_buffer("restarts", torch.zeros((), dtype=torch.int64))
         self.register_buffer("needs_data", torch.full(shape[:-1], self.init == "data"))
 
-    def extra_repr(self) -> str:
-        """What `print(module)` shows."""
-        sizes = f"num_codes={self.num_codes}, code_dim={self.code_dim}"
-        shown = f"{sizes}, init={self.init!r}, restart_after={self.restart_after}"
-        usual = {"metric": "euclidean", "heads": 1, "channel_dim": -1, "ema_decay": None}
-        changed = {name: getattr(self, name) for name, value in usual.items() if getattr(self, name) != value}
-        if self._layout.separate:
-            changed["separate_codebooks"] = True
-        return ", ".join([shown, *(f"{name}={value!r}" for name, value in changed.items())])
+    def _register(self, name: str, tensor: Tensor) -> None:
+        name = self.state_names.get(name, name)
+        if isinstance(tensor, nn.Parameter):
+            self.register_parameter(name, tensor)
+        else:
+            self.register_buffer(name, tensor)
+
+    def _state(self, name: str, num_kept: int) -> Tensor:
+        """A view of a state tensor with all but the last `num_kept` dimensions as one: [P, K] or [P, K, D]."""
+        return _flat(getattr(self, self.state_names.get(name, name)), num_kept)
 
     @property
-    def _changes(self) -> bool:
-        """Whether the codebooks may change between a forward pass and its backward."""
-        return self.training and (self.restart_after > 0 or self.init == "data" or self.ema_decay is not None)
+    def _codes(self) -> Tensor:
+        """[P, K, D]: all codes."""
+        return self._state("codebook", 2)
 
-    def _to_search(self, place: int) -> Tensor:
-        """[K, D], one codebook for this forward pass to search, as it is held; a copy, where it may change."""
-        codebook = _flat(self.codebook.detach(), 2)[place]
-        if not self._changes:
-            return codebook
-        last = self.codebook.detach() if self.ema_decay is None else self.searched_codebook
-        copy: Tensor = copy_to_search(codebook, _flat(last, 2)[place])
+    @property
+    def _sizes(self) -> Tensor:
+        """[P, K]: the average number of rows of each code."""
+        return self._state("cluster_sizes", 1)
+
+    @property
+    def _sums(self) -> Tensor:
+        """[P, K, D]: the average sum of the rows of each code."""
+        return self._state("cluster_sums", 2)
+
+    def _means(self, sizes: Tensor, sums: Tensor) -> Tensor:
+        """Returns the codes [..., K, D] that averages of these sizes and sums give."""
+        return self._normalise(mean_codes(sizes, sums, self.ema_eps))
+
+    def _normalise(self, codes: Tensor) -> Tensor:
+        """Codes [..., D]; for the cosine, of length 1."""
+        return unit(codes) if self.metric == "cosine" else codes
+
+    # Search
+
+    @property
+    def _copies(self) -> bool:
+        """Whether a training step may change codes between the search and the backward, so that it searches a copy."""
+        return self.restart_after > 0 or self.init in ("data", "kmeans") or self.searched_codebook is not None
+
+    def _to_search(self, p: int, learns: bool) -> Tensor:
+        """Returns the codes [K, D] of codebook p for this forward pass; `learns` says whether it may change them."""
+        codes = self._codes.detach()
+        if not (learns and self._copies):
+            return codes[p]
+        last_searched = codes if self.searched_codebook is None else self.searched_codebook
+        copy: Tensor = copy_to_search(codes[p], last_searched[p])
         return copy
 
-    def _differentiable(self, searched: list[Tensor]) -> Tensor:
-        """[P, K, D], the codebooks for the gradients, of which `searched` holds what was searched, [K, D] each."""
-        codebooks = _flat(self.codebook, 2)
-        if self._changes:
-            copies = torch.stack(searched) if len(searched) > 1 else searched[0][None]
-            codebooks = straight_through(codebooks, copies) if self.ema_decay is None else copies
-        return self._as_codes(codebooks)
+    def _differentiable(self, searched: list[Tensor], learns: bool) -> Tensor:
+        """Returns [P, K, D], all codes with their gradient, given those that `_to_search` returned."""
+        if not (learns and self._copies):
+            return self._codes
+        return straight_through(self._codes, stack(searched)) if self.learnable else stack(searched)
 
-    def _as_codes(self, codebooks: Tensor) -> Tensor:
-        """Codebooks [..., D] as they are searched: for the cosine, of length 1."""
-        return unit(codebooks) if self.metric == "cosine" else codebooks
+    # Initialisation and dead codes
 
     @torch.no_grad()
-    def _restart(self, place: int, rows: Tensor, row_mask: Tensor | None) -> None:
-        """Put the codes of one codebook that are due at rows of [N, D], or of other ranks.
+    def _start_by_kmeans(self, p: int, rows: Tensor, row_mask: Tensor | None, needed: Tensor) -> Tensor:
+        """Sets codebook p to k-means of rows [M, D], if `needed` [] bool and there are rows. Returns whether it did.
 
-        Without a branch on data, for compiled graphs. row_mask [N] bool tells which rows may be taken; None: all.
+        row_mask [M] bool says which rows count; None: all.
         """
-        rows_may_come = rows.shape[0] > 0 or rank_and_world(self.synchronise)[1] > 1  # from other ranks
-        if not (self.training and rows_may_come and (self.restart_after or self.init == "data")):
+        counted = torch.ones_like(rows[:, 0], dtype=torch.bool) if row_mask is None else row_mask
+        options = (self.num_codes, self.kmeans_iters, self.metric == "cosine", self.synchronise, self.backend)
+        done: Tensor
+        means, counts, done = kmeans_if_needed(needed, rows, counted, *options)
+        self._set_codes(p, done, means, counts)
+        if self.ema_decay is not None:
+            _write_where(done, self._codes[p], self._means(self._sizes[p], self._sums[p]))
+        return done
+
+    @torch.no_grad()
+    def _reset_unused(self, p: int, rows: Tensor, row_mask: Tensor | None) -> None:
+        """Resets the unused codes of codebook p to rows [M, D], or rows of other ranks; with init="data", first all.
+
+        row_mask [M] bool says which rows may be taken; None: all.
+        """
+        any_rows = rows.shape[0] > 0 or rank_and_world(self.synchronise)[1] > 1
+        if not (any_rows and (self.restart_after or self.init == "data")):
             return
-        codebook, steps_unused = _flat(self.codebook, 2)[place], _flat(self.steps_unused, 1)[place]
-        needs_data = self.needs_data.view(-1)[place]
+        steps_unused, needs_data = _flat(self.steps_unused, 1)[p], self.needs_data.view(-1)[p]
         due = needs_data.expand(self.num_codes)  # [K]
         if self.restart_after:
             due = due | (steps_unused >= self.restart_after)
-        targets = spread_rows(  # [K, D]
-            rows if row_mask is None else _spread_out(rows, row_mask),
+        targets = evenly_spaced_rows(  # [K, D]
+            rows,
+            row_mask,
             due.cumsum(0) - 1,
             due.sum(),
             noise=self.restart_noise,
-            dtype=codebook.dtype,
+            dtype=self._codes.dtype,
             synchronise=self.synchronise,
         )
-        due = unless_second_pass(due & targets.isfinite().all(dim=1))
-        codebook.copy_(torch.where(due[:, None], targets, codebook))
+        due = unless_recomputing(due & targets.isfinite().all(dim=1))
+        self._set_codes(p, due, targets, 1)
         self.restarts.add_(torch.where(needs_data, 0, due.sum()))
         steps_unused.masked_fill_(due, 0)
         needs_data.logical_and_(~due.any())
-        if self.ema_decay is not None:  # a restarted code is the mean of one row
-            sizes, sums = _flat(self.cluster_sizes, 1)[place], _flat(self.cluster_sums, 2)[place]
-            sizes.masked_fill_(due, 1)
-            sums.copy_(torch.where(due[:, None], targets, sums))
 
     @torch.no_grad()
-    def _count(self, indices: Tensor, active: Tensor | None) -> None:
-        """Count a training batch.
+    def _reset_small(self, p: int, rows: Tensor, counted: Tensor) -> None:
+        """Resets the codes of codebook p whose average size is below `min_cluster_size` to random rows of [M, D].
+
+        counted [M] bool says which rows may be taken.
+        """
+        dead = unless_recomputing(self._sizes[p] < self.min_cluster_size)
+        sampling = draw_sampling(rows.shape[0], rows.device)
+        drawn, replaced = random_replacements(dead, rows, counted, sampling, synchronise=self.synchronise)
+        self._set_codes(p, replaced, drawn.to(self._codes.dtype), self.min_cluster_size)
+
+    def _set_codes(self, p: int, chosen: Tensor, codes: Tensor, sizes: Tensor | float) -> None:
+        """Sets the codes of codebook p where chosen, [K] or [] bool, to `codes` [K, D], as means of `sizes` rows."""
+        _write_where(chosen, self._codes[p], codes)
+        if self.ema_decay is not None:
+            if not isinstance(sizes, Tensor):
+                sizes = self._sizes.new_full((self.num_codes,), sizes)
+            _write_where(chosen, self._sizes[p], sizes)
+            _write_where(chosen, self._sums[p], codes * sizes[:, None])
+
+    # Statistics of a batch
+
+    def _counted(self, rows: Tensor, row_mask: Tensor | None) -> Tensor:
+        """[M] bool: the rows [M, D] to learn from, those that are finite and not masked."""
+        finite = rows.isfinite().all(dim=1)
+        return finite if row_mask is None else finite & row_mask
+
+    def _row_sums(self, rows: Tensor, codes: Tensor, indices: Tensor, counted: Tensor) -> RowSums:
+        return row_sums(rows, codes, indices, counted, synchronise=self.synchronise, backend=self.backend)
+
+    def _learning(self, active: Tensor | None = None) -> Tensor | None:
+        """[P] bool: the codebooks that learn, of those that are `active` [P]; None: all. None in a recomputation."""
+        if active is None and not torch.compiler.is_compiling():
+            return None
+        if active is None:
+            active = torch.ones(self._codes.shape[0], dtype=torch.bool, device=self._codes.device)
+        return unless_recomputing(active)
+
+    @torch.no_grad()
+    def _count(self, indices: Tensor, learning: Tensor | None) -> None:
+        """Counts the codes of a training batch.
 
         Args:
-            indices: [P, N] int64, in [0, K), or LEFT_OUT.
-            active: [P] bool, codebooks that learn from it; None: all.
+            indices: [P, M] int64, in [0, K), or LEFT_OUT.
+            learning: from `_learning`.
         """
         chosen = indices != LEFT_OUT
         first = torch.arange(indices.shape[0], device=indices.device)[:, None] * self.num_codes
         slots = (indices.masked_fill(~chosen, 0) + first).flatten()
         counts = self.batch_counts.new_zeros(self.batch_counts.numel()).index_add_(0, slots, chosen.flatten().long())
         self.batch_counts.copy_(sum_over_ranks(counts, self.synchronise).view_as(self.batch_counts))
-        learned = 1 if active is None else active[:, None].long()
+        learned = 1 if learning is None else learning[:, None].long()
         _flat(self.usage_counts, 1).add_(_flat(self.batch_counts, 1) * learned)
         _flat(self.steps_unused, 1).add_(learned)
         self.steps_unused.masked_fill_(self.batch_counts > 0, 0)
 
-    def _row_sums(self, rows: Tensor, codebook: Tensor, indices: Tensor, row_mask: Tensor | None) -> RowSums:
-        """What rows [N, D] that chose indices [N] say about codebook [K, D], but those masked, and those not finite."""
-        counted = rows.isfinite().all(dim=1)
-        counted = counted if row_mask is None else counted & row_mask
-        return row_sums(rows, codebook, indices, counted, synchronise=self.synchronise, backend=self.backend)
-
     @torch.no_grad()
-    def _follow(self, searched: list[Tensor], batches: list[RowSums], decay: float, active: Tensor | None) -> None:
-        """Move the averages by what a batch said about each codebook, and the codes too.
+    def _update_averages(self, searched: list[Tensor], batches: list[RowSums], learning: Tensor | None) -> None:
+        """Moves the averages by one batch, and the codes to the means if they follow them.
 
         Args:
-            searched: [K, D] each, the codebooks as the batch found them, kept for its second pass.
-            batches: what the batch said about each.
-            decay: see `vq_kernels.learning.ema`.
-            active: as for `_count`.
+            searched: P tensors [K, D], from `_to_search`, kept for a recomputation.
+            batches: P results of `_row_sums`.
+            learning: from `_learning`.
         """
-        _flat(self.searched_codebook, 2).copy_(torch.stack(searched))
-        codebooks, sizes, sums = _flat(self.codebook, 2), _flat(self.cluster_sizes, 1), _flat(self.cluster_sums, 2)
-        counts, row_totals = (torch.stack(parts) for parts in zip(*batches, strict=True))  # [P, K], [P, K, D]
-        if active is not None:  # the averages of the others are moved to themselves
-            counts = torch.where(active[:, None], counts, sizes)
-            row_totals = torch.where(active[:, None, None], row_totals, sums)
-        move_averages_(sizes, sums, RowSums(counts, row_totals), decay)
-        means = self._as_codes(mean_codes(sizes, sums, self.ema_eps))
-        codebooks.copy_(means if active is None else torch.where(active[:, None, None], means, codebooks))
+        assert self.ema_decay is not None
+        assert self.searched_codebook is not None
+        self.searched_codebook.copy_(torch.stack(searched))
+        counts, sums = (torch.stack(parts) for parts in zip(*batches, strict=True))  # [P, K], [P, K, D]
+        if learning is not None:  # the averages of the other codebooks move to themselves
+            counts = torch.where(learning[:, None], counts, self._sizes)
+            sums = torch.where(learning[:, None, None], sums, self._sums)
+        move_averages_(self._sizes, self._sums, RowSums(counts, sums), self.ema_decay)
+        if self.follows_means:
+            means = self._means(self._sizes, self._sums)
+            self._codes.copy_(means if learning is None else torch.where(learning[:, None, None], means, self._codes))
 
     @property
     def perplexity(self) -> Tensor:
-        """[...] float64 (see `perplexity`), of each codebook, by `usage_counts`; 1 to K, and 0 before any use."""
+        """[...] float64: the perplexity of `usage_counts` for each codebook, from 1 to K; 0 before any use."""
         return perplexity(self.usage_counts)
 
     @property
     def codes_used(self) -> Tensor:
-        """[...] int64, of each codebook: how many codes `usage_counts` has seen chosen."""
+        """[...] int64: the number of codes with a count in `usage_counts`, for each codebook."""
         return (self.usage_counts > 0).sum(dim=-1)
 
     @torch.no_grad()
     def reset_usage(self) -> None:
-        """Begin `usage_counts` and `restarts` anew, at an epoch's start, say."""
+        """Sets `usage_counts` and `restarts` to 0, for example at the start of an epoch."""
         self.usage_counts.zero_()
         self.restarts.zero_()
 
 
 def perplexity(counts: Tensor) -> Tensor:
-    """exp(entropy), [...] float64, of how often each code was chosen, counts [..., K]; 0 where all counts are.
+    """Returns exp(entropy) of how often each code was chosen, [...] float64, for counts [..., K]; 0 if all are 0.
 
-    On a device without float64 it is computed on the CPU, and returned in float32.
+    On a device without float64 it is computed on the CPU and returned in float32.
     """
     if not has_float64(counts.device):
         return perplexity(counts.cpu()).to(counts.device, torch.float32)
@@ -255,16 +337,23 @@ def perplexity(counts: Tensor) -> Tensor:
     return entropy.exp() * (total > 0)
 
 
+def check_at_least(least: float, **arguments: float) -> None:
+    """Raises ValueError for an argument that is less than `least`, or NaN."""
+    for name, value in arguments.items():
+        if not value >= least:
+            raise ValueError(f"{name} must be >= {least}, got {value}")
+
+
+def stack(tensors: list[Tensor]) -> Tensor:
+    """Stacks tensors. One tensor is viewed, not copied."""
+    return torch.stack(tensors) if len(tensors) > 1 else tensors[0][None]
+
+
 def _flat(tensor: Tensor, num_kept: int) -> Tensor:
-    """A view with the last `num_kept` dimensions as they are, and one for all before: [P, K], or [P, K, D]."""
     return tensor.view(-1, *tensor.shape[-num_kept:])
 
 
-def _spread_out(rows: Tensor, mask: Tensor) -> Tensor:
-    """Those of rows [N, D] that mask [N] bool lets count, in their order, each as often as it takes to have N again.
-
-    So a draw of evenly spaced rows is one of those alone. NaN where none counts.
-    """
-    those_first = mask.logical_not().argsort(stable=True)
-    place = torch.arange(rows.shape[0], device=rows.device) * mask.sum() // max(rows.shape[0], 1)
-    return rows[those_first[place]].masked_fill(~mask.any(), torch.nan)
+def _write_where(chosen: Tensor, target: Tensor, values: Tensor) -> None:
+    """Writes values into target, [K] or [K, D], where chosen, [K] or [] bool, is true."""
+    condition = chosen[:, None] if chosen.dim() and target.dim() == 2 else chosen
+    target.copy_(torch.where(condition, values, target))

@@ -1,56 +1,53 @@
-"""Residual vector quantization: each stage quantizes what the stages before left over."""
+"""ResidualVectorQuantizer: each stage quantizes the residual of the stages before."""
 
 import torch
 from torch import Tensor
 
 from vq_kernels.distributed import rank_and_world, sum_over_ranks
 from vq_kernels.functional import Quantized
-from vq_kernels.modules.base import StagedQuantizer
-from vq_kernels.modules.codebook import Init
+from vq_kernels.modules.base import Init, QuantizerBase
 from vq_kernels.search.backend import Backend
 
 
-class ResidualVectorQuantizer(StagedQuantizer):
-    """Replaces each vector by a sum of Q codes: the nearest one, the one nearest to what that leaves over, and so on.
+class ResidualVectorQuantizer(QuantizerBase):
+    """Replaces each vector by the sum of Q codes: its nearest code, the code nearest to the residual, and so on.
 
     Example, with num_quantizers=8, num_codes=1024 and code_dim=128: x [16, 75, 128] gives quantized [16, 75, 128],
-    indices [16, 75, 8] and a loss. `decode(indices[..., :3])` is the coarser vector of the first three stages alone,
-    and the first three indices are what three stages would give.
+    indices [16, 75, 8] and a loss. `decode(indices[..., :3])` is the coarser vector of the first three stages; these
+    indices are those that a quantizer of three stages would give.
 
     With r_1 = x, c_q the code nearest to r_q, r_{q+1} = r_q - c_q, and w the commitment_weight:
 
-    - quantized is Σ c_q; x gets the gradient that arrives there unchanged, straight through all stages;
-    - loss is (1 + w) times the mean over all stages, and all numbers, of (r_q - c_q)²; the codes of stage q get its
-      gradient with r_q taken as constant, x gets that of w's part with the codes taken as constant.
+    - quantized is Σ c_q. Its gradient goes to x unchanged, straight through all stages.
+    - loss is (1 + w) times the mean of (r_q - c_q)² over all stages and numbers. Its gradient goes to the codes of
+      stage q with r_q taken as a constant; the part with w goes to x with the codes taken as constants.
 
-    With heads=G and separate_codebooks=True it is grouped residual quantization: x has G·D channels, each part its own
-    Q codebooks, [G, Q, K, D], and indices are [..., G, Q]. In training, memory is kept for x and the indices, however
-    many stages there are.
+    With heads=G and separate_codebooks=True it is grouped residual quantization: x has G·D channels, each part has its
+    own Q codebooks, [G, Q, K, D], and indices are [..., G, Q]. Training keeps x and the indices for the backward, for
+    any number of stages.
 
     Args:
-        num_quantizers: Q >= 1, stages.
+        num_quantizers: Q >= 1, the number of stages.
         num_codes: K >= 1, of each stage.
         code_dim: D >= 1.
-        quantizer_dropout: the share of the training batches, in [0, 1], that only a random number of the first stages
-            quantizes, each from 1 to Q as likely as the others, so that a few stages alone are of use. A stage that is
-            dropped gives indices -1 and learns nothing; it is searched all the same, so that nothing has to wait for
-            the device. All ranks of a process group drop the same.
-        heads: parts that each vector of heads·D channels is cut into, each with indices of its own.
-        separate_codebooks: codebooks for each head; else all share those of a stage.
+        quantizer_dropout: the probability, in [0, 1], that only the first stages quantize a training batch. Their
+            number is uniform in 1 to Q and the same on all ranks. A dropped stage gives indices -1 and learns nothing;
+            it is searched nevertheless, so that the host need not wait for the device.
+        heads: parts that each vector of heads·D channels is split into, each with its own indices.
+        separate_codebooks: codebooks for each head; else all heads share those of a stage.
         init, init_scale, restart_after, restart_noise, commitment_weight: as for `VectorQuantizer`, for each stage.
-            With init="data" the codes of a stage begin at rows of what the stages before left over, and a code that
-            restarts is put there too.
+            Initial codes from data, and reset codes, are residuals of the stages before.
         channel_dim, ema_decay, ema_eps, backend, synchronise: as for `VectorQuantizer`.
 
     Attributes:
-        codebook: [Q, K, D], or [heads, Q, K, D] if they are separate; a Parameter, or a buffer with `ema_decay`.
-        steps_unused, batch_counts, usage_counts: [Q, K], or [heads, Q, K], int64, as for `VectorQuantizer`;
-            a step in which a stage was dropped is none of its steps.
-        restarts: [] int64, codes restarted since `reset_usage`.
+        codebook: [Q, K, D], or [heads, Q, K, D] if separate; a Parameter, or a buffer with `ema_decay`.
+        steps_unused, batch_counts, usage_counts: [Q, K], or [heads, Q, K], int64, as for `VectorQuantizer`. A step
+            that drops a stage does not count for it.
+        restarts: [] int64, dead-code resets since `reset_usage`.
         needs_data: [Q], or [heads, Q], bool, whether a codebook still waits for the first batch of init="data".
 
     Raises:
-        ValueError: an argument outside of its range.
+        ValueError: an argument is out of range.
 
     Source: Zeghidour et al. 2021, arXiv:2107.03312, section 3.3, with its quantizer dropout; Lee et al. 2022,
     arXiv:2203.01941; grouped: Yang et al. 2023, arXiv:2305.02765.
@@ -89,7 +86,6 @@ class ResidualVectorQuantizer(StagedQuantizer):
             restart_after=restart_after,
             restart_noise=restart_noise,
             commitment_weight=commitment_weight,
-            metric="euclidean",
             heads=heads,
             separate_codebooks=separate_codebooks,
             channel_dim=channel_dim,
@@ -102,23 +98,20 @@ class ResidualVectorQuantizer(StagedQuantizer):
         self.quantizer_dropout = quantizer_dropout
 
     def extra_repr(self) -> str:
-        """What `print(module)` shows."""
+        """Returns the arguments that `print(module)` shows."""
         dropout = f", quantizer_dropout={self.quantizer_dropout}" if self.quantizer_dropout else ""
         return f"num_quantizers={self.num_quantizers}, {super().extra_repr()}{dropout}"
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Quantized:
-        """Quantize x, in eval mode by all stages.
-
-        In training mode it also restarts codes, moves the averages and keeps the usage statistics; see
-        `VectorQuantizer.forward` for gradient checkpointing.
+        """Quantizes x; in eval mode, by all stages. See `VectorQuantizer.forward` for training mode and checkpointing.
 
         Args:
-            x: heads·D channels in `channel_dim`, of any of the dtypes of `nearest_code`; [...] is its shape without
-                them. Half precision is widened to float32, in which what is left over is taken.
+            x: heads·D channels in `channel_dim`, of any dtype of `nearest_code`. [...] is its shape without them.
+                Residuals of half precision are taken in float32.
             mask: [...] bool, False for padding, as for `VectorQuantizer`.
 
         Returns:
-            Quantized(quantized, shaped like x and in its dtype, indices [..., Q] int64, or [..., heads, Q], loss []).
+            Quantized(quantized, with x's shape and dtype, indices [..., Q] int64, or [..., heads, Q], loss []).
 
         Raises:
             TypeError, ValueError: x or mask does not fit.
@@ -127,16 +120,16 @@ class ResidualVectorQuantizer(StagedQuantizer):
         return self._quantize(x, mask, self._draw_active() if self.training and self.quantizer_dropout else None)
 
     def decode(self, indices: Tensor) -> Tensor:
-        """The sum of the codes of the first stages: what `forward` gave as quantized, if these are all of its indices.
+        """Returns the sum of the codes of the first stages. With all indices of `forward`, this is its quantized.
 
         Args:
             indices: [..., q], or [..., heads, q], int64, of the first q stages, 1 <= q <= Q; -1 adds nothing.
 
         Returns:
-            heads·D channels in `channel_dim`, in the codebook's dtype; differentiable with respect to the codebook.
+            heads·D channels in `channel_dim`, in the codebook's dtype, differentiable with respect to the codebook.
 
         Raises:
-            ValueError: indices are not of that shape.
+            ValueError: indices do not have that shape.
         """
         heads = (self.heads,) if self.heads > 1 else ()
         fits = indices.shape[-1 - len(heads) : -1] == heads
@@ -148,7 +141,7 @@ class ResidualVectorQuantizer(StagedQuantizer):
         return self._decode(indices)
 
     def _draw_active(self) -> Tensor:
-        """[Q] bool: the stages that take part in a training batch, the first ones, on all ranks the same."""
+        """Draws the first stages that take part in a training batch, [Q] bool, equal on all ranks."""
         device, num_stages = self.codebook.device, self.num_quantizers
         drops = torch.rand((), device=device) < self.quantizer_dropout
         num_active = torch.where(drops, torch.randint(1, num_stages + 1, (), device=device), num_stages)

@@ -9,6 +9,7 @@ import torch
 from tests.vq_kernels.compat.side_by_side import DIM, NUM_CODES, OWN_CODES, Theirs, draw
 from vq_kernels import VectorQuantize
 from vq_kernels.compat.keywords import AT_CONSTRUCTION, IN_A_CALL
+from vq_kernels.compat.shapes import position_mask
 
 OTHER_VALUES = {
     "sync_kmeans": False,
@@ -68,6 +69,12 @@ def test_an_unsupported_keyword_raises_in_a_call(name: str) -> None:
     with pytest.raises(NotImplementedError, match=f"^{name} is not supported") as raised:
         layer(draw(4, DIM), **{name: another_value(name, default)})
     assert instead in str(raised.value)
+
+
+def test_lens() -> None:
+    mask = position_mask(None, torch.tensor([0, 2, 5]), torch.Size((3, 3)))
+    assert mask is not None
+    assert mask.tolist() == [[False] * 3, [True, True, False], [True] * 3]
 
 
 def test_keywords_that_nobody_knows() -> None:

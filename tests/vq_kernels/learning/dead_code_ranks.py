@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from vq_kernels import VectorQuantizer, attach_count_normalised_step, count_normalised_param_group
-from vq_kernels.learning.dead_codes import spread_rows
+from vq_kernels.learning.dead_codes import evenly_spaced_rows
 
 WORLD = 2
 NUM_CODES, DIM = 20, 3
@@ -70,7 +70,7 @@ def run(rank: int, folder: str) -> None:
         alone(rows("uneven", 0)[rank])
 
     slots, options = torch.arange(4), {"noise": 0.0, "dtype": torch.float64, "synchronise": True}
-    drawn = spread_rows(rows("uneven", 0)[rank], slots, torch.tensor(4), **options)
+    drawn = evenly_spaced_rows(rows("uneven", 0)[rank], None, slots, torch.tensor(4), **options)
     breaks = torch._dynamo.explain(make("both"))(rows("even", 0)[rank]).graph_break_count
     found = {"same": same, "unlike": unlike, "waits": waits, "drawn": drawn, "breaks": breaks}
     torch.save({**found, "alone": alone.state_dict()}, Path(folder) / f"{rank}.pt")

@@ -1,4 +1,4 @@
-"""Codes that begin anew where there are several ranks: at rows of all of them, and as in one process with all rows."""
+"""Rows for dead codes: on one rank, and on two, where codes are those of one process with all rows."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ import torch.multiprocessing
 
 from tests.vq_kernels.learning.dead_code_ranks import LAYERS, SIZES, STEPS, WORLD, make, rows, run, train
 from vq_kernels import nearest_code
-from vq_kernels.learning.dead_codes import spread_rows
+from vq_kernels.learning.dead_codes import draw_sampling, evenly_spaced_rows, random_replacements, random_rows
 
 
 @pytest.fixture(scope="module")
@@ -23,12 +23,39 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 def test_slots_get_rows_at_even_distances(num_slots: int) -> None:
     x = torch.arange(7.0)[:, None]
     torch.manual_seed(0)
-    drawn = spread_rows(
-        x, torch.arange(num_slots), torch.tensor(num_slots), noise=0.0, dtype=torch.float32, synchronise=True
+    drawn = evenly_spaced_rows(
+        x, None, torch.arange(num_slots), torch.tensor(num_slots), noise=0.0, dtype=torch.float32, synchronise=True
     )
     assert drawn.unique().numel() == min(num_slots, 7)
     steps = (drawn[1:] - drawn[:-1])[:, 0] % 7
     assert all(step in (7 // num_slots, -(-7 // num_slots)) for step in steps.tolist())
+
+
+def test_drawn_rows_are_distinct_and_count() -> None:
+    rows = torch.arange(10.0)[:, None]
+    counted = torch.arange(10) % 2 == 0
+    drawn, found = random_rows(rows, counted, torch.randperm(10), torch.arange(7), synchronise=False)
+    assert found.tolist() == [True] * 5 + [False] * 2
+    assert sorted(drawn[found, 0].tolist()) == [0, 2, 4, 6, 8]
+    drawn, found = random_rows(rows[:0], counted[:0], torch.randperm(0), torch.arange(7), synchronise=False)
+    assert not found.any()
+    assert not drawn.any()
+
+
+def test_dead_codes_that_have_to_wait_are_chosen_at_random() -> None:
+    torch.manual_seed(0)
+    dead = torch.tensor([True, False, True, True, True])
+    times = torch.zeros(5)
+    for _ in range(200):
+        sampling = draw_sampling(2, torch.device("cpu"))
+        two = torch.arange(2.0)[:, None], torch.ones(2).bool()
+        drawn, replaced = random_replacements(dead, *two, sampling, synchronise=False)
+        assert replaced.sum() == 2
+        assert sorted(drawn[replaced, 0].tolist()) == [0, 1]
+        times += replaced
+    assert times[1] == 0
+    assert (times[dead] > 60).all()
+    assert not random_replacements(torch.zeros(5).bool(), *two, sampling, synchronise=False)[1].any()
 
 
 @pytest.mark.parametrize("size", ["even", "uneven"])

@@ -1,12 +1,10 @@
-"""Moving averages, rows drawn at random, k-means: the parts of a codebook that learns without a gradient."""
+"""The sums of each code's rows, and their moving averages."""
 
 import pytest
 import torch
 from torch import Tensor
 
-from vq_kernels.learning.dead_codes import draw_lots, draw_replacements, draw_rows
 from vq_kernels.learning.ema import RowSums, mean_codes, move_averages_, row_sums, smoothed_sizes
-from vq_kernels.learning.kmeans import kmeans_if_needed
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -48,58 +46,3 @@ def test_smoothed_sizes_keep_their_sum_and_none_is_zero() -> None:
     torch.testing.assert_close(smoothed.sum(dim=1), torch.tensor([8.0, 8.0]))
     assert smoothed[0, 0] > 0
     assert smoothed[1].tolist() == [4.0, 4.0]
-
-
-def test_drawn_rows_are_distinct_and_count() -> None:
-    rows = torch.arange(10.0)[:, None]
-    counted = torch.arange(10) % 2 == 0
-    drawn, found = draw_rows(rows, counted, torch.randperm(10), torch.arange(7), synchronise=False)
-    assert found.tolist() == [True] * 5 + [False] * 2
-    assert sorted(drawn[found, 0].tolist()) == [0, 2, 4, 6, 8]
-    drawn, found = draw_rows(rows[:0], counted[:0], torch.randperm(0), torch.arange(7), synchronise=False)
-    assert not found.any()
-    assert not drawn.any()
-
-
-def test_dead_codes_that_have_to_wait_are_chosen_at_random() -> None:
-    torch.manual_seed(0)
-    dead = torch.tensor([True, False, True, True, True])
-    times = torch.zeros(5)
-    for _ in range(200):
-        lots = draw_lots(2, torch.device("cpu"))
-        two = torch.arange(2.0)[:, None], torch.ones(2).bool()
-        drawn, replaced = draw_replacements(dead, *two, lots, synchronise=False)
-        assert replaced.sum() == 2
-        assert sorted(drawn[replaced, 0].tolist()) == [0, 1]
-        times += replaced
-    assert times[1] == 0
-    assert (times[dead] > 60).all()
-    assert not draw_replacements(torch.zeros(5).bool(), *two, lots, synchronise=False)[1].any()
-
-
-@pytest.mark.parametrize("cosine", [False, True])
-def test_k_means_finds_clusters_far_apart(cosine: bool) -> None:
-    centres = torch.eye(4) * 5
-    rows = (centres.repeat(50, 1) + 0.1 * draw(200, 4)).requires_grad_(False)
-    if cosine:
-        rows = torch.nn.functional.normalize(rows, dim=1)
-    rows[3] = torch.nan
-    best = torch.inf
-    for seed in range(10):  # from random rows, Lloyd's algorithm may end elsewhere
-        torch.manual_seed(seed)
-        means, counts, made = kmeans_if_needed(
-            torch.tensor(True), rows, torch.ones(200).bool(), 4, 10, cosine, False, "auto"
-        )
-        assert made
-        assert counts.sum() == 199
-        best = min(best, float(torch.cdist(centres / (5 if cosine else 1), means).amin(dim=1).max()))
-    assert best < 0.1
-
-
-def test_k_means_does_nothing_where_it_is_not_needed_or_has_no_rows() -> None:
-    for needed, num_rows in ((False, 5), (True, 0)):
-        options = (torch.ones(num_rows).bool(), 3, 10, False, False, "auto")
-        means, counts, made = kmeans_if_needed(torch.tensor(needed), torch.ones(num_rows, 2), *options)
-        assert not made
-        assert means.shape == (3, 2)
-        assert not counts.any()

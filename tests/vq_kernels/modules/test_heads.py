@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vq_kernels.heads import HeadLayout, check_mask, mask_from_lens
+from vq_kernels.modules.base import HeadLayout, check_mask
 
 
 @pytest.mark.parametrize("separate", [False, True])
@@ -43,10 +43,6 @@ def test_each_codebook_gets_its_head(separate: bool) -> None:
 def test_a_head_for_all_is_a_view() -> None:
     x = torch.randn(4, 5, 6)
     assert HeadLayout(3, separate=False).split(x).data_ptr() == x.data_ptr()
-
-
-def test_lens() -> None:
-    assert mask_from_lens(torch.tensor([0, 2, 5]), 3).tolist() == [[False] * 3, [True, True, False], [True] * 3]
 
 
 def test_masks_that_do_not_fit() -> None:
