@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from vq_kernels.compat.codebook import CompatCodebook
 from vq_kernels.compat.keywords import AT_CONSTRUCTION, IN_A_CALL, refuse_unsupported
-from vq_kernels.compat.shapes import PADDING, InputShape, check_targets, position_mask, projections
+from vq_kernels.compat.shapes import PADDING, check_targets, position_mask, projections
 from vq_kernels.cosine import unit
 from vq_kernels.cross_entropy import code_cross_entropy
 from vq_kernels.gradient.autograd import rotation_trick as rotate_gradient
@@ -16,7 +16,7 @@ from vq_kernels.gradient.autograd import straight_through
 from vq_kernels.modules.base import HeadLayout, codes_at
 from vq_kernels.modules.codebook import check_at_least
 from vq_kernels.search.backend import BACKENDS, Backend
-from vq_kernels.search.validation import check_choice
+from vq_kernels.search.validation import check_choice, check_dtype
 
 
 class LossBreakdown(NamedTuple):
@@ -148,7 +148,7 @@ class VectorQuantize(nn.Module):
         inner_dim = heads * codebook_dim
         self.has_projections = inner_dim != dim
         self.project_in, self.project_out = projections(dim, inner_dim, layernorm_after_project_in)
-        self._shape = InputShape(dim, channel_last, accept_image_fmap, accept_3d_fmap)
+        self._channels_second = accept_image_fmap or accept_3d_fmap or not channel_last
         self._layout = HeadLayout(heads, separate_codebook_per_head)
         self._codebook = CompatCodebook(
             (self._layout.num_codebooks,),
@@ -203,7 +203,7 @@ class VectorQuantize(nn.Module):
             TypeError, ValueError: a tensor's dtype or shape does not fit.
         """
         refuse_unsupported(unsupported, IN_A_CALL)
-        channel_dim = self._shape.channel_dim(x)
+        channel_dim = self._channel_dim(x)
         positions = x.movedim(channel_dim, -1)  # [..., dim]
         leading = positions.shape[:-1]
         mask = position_mask(mask, lens, leading)
@@ -230,7 +230,7 @@ class VectorQuantize(nn.Module):
             padding = torch.zeros_like(positions) if self.return_zeros_for_masked_padding else positions
             quantized = torch.where(mask[..., None], quantized, padding.to(quantized.dtype))
             joined = joined.masked_fill(~(mask if self.heads == 1 else mask[..., None]), PADDING)
-        quantized = quantized.movedim(-1, channel_dim)
+        quantized = self._restore(quantized)
         if indices is not None:
             return quantized, loss
         if return_loss_breakdown:
@@ -249,6 +249,25 @@ class VectorQuantize(nn.Module):
             return loss, zero
         commitment = _commitment_loss(rows, codes, row_mask)
         return loss + self.commitment_weight * commitment, commitment
+
+    def _channel_dim(self, x: Tensor) -> int:
+        """Checks x and returns where its channels are, 1 or -1."""
+        check_dtype("x", x)
+        sizes, num_dims = "[b, n, {0}] or [b, {0}]", [2, 3]
+        if self.accept_image_fmap:
+            sizes, num_dims = "[b, {0}, h, w]", [4]
+        elif self.accept_3d_fmap:
+            sizes, num_dims = "[b, {0}, d, h, w]", [5]
+        elif not self.channel_last:
+            sizes = "[b, {0}, n] or [b, {0}]"
+        channel_dim = 1 if self._channels_second and x.dim() > 2 else -1
+        if x.dim() not in num_dims or x.shape[channel_dim] != self.dim:
+            raise ValueError(f"x must be {sizes.format(self.dim)}, got {tuple(x.shape)}")
+        return channel_dim
+
+    def _restore(self, x: Tensor) -> Tensor:
+        """Moves the channels of x [..., dim] to where the layer takes them."""
+        return x.movedim(-1, 1) if self._channels_second and x.dim() > 2 else x
 
     def _rows(self, positions: Tensor, mask: Tensor | None) -> Tensor:
         """Returns positions [..., dim] as rows [C, M, D]. Padding is 0 before the projection."""
@@ -280,13 +299,13 @@ class VectorQuantize(nn.Module):
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
         """Returns the codes of indices [...] or [..., heads], int64: heads·D channels where x has dim; 0 for -1."""
-        return self._shape.restore(self._decode(indices))
+        return self._restore(self._decode(indices))
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
         """Returns what the forward pass in eval mode gave as `quantized` with these indices; 0 for padding."""
         output = self.project_out(self._decode(indices))  # [..., dim]
         padding = indices == PADDING if self.heads == 1 else (indices == PADDING).all(dim=-1)
-        return self._shape.restore(output.masked_fill(padding[..., None], 0))
+        return self._restore(output.masked_fill(padding[..., None], 0))
 
     def _decode(self, indices: Tensor) -> Tensor:
         """Returns the codes [..., heads·D] of indices [...], or [..., heads]."""

@@ -1,6 +1,6 @@
 """k-means on the first batch, as one operator: in a captured graph it is a node, not a loop."""
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -62,14 +62,5 @@ def kmeans_if_needed(
 
 
 @kmeans_if_needed.register_fake
-def _(
-    needed: Tensor,
-    rows: Tensor,
-    counted: Tensor,
-    num_codes: int,
-    num_iterations: int,
-    cosine: bool,
-    synchronise: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(needed: Tensor, rows: Tensor, counted: Tensor, num_codes: int, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return rows.new_empty(num_codes, rows.shape[1]), rows.new_empty(num_codes), torch.empty_like(needed)

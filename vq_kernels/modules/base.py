@@ -50,15 +50,17 @@ class HeadLayout:
         joined = rows.reshape(self.num_codebooks, math.prod(leading), parts * code_dim).transpose(0, 1)
         return joined.reshape(*leading, self.heads * code_dim)
 
-    def split_indices(self, indices: Tensor) -> Tensor:
-        """Splits indices [..., heads], or [...] for one head, into [C, M]."""
-        return indices.reshape(-1, self.num_codebooks, self.heads // self.num_codebooks).transpose(0, 1).flatten(1)
+    def split_indices(self, indices: Tensor, num_last: int = 0) -> Tensor:
+        """Splits indices [..., heads, *last], or [..., *last] for one head, into [C, M, *last]."""
+        last = indices.shape[indices.dim() - num_last :]
+        parts = self.heads // self.num_codebooks
+        return indices.reshape(-1, self.num_codebooks, parts, *last).transpose(0, 1).flatten(1, 2)
 
     def join_indices(self, indices: Tensor, leading: torch.Size) -> Tensor:
-        """Joins indices [C, M] to [*leading, heads], or [*leading] for one head."""
-        parts = self.heads // self.num_codebooks
-        joined = indices.reshape(self.num_codebooks, math.prod(leading), parts).transpose(0, 1)
-        return joined.reshape(*leading, self.heads) if self.heads > 1 else joined.reshape(leading)
+        """Joins indices [C, M, *last] to [*leading, heads, *last], or [*leading, *last] for one head."""
+        last, parts = indices.shape[2:], self.heads // self.num_codebooks
+        joined = indices.reshape(self.num_codebooks, math.prod(leading), parts, *last).transpose(0, 1)
+        return joined.reshape(*leading, *([self.heads] if self.heads > 1 else []), *last)
 
     def split_mask(self, mask: Tensor) -> Tensor:
         """Repeats mask [...] bool for the rows of a codebook, [M]."""
@@ -165,7 +167,7 @@ class QuantizerBase(Codebook):
         codes = stack([codes for codes, _ in passed])
         return Quantized(
             self._restore(self._layout.join(codes.to(x.dtype), leading)),
-            torch.stack([self._layout.join_indices(stage, leading) for stage in indices.unbind(1)], dim=-1),
+            self._layout.join_indices(indices.transpose(1, 2), leading),
             torch.stack([loss for _, loss in passed]).mean(),
         )
 
@@ -219,10 +221,10 @@ class QuantizerBase(Codebook):
     def _decode(self, indices: Tensor) -> Tensor:
         """Sums the codes of the first q stages, at indices [..., q] or [..., heads, q]. The channels are as in x."""
         leading = indices.shape[:-1] if self.heads == 1 else indices.shape[:-2]
-        by_head = torch.stack([self._layout.split_indices(stage) for stage in indices.unbind(-1)], dim=1)  # [C, q, M]
+        by_head = self._layout.split_indices(indices, num_last=1)  # [C, M, q]
         sums = []
-        for codebooks, stages in zip(self._by_head(self._normalise(self._codes)), by_head, strict=True):
-            first_stages = zip(codebooks, stages, strict=False)  # q of Q
+        for codebooks, chosen in zip(self._by_head(self._normalise(self._codes)), by_head, strict=True):
+            first_stages = zip(codebooks, chosen.unbind(-1), strict=False)  # q of Q
             sums.append(reduce(torch.add, (codes_at(*stage) for stage in first_stages)))
         return self._restore(self._layout.join(torch.stack(sums), leading))
 

@@ -160,12 +160,10 @@ class VectorQuantizer(QuantizerBase):
         each = zip(rows, self._normalise(self._codes), strict=True)
         search = nearest_code_topk if self.metric == "euclidean" else _most_similar_topk
         found = [search(head, codebook, k) for head, codebook in each]
-        joined = (self._join_ranks(torch.stack(parts), positions.shape[:-1]) for parts in zip(*found, strict=True))
-        return NearestCodes(*joined)
-
-    def _join_ranks(self, ranks: Tensor, leading: torch.Size) -> Tensor:
-        """Joins [C, M, k] to [*leading, k], or [*leading, heads, k]."""
-        return torch.stack([self._layout.join_indices(rank, leading) for rank in ranks.unbind(-1)], dim=-1)
+        leading = positions.shape[:-1]
+        return NearestCodes(
+            *(self._layout.join_indices(torch.stack(part), leading) for part in zip(*found, strict=True))
+        )
 
 
 def _most_similar_topk(x: Tensor, codebook: Tensor, k: int) -> NearestCodes:
