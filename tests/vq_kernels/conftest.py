@@ -1,4 +1,4 @@
-"""A compiler without memory of the tests before."""
+"""A fixture that resets the compiler."""
 
 from collections.abc import Iterator
 

@@ -10,13 +10,13 @@ from torch import nn
 
 
 def pickled(module: nn.Module) -> nn.Module:
-    """By pickle."""
+    """Copies a module by pickle."""
     result: nn.Module = pickle.loads(pickle.dumps(module))  # noqa: S301 - our own bytes
     return result
 
 
 def saved(module: nn.Module) -> nn.Module:
-    """By a file of torch.save."""
+    """Copies a module by torch.save and torch.load."""
     file = io.BytesIO()
     torch.save(module, file)
     file.seek(0)

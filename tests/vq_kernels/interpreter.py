@@ -1,4 +1,4 @@
-"""Triton's interpreter has to be asked for before Triton is imported: tests of it run in a process of their own."""
+"""Runs tests in a process of their own, because Triton's interpreter must be chosen before Triton is imported."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ _ROOT = Path(__file__).parents[2]
 
 
 def run_interpreted(*arguments: str | Path) -> str:
-    """What pytest prints, run with these arguments under TRITON_INTERPRET=1; a failure of the test unless it passes."""
+    """Runs pytest with these arguments under TRITON_INTERPRET=1 and returns its output; fails if it does."""
     finished = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments],
         cwd=_ROOT,

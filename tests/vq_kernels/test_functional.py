@@ -1,4 +1,4 @@
-"""vector_quantize: the straight-through gradient, the codebook's gradient, against the formulas written out."""
+"""vector_quantize: its gradients, against explicit formulas."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def test_shapes(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_gradients_of_gradients_are_those_of_the_formula(masked: bool) -> None:
+def test_second_derivatives_equal_those_of_the_formula(masked: bool) -> None:
     x, codebook = random_case(torch.float64, 60, 16)
     quantizer = VectorQuantizer(40, 16, commitment_weight=0.25).eval()
     counted = torch.arange(60) % 3 > 0 if masked else torch.ones(60, dtype=torch.bool)
@@ -71,7 +71,7 @@ def test_codebook_gets_the_gradient_of_the_loss_and_nothing_of_quantized() -> No
     assert not codebook.grad[unused].any()
 
 
-def test_commitment_adds_its_term_to_the_loss_and_its_pull_to_x() -> None:
+def test_commitment_term_and_gradient() -> None:
     x, codebook = random_case(torch.float64, 50, 8)
     quantized, indices, loss = vector_quantize(x, codebook, commitment_weight=0.25)
     (2 * quantized.sum() + loss).backward()
@@ -106,7 +106,7 @@ def test_a_codebook_far_from_the_origin_has_the_gradient_of_float64() -> None:
     torch.testing.assert_close(codebook.grad.double(), expected, rtol=2e-7, atol=1e-12)
 
 
-def test_bad_arguments_are_named() -> None:
+def test_invalid_arguments() -> None:
     x, codebook = random_case(torch.float32, 5, 16)
     with pytest.raises(ValueError, match=r"commitment_weight must be >= 0, got -1"):
         vector_quantize(x, codebook, commitment_weight=-1)
@@ -116,7 +116,7 @@ def test_bad_arguments_are_named() -> None:
         vector_quantize(x.long(), codebook)
 
 
-def test_second_use_of_the_graph_and_inference_mode() -> None:
+def test_retained_graph_and_inference_mode() -> None:
     x, codebook = random_case(torch.float32, 20, 16)
     _, _, loss = vector_quantize(x, codebook)
     loss.backward(retain_graph=True)

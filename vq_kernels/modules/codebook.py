@@ -52,7 +52,7 @@ class Codebook(nn.Module):
     """
 
     state_names: ClassVar[dict[str, str]] = {}
-    """For subclasses: the names of `codebook`, `cluster_sizes` and `cluster_sums` in the state dict, if others."""
+    """Other names of `codebook`, `cluster_sizes` and `cluster_sums` in the state dict, for subclasses."""
 
     steps_unused: Tensor
     batch_counts: Tensor
@@ -161,7 +161,7 @@ class Codebook(nn.Module):
         return self._normalise(mean_codes(sizes, sums, self.ema_eps))
 
     def _normalise(self, codes: Tensor) -> Tensor:
-        """Codes [..., D]; for the cosine, of length 1."""
+        """Normalises [..., D] for the cosine."""
         return unit(codes) if self.metric == "cosine" else codes
 
     # Search
@@ -262,7 +262,7 @@ class Codebook(nn.Module):
         return row_sums(rows, codes, indices, counted, synchronise=self.synchronise, backend=self.backend)
 
     def _learning(self, active: Tensor | None = None) -> Tensor | None:
-        """[P] bool: the codebooks that learn, of those that are `active` [P]; None: all. None in a recomputation."""
+        """[P] bool: the codebooks that learn from a batch, those in `active` [P], or none if recomputing; None: all."""
         if active is None and not torch.compiler.is_compiling():
             return None
         if active is None:

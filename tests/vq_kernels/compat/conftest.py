@@ -1,4 +1,4 @@
-"""The terminal's summary says how often theirs chose another code than the nearest."""
+"""Adds lines to pytest's summary: how often theirs chose another code than the nearest."""
 
 import pytest
 

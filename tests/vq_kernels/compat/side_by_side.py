@@ -11,7 +11,7 @@ from vq_kernels import VectorQuantize
 DIM = 16
 NUM_CODES = 32
 ROUNDING = 4e-6
-"""How far float32 results of two orders of summation may lie apart, relative to the largest number."""
+"""Tolerance between float32 results of two orders of summation, relative to the largest number."""
 
 LEARNABLE = {"learnable_codebook": True, "ema_update": False}
 OWN_CODES = {"heads": 2, "separate_codebook_per_head": True, "codebook_dim": 8}
@@ -40,16 +40,16 @@ MODES: dict[str, dict[str, Any]] = {
     "dead codes, cosine": {"threshold_ema_dead_code": 2, "use_cosine_sim": True},
     "frozen": {"freeze_codebook": True},
     "channel first": {"channel_last": False},
-    "pictures": {"accept_image_fmap": True},
-    "pictures, heads, projection": {"accept_image_fmap": True, "heads": 2, "codebook_dim": 5},
+    "images": {"accept_image_fmap": True},
+    "images, heads, projection": {"accept_image_fmap": True, "heads": 2, "codebook_dim": 5},
     "volumes": {"accept_3d_fmap": True},
     "volumes, heads with own codes": {"accept_3d_fmap": True, **OWN_CODES},
 }
-"""Keywords of every supported kind, by name."""
+"""Keywords of each supported mode."""
 
 
 class Step(NamedTuple):
-    """What one call leaves: what it returned, the gradients of x and of each parameter, the state after it."""
+    """The results of one call, the gradients of x and of each parameter, and the state after it."""
 
     quantized: Tensor
     indices: Tensor
@@ -59,7 +59,7 @@ class Step(NamedTuple):
 
 
 def pair(**keywords: Any) -> tuple[VectorQuantize, Theirs]:
-    """Both, made with the same seed, and so with the same state."""
+    """Returns both layers, created with the same seed and so with the same state."""
     torch.manual_seed(0)
     ours = VectorQuantize(DIM, NUM_CODES, **keywords)
     torch.manual_seed(0)
@@ -71,7 +71,7 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 
 
 def draw_input(keywords: dict[str, Any], seed: int = 0) -> Tensor:
-    """60 vectors in the layout that the keywords ask for, or 72 of them."""
+    """Returns 60 or 72 vectors in the layout of these keywords."""
     if keywords.get("accept_image_fmap"):
         return draw(3, DIM, 4, 5, seed=seed)
     if keywords.get("accept_3d_fmap"):
@@ -80,7 +80,7 @@ def draw_input(keywords: dict[str, Any], seed: int = 0) -> Tensor:
 
 
 def step(layer: Any, x: Tensor, seed: int = 0, **call: Any) -> Step:
-    """One forward and backward pass with a loss of the outside, a random direction of the quantized vectors."""
+    """Runs a forward and a backward pass, with a loss that adds a random projection of quantized."""
     torch.manual_seed(seed)
     layer.zero_grad()
     x = x.clone().requires_grad_()
@@ -92,7 +92,7 @@ def step(layer: Any, x: Tensor, seed: int = 0, **call: Any) -> Step:
 
 
 def assert_close(found: Tensor, expected: Tensor, name: str = "") -> None:
-    """Equal, for integers and truth values; else to within float32's rounding."""
+    """Integers and booleans must be equal, others equal up to float32 rounding."""
     assert found.shape == expected.shape, name
     assert found.dtype == expected.dtype, name
     if not found.is_floating_point():

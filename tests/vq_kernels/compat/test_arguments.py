@@ -1,4 +1,4 @@
-"""No keyword of theirs is forgotten, none is swallowed; errors name the argument, the rule and the value."""
+"""Every keyword is supported or rejected, and errors name the argument, the rule and the value."""
 
 import inspect
 from typing import Any
@@ -36,7 +36,7 @@ def defaults(function: Any) -> dict[str, Any]:
     return {one.name: one.default for one in parameters if one.kind != inspect.Parameter.VAR_KEYWORD}
 
 
-def test_every_keyword_of_theirs_is_supported_or_refused() -> None:
+def test_every_constructor_keyword_is_supported_or_rejected() -> None:
     ours, theirs = defaults(VectorQuantize), defaults(Theirs)
     refused = {name: default for name, (default, _) in AT_CONSTRUCTION.items()}
     assert theirs.keys() == (ours.keys() | refused.keys()) - {"backend"}
@@ -44,7 +44,7 @@ def test_every_keyword_of_theirs_is_supported_or_refused() -> None:
     assert list(ours)[:18] == list(theirs)[:18]  # by position, too
 
 
-def test_every_keyword_of_their_calls_is_supported_or_refused() -> None:
+def test_every_call_keyword_is_supported_or_rejected() -> None:
     ours, theirs = defaults(VectorQuantize.forward), defaults(Theirs.forward)
     refused = {name: default for name, (default, _) in IN_A_CALL.items()}
     assert theirs.keys() == ours.keys() | refused.keys()
@@ -77,7 +77,7 @@ def test_lens() -> None:
     assert mask.tolist() == [[False] * 3, [True, True, False], [True] * 3]
 
 
-def test_keywords_that_nobody_knows() -> None:
+def test_unknown_keywords() -> None:
     with pytest.raises(TypeError, match="no argument 'codebok_dim'"):
         VectorQuantize(DIM, NUM_CODES, codebok_dim=4)
     with pytest.raises(TypeError, match="no argument 'masks'"):
@@ -103,7 +103,7 @@ def test_keywords_that_nobody_knows() -> None:
         ({"accept_image_fmap": True, "accept_3d_fmap": True}, "must not both be True"),
     ],
 )
-def test_bad_arguments_are_named(keywords: dict[str, Any], message: str) -> None:
+def test_invalid_arguments(keywords: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         VectorQuantize(**{"dim": DIM, "codebook_size": NUM_CODES, **keywords})
 
@@ -118,12 +118,12 @@ def test_bad_arguments_are_named(keywords: dict[str, Any], message: str) -> None
         ({"accept_3d_fmap": True}, (3, 16, 4, 5), r"x must be \[b, 16, d, h, w\], got \(3, 16, 4, 5\)"),
     ],
 )
-def test_shapes_that_do_not_fit(keywords: dict[str, Any], shape: tuple[int, ...], message: str) -> None:
+def test_invalid_shapes(keywords: dict[str, Any], shape: tuple[int, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         VectorQuantize(DIM, NUM_CODES, **keywords)(torch.zeros(shape))
 
 
-def test_other_tensors_that_do_not_fit() -> None:
+def test_invalid_tensors() -> None:
     layer, x = VectorQuantize(DIM, NUM_CODES), draw(3, 20, DIM)
     mask, lens = torch.ones(3, 20, dtype=torch.bool), torch.tensor([1, 2, 3])
     with pytest.raises(TypeError, match=r"x must be float32, .* got torch.int64"):

@@ -1,4 +1,4 @@
-"""What models do to `VectorQuantize`: autocast, loss scaling, checkpoints, copies, functional calls, graphs."""
+"""`VectorQuantize` under autocast, loss scaling, checkpointing, copying, functional calls, compilation and export."""
 
 import copy
 from collections.abc import Callable
@@ -45,7 +45,7 @@ def test_autocast_searches_the_same_values_as_float32(mode: str, dtype: torch.dt
         found = layer(half)
         cross_entropy = layer(half, indices=found[1])[1]
     assert half.dtype == rows.dtype == dtype
-    layer.project_in.register_forward_hook(lambda *_: rows.float())  # the projection itself is autocast's affair
+    layer.project_in.register_forward_hook(lambda *_: rows.float())  # autocast may run the projection in half precision
     expected = layer(half.float())
     assert torch.equal(found[1], expected[1])
     if not layer.has_projections:
@@ -55,7 +55,7 @@ def test_autocast_searches_the_same_values_as_float32(mode: str, dtype: torch.dt
 
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("mode", MODES)
-def test_autocast_and_a_scaled_loss_give_scaled_gradients(mode: str, dtype: torch.dtype) -> None:
+def test_autocast_with_a_scaled_loss_gives_scaled_gradients(mode: str, dtype: torch.dtype) -> None:
     gradients = []
     for scale in (1.0, 64.0):
         layer = make(mode)
@@ -83,7 +83,7 @@ CHECKPOINTED = ["default", "straight-through", "dead codes, cosine", "heads with
 
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("mode", [*CHECKPOINTED, "learnable, dead codes"])
-def test_gradient_checkpointing_changes_nothing(mode: str, reentrant: bool) -> None:
+def test_activation_checkpointing_changes_nothing(mode: str, reentrant: bool) -> None:
     left: dict[bool, list[dict[str, Tensor]]] = {False: [], True: []}
     for checkpointed in left:
         layer, before = make(mode), nn.Linear(DIM, DIM)
@@ -110,7 +110,7 @@ def test_gradient_checkpointing_changes_nothing(mode: str, reentrant: bool) -> N
 
 
 @pytest.mark.parametrize("mode", ["default", "learnable"])
-def test_the_cross_entropy_under_gradient_checkpointing(mode: str) -> None:
+def test_cross_entropy_under_activation_checkpointing(mode: str) -> None:
     targets = torch.arange(60).view(3, 20) % NUM_CODES
     gradients = []
     for checkpointed in (False, True):
@@ -128,7 +128,7 @@ def test_the_cross_entropy_under_gradient_checkpointing(mode: str) -> None:
 
 @pytest.mark.parametrize("way", WAYS_TO_COPY)
 @pytest.mark.parametrize("mode", FEW_MODES)
-def test_copies_go_on_alike(mode: str, way: Callable[[nn.Module], nn.Module]) -> None:
+def test_copies_train_like_the_original(mode: str, way: Callable[[nn.Module], nn.Module]) -> None:
     layer = make(mode)
     step(layer, draw_input(MODES[mode]))
     other = way(layer)
@@ -140,7 +140,7 @@ def test_copies_go_on_alike(mode: str, way: Callable[[nn.Module], nn.Module]) ->
 def test_functional_call(mode: str) -> None:
     layer, other = make(mode), make(mode)
     x = draw_input(MODES[mode])
-    step(other, x)  # another state than the layer's
+    step(other, x)  # a state that differs from the layer's
     state = {name: value.detach().clone() for name, value in other.state_dict().items()}
     untouched = copy.deepcopy(layer.state_dict())
     results = []
@@ -182,7 +182,7 @@ def test_functional_gradients(mode: str, targets: Tensor | None) -> None:
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(
     ("mode", "call"),
-    [(mode, "plain") for mode in ("default", "learnable", "dead codes", "pictures, heads, projection")]
+    [(mode, "plain") for mode in ("default", "learnable", "dead codes", "images, heads, projection")]
     + [("k-means, cosine, heads with own codes", call) for call in ("plain", "lens", "indices")],
 )
 def test_no_graph_break(mode: str, call: str, training: bool) -> None:
@@ -199,7 +199,7 @@ def test_no_graph_break(mode: str, call: str, training: bool) -> None:
 @pytest.mark.usefixtures("_fresh_compiler")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning:torch")
 @pytest.mark.parametrize("mode", ["k-means, cosine, heads with own codes", "dead codes"])
-def test_compiled_steps_are_eager_s(mode: str) -> None:
+def test_compiled_steps_equal_eager_steps(mode: str) -> None:
     eager, other = pair(**MODES[mode])[0], pair(**MODES[mode])[0]
     compiled = torch.compile(other, fullgraph=True, dynamic=True, backend="aot_eager")
     for seed in range(3):

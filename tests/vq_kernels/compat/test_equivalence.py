@@ -1,4 +1,4 @@
-"""Side by side with vector_quantize_pytorch 1.32.0, in every supported mode: the same answers, losses and gradients."""
+"""The results, losses and gradients of vector_quantize_pytorch 1.32.0, in every supported mode."""
 
 from importlib.metadata import version
 from typing import Any
@@ -24,11 +24,11 @@ from vq_kernels import VectorQuantize
 from vq_kernels.compat.keywords import AT_CONSTRUCTION
 
 WITH_PLAIN_MASKS = ["default", "straight-through", "learnable", "static", "slow and smooth", "frozen"]
-"""Modes in which theirs takes a mask and does right by it."""
+"""Modes in which theirs handles masks correctly."""
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_the_plain_attributes(mode: str) -> None:
+def test_plain_attributes(mode: str) -> None:
     ours, theirs = (
         {name: value for name, value in vars(layer).items() if isinstance(value, bool | int | float)}
         for layer in pair(**MODES[mode])
@@ -39,7 +39,7 @@ def test_the_plain_attributes(mode: str) -> None:
     assert {name: ours[name] for name in theirs.keys() - unsupported}.items() <= theirs.items()
 
 
-def test_the_version_that_we_say() -> None:
+def test_the_stated_version_is_installed() -> None:
     assert version("vector-quantize-pytorch") == "1.32.0"
 
 
@@ -73,7 +73,7 @@ def test_state_dicts_load_both_ways(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["default", "projection", "heads with own codes", "channel first", "cosine"])
-def test_one_vector_each(mode: str) -> None:
+def test_single_vectors(mode: str) -> None:
     ours, theirs = pair(**MODES[mode])
     x = draw(40, DIM)
     assert_same_step(step(ours, x), step(theirs, x))
@@ -101,7 +101,7 @@ def test_lens() -> None:
 
 @pytest.mark.parametrize("at_construction", [False, True])
 @pytest.mark.parametrize("mode", ["default", "learnable"])
-def test_freezing_by_a_call(mode: str, at_construction: bool) -> None:
+def test_freezing_in_a_call(mode: str, at_construction: bool) -> None:
     keywords = {**MODES[mode], "freeze_codebook": at_construction}
     ours, theirs = pair(**keywords)
     x = draw_input(keywords)
@@ -122,7 +122,7 @@ def test_loss_breakdown(training: bool, commitment_weight: float) -> None:
 
 
 @pytest.mark.parametrize("mode", ["default", "learnable", "projection"])
-def test_an_input_without_a_gradient(mode: str) -> None:
+def test_input_without_a_gradient(mode: str) -> None:
     results = []
     for layer in pair(**MODES[mode]):
         quantized, _, loss = layer(draw(3, 20, DIM))
@@ -159,7 +159,7 @@ def test_cross_entropy(keywords: dict[str, Any], training: bool) -> None:
     assert_all_close(*results)
 
 
-def test_cross_entropy_returns_the_quantized_vectors_too() -> None:
+def test_cross_entropy_also_returns_quantized() -> None:
     ours, theirs = pair()
     x, targets = draw(3, 20, DIM).requires_grad_(), torch.zeros(3, 20, dtype=torch.int64)
     assert_close(ours(x, indices=targets)[0].detach(), theirs(x, indices=targets)[0].detach())
@@ -186,7 +186,7 @@ def test_decoding(mode: str) -> None:
     assert torch.equal(ours.get_output_from_indices(indices), theirs.get_output_from_indices(indices))
 
 
-def test_attributes_that_models_read() -> None:
+def test_attributes_that_models_use() -> None:
     for ours, theirs in (pair(), pair(codebook_dim=5, heads=2), pair(**LEARNABLE)):
         for name in ("dim", "codebook_size", "heads", "has_projections", "ema_update", "learnable_codebook"):
             assert getattr(ours, name) == getattr(theirs, name)

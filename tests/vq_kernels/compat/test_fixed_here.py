@@ -1,4 +1,4 @@
-"""What is wrong in vector_quantize_pytorch 1.32.0 and right here, each beside what theirs does."""
+"""What vector_quantize_pytorch 1.32.0 gets wrong and this library gets right, side by side."""
 
 from typing import Any
 
@@ -42,7 +42,7 @@ def fit_codes(layer: Any, codes: Tensor) -> None:
 
 
 @pytest.mark.parametrize("offset", [0.0, 100.0, 1000.0])
-def test_the_nearest_code_of_data_with_an_offset(offset: float, wrong_rows: list[str]) -> None:
+def test_nearest_code_of_data_with_an_offset(offset: float, wrong_rows: list[str]) -> None:
     x, codes = offset + draw(1, 2000, DIM), offset + draw(NUM_CODES, DIM, seed=1)
     nearest = brute_force_nearest(x[0], codes)
     wrong = []
@@ -54,7 +54,7 @@ def test_the_nearest_code_of_data_with_an_offset(offset: float, wrong_rows: list
     assert wrong[1] > 0 or not offset
 
 
-def test_the_most_similar_of_close_codes(wrong_rows: list[str]) -> None:
+def test_most_similar_of_close_codes(wrong_rows: list[str]) -> None:
     x = draw(1, 2000, DIM)
     codes = F.normalize(draw(1, DIM, seed=1) + 1e-6 * draw(NUM_CODES, DIM, seed=2), dim=1)
     rows = F.normalize(x[0], dim=1, eps=1e-6)
@@ -69,7 +69,7 @@ def test_the_most_similar_of_close_codes(wrong_rows: list[str]) -> None:
 
 
 @pytest.mark.parametrize("mode", MASKED_MODES)
-def test_a_mask_is_as_if_the_padding_were_not_there(mode: str) -> None:
+def test_masked_results_equal_those_without_padding(mode: str) -> None:
     keywords = MASKED_MODES[mode]
     ours, theirs = pair(**keywords)
     x = draw(3, 20, DIM)
@@ -102,13 +102,13 @@ def test_a_mask_is_as_if_the_padding_were_not_there(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["projection", "heads", "heads with own codes"])
-def test_theirs_takes_no_mask_with_heads_or_a_projection(mode: str) -> None:
+def test_theirs_fails_on_masks_with_heads_or_a_projection(mode: str) -> None:
     _, theirs = pair(**MASKED_MODES[mode])
     with pytest.raises(RuntimeError), pytest.warns(UserWarning, match="target size"):
         theirs(draw(3, 20, DIM), mask=torch.ones(3, 20, dtype=torch.bool))
 
 
-def test_theirs_compares_a_masked_cosine_with_vectors_of_any_length() -> None:
+def test_masked_cosine_loss_uses_unit_vectors() -> None:
     mask = torch.ones(3, 20, dtype=torch.bool)
     x = draw(3, 20, DIM)
     masked, plain = (pair(use_cosine_sim=True) for _ in range(2))
@@ -128,7 +128,7 @@ def test_lens_of_channel_first_sequences() -> None:
 
 
 @pytest.mark.parametrize("mode", ["default", "heads with own codes", "projection"])
-def test_padding_decodes_to_nothing(mode: str) -> None:
+def test_padding_decodes_to_zero(mode: str) -> None:
     ours, theirs = pair(**MODES[mode])
     indices = ours.eval()(draw(3, 20, DIM), lens=torch.tensor([20, 0, 7]))[1]
     assert (indices == -1).any()
@@ -140,7 +140,7 @@ def test_padding_decodes_to_nothing(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_indices_decode_to_what_the_evaluation_gave(mode: str) -> None:
+def test_indices_decode_to_the_eval_output(mode: str) -> None:
     ours, _ = pair(**MODES[mode])
     x = draw_input(MODES[mode])
     ours(x)
@@ -152,7 +152,7 @@ def test_indices_decode_to_what_the_evaluation_gave(mode: str) -> None:
         assert torch.equal(ours.get_output_from_indices(indices), quantized)
 
 
-def test_theirs_decodes_neither_shared_heads_nor_projected_channels() -> None:
+def test_theirs_cannot_decode_shared_heads_or_projected_channels() -> None:
     for keywords in (MODES["heads, projection, cosine"], {"channel_last": False, "codebook_dim": 6}):
         _, theirs = pair(**keywords)
         indices = theirs.eval()(draw_input(keywords))[1]
@@ -163,7 +163,7 @@ def test_theirs_decodes_neither_shared_heads_nor_projected_channels() -> None:
 
 
 @pytest.mark.parametrize("keywords", [{}, {"codebook_dim": 5}, {"heads": 2, "codebook_dim": 5}, OWN_CODES])
-def test_single_vectors_decode_to_what_the_evaluation_gave(keywords: dict[str, Any]) -> None:
+def test_single_vectors_decode_to_the_eval_output(keywords: dict[str, Any]) -> None:
     for channel_last in (True, False):
         ours = VectorQuantize(DIM, NUM_CODES, channel_last=channel_last, **keywords).eval()
         quantized, indices, _ = ours(draw(9, DIM))
@@ -173,17 +173,17 @@ def test_single_vectors_decode_to_what_the_evaluation_gave(keywords: dict[str, A
 
 @pytest.mark.parametrize("keywords", [{}, {"use_cosine_sim": True}, {"threshold_ema_dead_code": 2}, OWN_CODES])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_one_row_that_is_not_finite_does_not_poison_the_codebook(value: float, keywords: dict[str, Any]) -> None:
+def test_a_nonfinite_row_does_not_spoil_the_codebook(value: float, keywords: dict[str, Any]) -> None:
     ours, theirs = pair(**keywords)
     x = draw(1, 20, DIM)
     x[0, 3, 5] = value
-    assert not ours(x)[2].isfinite()  # a loss hides nothing
+    assert not ours(x)[2].isfinite()  # the loss shows the row
     assert all(tensor.isfinite().all() for tensor in ours.state_dict().values())
     theirs(x)
     assert not theirs.codebook.isfinite().all()
 
 
-def test_a_row_that_is_not_finite_counts_for_nothing() -> None:
+def test_a_nonfinite_row_does_not_count() -> None:
     keywords = {"codebook_dim": DIM, "threshold_ema_dead_code": 0.1}
     with_nan, without = pair(**keywords)[0], pair(**keywords)[0]
     x = draw(1, 20, DIM)
@@ -193,7 +193,7 @@ def test_a_row_that_is_not_finite_counts_for_nothing() -> None:
     assert_all_close(with_nan.state_dict(), without.state_dict())
 
 
-def test_k_means_leaves_rows_out_that_are_not_finite() -> None:
+def test_k_means_ignores_nonfinite_rows() -> None:
     ours, theirs = pair(kmeans_init=True)
     x = draw(1, 60, DIM)
     x[0, ::2] = torch.nan
@@ -203,7 +203,7 @@ def test_k_means_leaves_rows_out_that_are_not_finite() -> None:
     assert not theirs.codebook.isfinite().all()
 
 
-def test_dead_codes_take_rows_of_the_whole_batch() -> None:
+def test_dead_codes_are_reset_to_rows_of_the_whole_batch() -> None:
     x = torch.arange(3.0)[:, None, None].expand(3, 200, DIM)
     ours, theirs = pair(threshold_ema_dead_code=2)
     for layer, samples in ((ours, 3), (theirs, 1)):
@@ -212,17 +212,17 @@ def test_dead_codes_take_rows_of_the_whole_batch() -> None:
 
 
 @pytest.mark.parametrize("mode", ["default", "straight-through"])
-def test_quantized_is_the_code_in_training_too(mode: str) -> None:
+def test_quantized_equals_the_code_in_training(mode: str) -> None:
     ours, theirs = pair(**MODES[mode])
     x = draw(3, 20, DIM)
-    x[0, 0] = 0  # has no direction to be turned from
+    x[0, 0] = 0  # has no direction
     before = ours.codebook.clone()
     quantized, indices, _ = ours(x.requires_grad_())
     assert torch.equal(quantized, before[indices])
     assert theirs(x)[0][0, 0].any() == (mode == "straight-through")
 
 
-def test_the_cross_entropy_has_the_gradient_of_the_codebook_that_gave_it() -> None:
+def test_cross_entropy_gradient_uses_the_searched_codebook() -> None:
     targets = torch.randint(NUM_CODES, (3, 20), generator=torch.Generator().manual_seed(0))
     gradients = {}
     for freeze in (True, False):
@@ -234,7 +234,7 @@ def test_the_cross_entropy_has_the_gradient_of_the_codebook_that_gave_it() -> No
     assert (gradients["theirs", False] - gradients["theirs", True]).abs().max() > 1e-5
 
 
-def test_gradient_checkpointing_learns_once() -> None:
+def test_activation_checkpointing_learns_once() -> None:
     codebooks = {}
     for checkpointed in (False, True):
         for name, layer in zip(("ours", "theirs"), pair(), strict=True):
@@ -250,8 +250,8 @@ def test_gradient_checkpointing_learns_once() -> None:
     assert (codebooks["theirs", True] - codebooks["theirs", False]).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("mode", ["projection", "heads", "pictures", "channel first", "heads with own codes"])
-def test_the_cross_entropy_comes_with_vectors_of_x_s_shape(mode: str) -> None:
+@pytest.mark.parametrize("mode", ["projection", "heads", "images", "channel first", "heads with own codes"])
+def test_quantized_beside_the_cross_entropy_has_the_shape_of_x(mode: str) -> None:
     ours, _ = pair(**MODES[mode])
     x = draw_input(MODES[mode])
     quantized, indices, _ = ours.eval()(x)
@@ -260,7 +260,7 @@ def test_the_cross_entropy_comes_with_vectors_of_x_s_shape(mode: str) -> None:
     assert loss.shape == ()
 
 
-def test_a_codebook_that_was_set_stays_where_no_row_comes() -> None:
+def test_a_code_that_was_set_stays_if_no_row_chooses_it() -> None:
     codes = torch.cat([draw(1, DIM, seed=3), 100 + draw(NUM_CODES - 1, DIM, seed=4)])
     ours = VectorQuantize(DIM, NUM_CODES)
     for seed in range(3):
@@ -268,7 +268,7 @@ def test_a_codebook_that_was_set_stays_where_no_row_comes() -> None:
     ours.codebook = codes
     assert torch.equal(ours.codebook, codes)
     ours(draw(3, 20, DIM))  # all near the first code
-    torch.testing.assert_close(ours.codebook[1:], codes[1:], rtol=1e-5, atol=0)  # eps moves them a little
+    torch.testing.assert_close(ours.codebook[1:], codes[1:], rtol=1e-5, atol=0)  # eps changes them slightly
     theirs = Theirs(DIM, NUM_CODES)
     theirs.codebook = codes
     theirs(draw(3, 20, DIM))

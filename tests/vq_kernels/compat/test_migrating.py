@@ -1,4 +1,4 @@
-"""docs/guides/migrating.md lists every keyword of theirs, and says of each what the code does."""
+"""docs/guides/migrating.md lists every keyword of theirs, and states for each what the code does."""
 
 import inspect
 import re
@@ -15,7 +15,7 @@ TEXT = (Path(__file__).parents[3] / "docs" / "guides" / "migrating.md").read_tex
 
 
 def rows(after: str) -> dict[str, str]:
-    """The first table after a piece of text: what it says of each name."""
+    """Returns the status of each name in the first table after a piece of text."""
     table = TEXT[TEXT.index(after) :].split("|---|---|---|\n")[1].split("\n\n")[0]
     return dict(re.findall(r"^\| `(\w+)` \| ([\w ]+) \|", table, flags=re.MULTILINE))
 
@@ -35,7 +35,7 @@ def test_every_keyword_is_in_its_table(after: str, theirs: Any, refused: dict[st
     assert set(listed.values()) == {"same", "different", "not supported"}
 
 
-def test_every_public_method_of_theirs_is_named() -> None:
+def test_every_public_method_is_named() -> None:
     for name, value in vars(Theirs).items():
         if not name.startswith("_") and name != "forward" and (callable(value) or isinstance(value, property)):
             there = hasattr(VectorQuantize, name)

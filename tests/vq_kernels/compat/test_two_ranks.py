@@ -1,4 +1,4 @@
-"""Two processes with layers that were made before the process group: one codebook, that of a single process."""
+"""Two ranks, with layers created before the process group, keep the codebook of a single process."""
 
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", [name for name in LAYERS if name != "alone"])
-def test_both_ranks_have_one_codebook(ranks: list[dict[str, Any]], name: str) -> None:
+def test_both_ranks_have_the_same_codebook(ranks: list[dict[str, Any]], name: str) -> None:
     first, second = (rank["states"][name] for rank in ranks)
     for key in first:
         if key.startswith("_codebook"):
@@ -28,14 +28,14 @@ def test_both_ranks_have_one_codebook(ranks: list[dict[str, Any]], name: str) ->
 
 
 @pytest.mark.parametrize("name", ["default", "cosine"])
-def test_it_is_that_of_one_process_with_all_rows(ranks: list[dict[str, Any]], name: str) -> None:
+def test_codebook_equals_that_of_one_process_with_all_rows(ranks: list[dict[str, Any]], name: str) -> None:
     layer = make(name)
     for both in zip(*(batches(rank) for rank in range(WORLD)), strict=True):
         layer(torch.cat([x for x, _ in both], dim=1), mask=torch.cat([mask for _, mask in both], dim=1))
     assert_all_close(ranks[0]["states"][name], layer.state_dict())
 
 
-def test_without_synchronisation_each_learns_alone(ranks: list[dict[str, Any]]) -> None:
+def test_without_synchronisation_each_rank_learns_alone(ranks: list[dict[str, Any]]) -> None:
     for rank in range(WORLD):
         layer = make("alone")
         for x, mask in batches(rank):
@@ -45,7 +45,7 @@ def test_without_synchronisation_each_learns_alone(ranks: list[dict[str, Any]]) 
     assert not torch.equal(*codes)
 
 
-def test_dead_codes_take_rows_of_both_ranks(ranks: list[dict[str, Any]]) -> None:
+def test_dead_codes_are_reset_to_rows_of_both_ranks(ranks: list[dict[str, Any]]) -> None:
     codes = ranks[0]["states"]["many dead codes"]["_codebook.embed"][0]
     for rank in range(WORLD):
         x, mask = batches(rank)[-1]

@@ -1,4 +1,4 @@
-"""`VectorQuantize` by itself: empty batches, padding alone, few rows, dtypes of x, masks of pictures."""
+"""`VectorQuantize` on empty batches, only padding, few rows, other dtypes, and masks of images."""
 
 import copy
 from typing import Any
@@ -25,7 +25,7 @@ def test_an_empty_batch(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", FEW_MODES)
-def test_a_batch_of_padding_alone(mode: str) -> None:
+def test_a_batch_of_only_padding(mode: str) -> None:
     layer = VectorQuantize(DIM, NUM_CODES, **MODES[mode])
     x = torch.full((2, 5, DIM), torch.nan, requires_grad=True)
     quantized, indices, loss = layer(x, lens=torch.zeros(2, dtype=torch.int64))
@@ -52,7 +52,7 @@ def test_k_means_with_fewer_rows_than_codes_repeats_them() -> None:
     assert torch.equal(layer.codebook, before)
 
 
-def test_more_dead_codes_than_rows_wait_their_turn() -> None:
+def test_more_dead_codes_than_rows() -> None:
     torch.manual_seed(0)
     layer = VectorQuantize(DIM, NUM_CODES, threshold_ema_dead_code=2)
     replaced = torch.zeros(NUM_CODES, dtype=torch.bool)
@@ -69,7 +69,7 @@ def test_more_dead_codes_than_rows_wait_their_turn() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_codes_put_at_rows_of_half_precision_have_length_1_in_float32(dtype: torch.dtype) -> None:
+def test_codes_reset_to_half_precision_rows_have_length_1_in_float32(dtype: torch.dtype) -> None:
     layer = VectorQuantize(DIM, NUM_CODES, threshold_ema_dead_code=2, use_cosine_sim=True)
     layer.expire_codes_(draw(1, 60, DIM).to(dtype))
     assert (layer.codebook.norm(dim=1) - 1).abs().max() < 1e-6
@@ -92,8 +92,8 @@ def test_other_dtypes_of_x(dtype: torch.dtype, keywords: dict[str, Any]) -> None
     assert layer.codebook.dtype == torch.float32
 
 
-def test_masks_of_pictures() -> None:
-    """Theirs takes none."""
+def test_masks_of_images() -> None:
+    """Theirs does not accept them."""
     layer = VectorQuantize(DIM, NUM_CODES, accept_image_fmap=True, **OWN_CODES)
     mask = torch.arange(20).view(1, 4, 5).expand(3, 4, 5) % 3 == 0
     quantized, indices, _ = layer(draw(3, DIM, 4, 5), mask=mask)

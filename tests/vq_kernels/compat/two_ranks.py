@@ -1,4 +1,4 @@
-"""What each of two processes does in test_two_ranks.py."""
+"""The program of each rank in test_two_ranks.py."""
 
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ LAYERS: dict[str, dict[str, Any]] = {
 
 
 def batches(rank: int) -> list[tuple[Tensor, Tensor]]:
-    """x [1, 14, DIM] or [1, 9, DIM], and a mask: ranks with unlike numbers of rows."""
+    """Returns x [1, 14, DIM] or [1, 9, DIM], and masks; the ranks have different numbers of rows."""
     num_rows = (14, 9)[rank]
     mask = torch.arange(num_rows)[None] % 5 != 2
     return [(draw(1, num_rows, DIM, seed=10 * number + rank), mask) for number in range(STEPS)]
@@ -35,10 +35,10 @@ def make(name: str) -> VectorQuantize:
 
 
 def run(rank: int, folder: str) -> None:
-    """Make the layers, then the process group, then train; save their states."""
+    """Creates the layers, then the process group; trains the layers and saves their states."""
     layers = {name: make(name) for name in LAYERS}
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=WORLD)
-    torch.manual_seed(rank)  # ranks that draw unlike random numbers
+    torch.manual_seed(rank)  # the ranks draw different random numbers
     states = {}
     for name, layer in layers.items():
         for x, mask in batches(rank):

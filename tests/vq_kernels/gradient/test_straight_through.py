@@ -1,4 +1,4 @@
-"""Gradients past the choice of a code, held against rotation matrices written out."""
+"""The straight-through estimator and the rotation trick, against explicit rotation matrices."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 
 
 def rotation(u: Tensor, v: Tensor) -> Tensor:
-    """The rotation in the plane of the unit vectors u and v that takes u to v, by its definition."""
+    """Returns the rotation that takes u to v in the plane of these unit vectors, by its definition."""
     side = v - (u @ v) * u
     side = side / side.norm()
     cosine, sine = u @ v, v @ side
@@ -34,7 +34,7 @@ def test_straight_through_passes_the_gradient_unchanged() -> None:
 
 
 @pytest.mark.parametrize("code_dim", [2, 3, 64])
-def test_the_rotation_trick_turns_and_scales_the_gradient(code_dim: int) -> None:
+def test_rotation_trick_rotates_and_scales_the_gradient(code_dim: int) -> None:
     x, codes, gradient = draw(6, code_dim).requires_grad_(), draw(6, code_dim, seed=1), draw(6, code_dim, seed=2)
     turned = rotation_trick(x, codes)
     assert torch.equal(turned, codes)
@@ -42,11 +42,11 @@ def test_the_rotation_trick_turns_and_scales_the_gradient(code_dim: int) -> None
     assert x.grad is not None
     for row, code, g, found in zip(x.detach(), codes, gradient, x.grad, strict=True):
         matrix = rotation(row / row.norm(), code / code.norm()) * code.norm() / row.norm()
-        torch.testing.assert_close(matrix @ row, code)  # it is the map whose value the code is
+        torch.testing.assert_close(matrix @ row, code)  # the matrix maps the row to the code
         torch.testing.assert_close(found, matrix.t() @ g)
 
 
-def test_rows_of_no_length_get_finite_gradients() -> None:
+def test_zero_rows_get_finite_gradients() -> None:
     x = torch.zeros(2, 4, requires_grad=True)
     rotation_trick(x, torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.0] * 4])).sum().backward()
     assert x.grad is not None
@@ -54,7 +54,7 @@ def test_rows_of_no_length_get_finite_gradients() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_turned_in_float32(dtype: torch.dtype) -> None:
+def test_half_precision_is_rotated_in_float32(dtype: torch.dtype) -> None:
     x, codes, gradient = (draw(5, 64, seed=seed).to(dtype) for seed in range(3))
     rotation_trick(x.requires_grad_(), codes).backward(gradient)
     wide = x.detach().float().requires_grad_()

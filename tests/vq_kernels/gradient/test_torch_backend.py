@@ -13,7 +13,7 @@ def case(
     generator = torch.Generator().manual_seed(3)
     x = (torch.randn(num_rows, code_dim, generator=generator) + 100).to(dtype)
     codebook = (torch.randn(num_codes, code_dim, generator=generator) + 100).to(dtype)
-    indices = torch.randint(num_codes, (num_rows,), generator=generator) ** 2 % num_codes  # uneven, some never
+    indices = torch.randint(num_codes, (num_rows,), generator=generator) ** 2 % num_codes  # uneven, some unused
     return x, codebook, indices
 
 
@@ -30,7 +30,7 @@ def test_sums_and_counts(deterministic: bool, dtype: torch.dtype, num_rows: int,
     assert torch.equal(counts, torch.bincount(indices, minlength=num_codes))
 
 
-def test_the_deterministic_form_repeats_itself_bit_for_bit_over_several_tiles() -> None:
+def test_deterministic_sums_repeat_bit_for_bit_over_several_tiles() -> None:
     x, codebook, indices = case(40_000, 50, 64, torch.float32)  # three tiles of 2²⁰ numbers
     first, _ = codebook_gradient(x, codebook, indices, deterministic=True)
     second, _ = codebook_gradient(x, codebook, indices, deterministic=True)

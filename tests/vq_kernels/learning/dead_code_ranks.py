@@ -1,4 +1,4 @@
-"""What each of two processes does in test_dead_codes.py."""
+"""The program of each rank in test_dead_codes.py."""
 
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ LAYERS: dict[str, dict[str, Any]] = {
 
 
 def rows(size: str, step: int) -> list[Tensor]:
-    """The rows of each rank, [N, DIM], in float64: what is left are differences, not roundings."""
+    """Returns the rows of each rank, [N, DIM], in float64, so that rounding does not hide differences."""
     generator = torch.Generator().manual_seed(step)
     return [torch.randn(count, DIM, generator=generator, dtype=torch.float64) for count in SIZES[size]]
 
@@ -34,7 +34,7 @@ def make(name: str) -> VectorQuantizer:
 
 
 def train(name: str, batches: list[Tensor], *, share: float = 1.0, seed: int = 1) -> dict[str, Tensor]:
-    """The state after a step of SGD on each batch; `share` is of the loss over all ranks, `seed` of what is drawn."""
+    """Returns the state after an SGD step on each batch. `share` weights the loss; `seed` seeds the resets."""
     quantizer = make(name)
     torch.manual_seed(seed)
     parallel = DistributedDataParallel(quantizer) if torch.distributed.is_initialized() else quantizer
@@ -48,7 +48,7 @@ def train(name: str, batches: list[Tensor], *, share: float = 1.0, seed: int = 1
 
 
 def run(rank: int, folder: str) -> None:
-    """Train with the same random numbers on both ranks, then with others; save all states."""
+    """Trains with the same random numbers on both ranks, then with different ones; saves all states."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=WORLD)
     same: dict[tuple[str, str], dict[str, Tensor]] = {}
@@ -66,7 +66,7 @@ def run(rank: int, folder: str) -> None:
 
     alone = make("both")
     alone.synchronise = False
-    if rank == 1:  # nobody waits for the other
+    if rank == 1:  # neither rank waits for the other
         alone(rows("uneven", 0)[rank])
 
     slots, options = torch.arange(4), {"noise": 0.0, "dtype": torch.float64, "synchronise": True}

@@ -20,7 +20,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("num_slots", [1, 3, 7, 20])
-def test_slots_get_rows_at_even_distances(num_slots: int) -> None:
+def test_slots_get_evenly_spaced_rows(num_slots: int) -> None:
     x = torch.arange(7.0)[:, None]
     torch.manual_seed(0)
     drawn = evenly_spaced_rows(
@@ -31,7 +31,7 @@ def test_slots_get_rows_at_even_distances(num_slots: int) -> None:
     assert all(step in (7 // num_slots, -(-7 // num_slots)) for step in steps.tolist())
 
 
-def test_drawn_rows_are_distinct_and_count() -> None:
+def test_random_rows_are_distinct_and_counted() -> None:
     rows = torch.arange(10.0)[:, None]
     counted = torch.arange(10) % 2 == 0
     drawn, found = random_rows(rows, counted, torch.randperm(10), torch.arange(7), synchronise=False)
@@ -42,7 +42,7 @@ def test_drawn_rows_are_distinct_and_count() -> None:
     assert not drawn.any()
 
 
-def test_dead_codes_that_have_to_wait_are_chosen_at_random() -> None:
+def test_dead_codes_without_a_row_are_chosen_at_random() -> None:
     torch.manual_seed(0)
     dead = torch.tensor([True, False, True, True, True])
     times = torch.zeros(5)
@@ -60,7 +60,7 @@ def test_dead_codes_that_have_to_wait_are_chosen_at_random() -> None:
 
 @pytest.mark.parametrize("size", ["even", "uneven"])
 @pytest.mark.parametrize("name", LAYERS)
-def test_two_ranks_are_one_process_with_all_rows(ranks: list[dict[str, Any]], name: str, size: str) -> None:
+def test_two_ranks_equal_one_process_with_all_rows(ranks: list[dict[str, Any]], name: str, size: str) -> None:
     expected = train(name, [torch.cat(rows(size, step)) for step in range(STEPS)])
     for rank in ranks:
         state = rank["same"][name, size]
@@ -74,7 +74,7 @@ def test_two_ranks_are_one_process_with_all_rows(ranks: list[dict[str, Any]], na
     assert expected["batch_counts"].sum() == sum(SIZES[size])
 
 
-def test_ranks_that_draw_other_numbers_agree(ranks: list[dict[str, Any]]) -> None:
+def test_ranks_with_different_random_numbers_agree(ranks: list[dict[str, Any]]) -> None:
     first, second = (rank["unlike"] for rank in ranks)
     assert first["restarts"] > 0
     for key, value in first.items():
@@ -98,7 +98,7 @@ def test_a_codebook_waits_for_the_first_row_of_any_rank(ranks: list[dict[str, An
     assert torch.equal(after, ranks[1]["waits"][1][1])
 
 
-def test_without_synchronisation_a_rank_is_alone(ranks: list[dict[str, Any]]) -> None:
+def test_without_synchronisation_each_rank_is_alone(ranks: list[dict[str, Any]]) -> None:
     assert ranks[0]["alone"]["needs_data"]
     assert not ranks[1]["alone"]["needs_data"]
     assert ranks[1]["alone"]["batch_counts"].sum() == SIZES["uneven"][1]

@@ -24,7 +24,7 @@ def test_row_sums() -> None:
         torch.testing.assert_close(sums[code].double(), of_code.sum(dim=0), rtol=1e-6, atol=1e-5)
 
 
-def test_the_sum_of_rows_far_out_keeps_what_lies_near_the_code() -> None:
+def test_sums_of_rows_far_from_the_origin_are_precise() -> None:
     codebook = torch.full((1, 1), 4096.0)
     rows = 4096 + 0.25 * torch.arange(1000.0)[:, None] / 250
     counts, sums = row_sums(
@@ -33,7 +33,7 @@ def test_the_sum_of_rows_far_out_keeps_what_lies_near_the_code() -> None:
     assert sums / counts == pytest.approx(rows.double().mean().item(), rel=2**-24)
 
 
-def test_averages_and_their_codes() -> None:
+def test_move_averages_and_mean_codes() -> None:
     sizes, sums = torch.tensor([1.0, 3.0]), torch.tensor([[2.0], [6.0]])
     move_averages_(sizes, sums, RowSums(torch.tensor([3.0, 1.0]), torch.tensor([[6.0], [4.0]])), 0.75)
     assert sizes.tolist() == [1.5, 2.5]
@@ -41,7 +41,7 @@ def test_averages_and_their_codes() -> None:
     assert mean_codes(sizes, sums, 0.0).tolist() == [[2.0], [pytest.approx(2.2)]]
 
 
-def test_smoothed_sizes_keep_their_sum_and_none_is_zero() -> None:
+def test_smoothed_sizes_keep_their_sum_and_are_positive() -> None:
     smoothed = smoothed_sizes(torch.tensor([[0.0, 8.0], [4.0, 4.0]]), 0.5)
     torch.testing.assert_close(smoothed.sum(dim=1), torch.tensor([8.0, 8.0]))
     assert smoothed[0, 0] > 0

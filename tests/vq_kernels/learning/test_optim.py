@@ -18,7 +18,7 @@ def test_a_step_moves_each_code_by_the_fraction(num_rows: int, num_codes: int) -
     quantizer = VectorQuantizer(num_codes, 3)
     optimizer = torch.optim.SGD([count_normalised_param_group(quantizer, 0.25)], lr=9.0, momentum=0.9, weight_decay=0.1)
     attach_count_normalised_step(optimizer, quantizer)
-    for _ in range(2):  # a second one shows that no momentum is carried over
+    for _ in range(2):  # the second step shows that there is no momentum
         before = quantizer.codebook.detach().clone()
         x = torch.randn(num_rows, 3)
         _, indices, loss = quantizer(x)
@@ -61,12 +61,12 @@ def test_without_the_hook_the_step_vanishes() -> None:
 
 
 @pytest.mark.parametrize("fraction", [0.0, -0.1, 2.0, float("nan")])
-def test_a_fraction_that_diverges_is_refused(fraction: float) -> None:
+def test_a_fraction_that_diverges_is_rejected(fraction: float) -> None:
     with pytest.raises(ValueError, match=r"fraction must be in \(0, 2\), got"):
         count_normalised_param_group(VectorQuantizer(4, 4), fraction)
 
 
-def test_a_step_without_a_gradient_is_left_alone() -> None:
+def test_a_step_without_a_gradient_changes_nothing() -> None:
     quantizer = VectorQuantizer(4, 4)
     optimizer = torch.optim.SGD([count_normalised_param_group(quantizer, 0.1)])
     attach_count_normalised_step(optimizer, quantizer)

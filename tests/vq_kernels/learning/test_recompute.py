@@ -1,4 +1,4 @@
-"""A quantizer in training leaves the same numbers compiled, checkpointed, and both, as it does eagerly."""
+"""Training gives the same numbers eagerly, compiled, under activation checkpointing, and with both."""
 
 from collections.abc import Callable
 from typing import Any
@@ -36,7 +36,7 @@ def draw(seed: int) -> Tensor:
 
 
 def steps(name: str, way: str = "eager", backend: str = "aot_eager") -> dict[str, Tensor]:
-    """What two training steps leave: losses, gradients, state."""
+    """Returns the losses, gradients and states of two training steps."""
 
     def compiled(function: Any) -> Any:
         return torch.compile(function, fullgraph=True, backend=backend)
@@ -82,7 +82,7 @@ INSIDE, AROUND = "compiled in a checkpoint", "a checkpoint, compiled"
 
 
 @pytest.mark.parametrize("name", ["averages, cosine", "averages, residual"])
-def test_a_compiler_keeps_the_codes_that_were_searched_for_the_backward(name: str) -> None:
+def test_a_compiled_backward_uses_the_searched_codes(name: str) -> None:
     assert_same(steps(name, "compiled"), steps(name))
 
 
@@ -99,17 +99,17 @@ def test_a_compiler_keeps_the_codes_that_were_searched_for_the_backward(name: st
         ("drop-in, learnable, dead codes", AROUND),
     ],
 )
-def test_a_compiled_second_pass_repeats_the_first_and_learns_nothing(name: str, way: str) -> None:
+def test_compiled_recomputation_repeats_the_forward_and_learns_nothing(name: str, way: str) -> None:
     assert_same(steps(name, way), steps(name))
 
 
 @pytest.mark.parametrize("way", [INSIDE, AROUND])
-def test_the_default_compiler_does_the_same(way: str) -> None:
+def test_compiled_recomputation_with_inductor(way: str) -> None:
     assert_same(steps("averages", way, backend="inductor"), steps("averages"))
 
 
 @pytest.mark.parametrize("cosine", [False, True])
-def test_a_second_pass_in_eval_mode_searches_the_codebook_as_it_is(cosine: bool) -> None:
+def test_recomputation_in_eval_mode_searches_the_current_codebook(cosine: bool) -> None:
     quantizer = VectorQuantizer(20, 6, metric="cosine" if cosine else "euclidean", **AVERAGES)
     quantizer(draw(0))
     quantizer.eval()

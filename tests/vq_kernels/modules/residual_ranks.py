@@ -1,4 +1,4 @@
-"""What each of two processes does in test_residual_ranks.py."""
+"""The program of each rank in test_residual_ranks.py."""
 
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ def make(name: str) -> ResidualVectorQuantizer:
 
 
 def batches(rank: int, channels: int) -> list[tuple[Tensor, Tensor]]:
-    """x [M, channels] and its mask [M], of unlike sizes on the ranks; on the second rank the last batch is padding."""
+    """Returns x [M, channels] and masks [M]. M differs between the ranks; the last batch of rank 1 is padding."""
     num_rows = (40, 23)[rank]
     result = []
     for step in range(STEPS):
@@ -35,7 +35,7 @@ def batches(rank: int, channels: int) -> list[tuple[Tensor, Tensor]]:
 
 
 def run(rank: int, folder: str) -> None:
-    """Train all layers with other random numbers on each rank; save their states and what was dropped."""
+    """Trains all layers with different random numbers on each rank; saves their states and the active stages."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=WORLD)
     torch.manual_seed(100 + rank)
     states, stages = {}, []

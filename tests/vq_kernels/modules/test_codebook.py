@@ -13,7 +13,7 @@ K, D = 8, 6
 
 def saved_by_quantizer(*leading: int) -> dict[str, Any]:
     """The shapes and dtypes in a state dict of VectorQuantizer or ResidualVectorQuantizer."""
-    counts = {name: ((*leading, K), torch.int64) for name in ("steps_unused", "batch_counts", "usage_counts")}
+    counts = dict.fromkeys(("steps_unused", "batch_counts", "usage_counts"), ((*leading, K), torch.int64))
     return {
         "codebook": ((*leading, K, D), torch.float32),
         **counts,

@@ -1,4 +1,4 @@
-"""torch.compile without a graph break and with dynamic shapes, and torch.export: the search is one node."""
+"""torch.compile without graph breaks and with dynamic shapes; torch.export with the search as one node."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""The cosine metric and moving averages, with gradients, restarts and gradient checkpointing."""
+"""The cosine metric and moving averages, with gradients, dead-code resets and activation checkpointing."""
 
 import pytest
 import torch
@@ -73,7 +73,7 @@ def test_codes_follow_the_mean_of_their_rows(cosine: bool) -> None:
     torch.testing.assert_close(quantizer.cluster_sizes, sizes)
 
 
-def test_averages_take_no_row_that_is_not_finite_and_eval_mode_moves_none() -> None:
+def test_averages_ignore_nonfinite_rows_and_eval_mode() -> None:
     quantizer = make(ema_decay=0.5)
     before = quantizer.codebook.clone()
     quantizer.eval()(draw(50, 4))
@@ -85,7 +85,7 @@ def test_averages_take_no_row_that_is_not_finite_and_eval_mode_moves_none() -> N
     assert not torch.equal(quantizer.codebook, before)
 
 
-def test_x_gets_its_gradients_where_codes_follow_averages() -> None:
+def test_gradient_of_x_with_ema() -> None:
     quantizer = make(ema_decay=0.5, commitment_weight=0.25)
     before = quantizer.codebook.clone()
     x = draw(30, 4).requires_grad_()
@@ -96,7 +96,7 @@ def test_x_gets_its_gradients_where_codes_follow_averages() -> None:
     torch.testing.assert_close(x.grad, 2 + 0.25 * 2 / 120 * (x.detach() - before[indices]))
 
 
-def test_a_restarted_code_stays_where_it_is_put_until_rows_choose_it() -> None:
+def test_a_reset_code_stays_in_place_until_rows_choose_it() -> None:
     quantizer = make(ema_decay=0.5, restart_after=1, restart_noise=0.0, ema_eps=0.0)
     with torch.no_grad():
         quantizer.codebook[1:] += 1000  # code 0 takes all rows
@@ -106,13 +106,13 @@ def test_a_restarted_code_stays_where_it_is_put_until_rows_choose_it() -> None:
     assert quantizer.restarts == 19
     assert (quantizer.batch_counts > 0).all()
     assert quantizer.codebook.abs().max() < 10
-    lone = quantizer.batch_counts == 1  # their one row is where they were put
+    lone = quantizer.batch_counts == 1  # their only row is the one they were reset to
     restarted = torch.arange(20) > 0
     found = nearest_code(quantizer.codebook[lone & restarted], x)
     torch.testing.assert_close(found.sq_distances, torch.zeros_like(found.sq_distances), rtol=0, atol=1e-10)
 
 
-def test_state_of_averages_is_saved_but_for_the_last_searched() -> None:
+def test_the_searched_codebook_is_not_saved() -> None:
     keys = list(make(ema_decay=0.5).state_dict())
     assert keys[:3] == ["codebook", "cluster_sizes", "cluster_sums"]
     assert "searched_codebook" not in keys
@@ -128,7 +128,7 @@ LEARNING = {
 
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("name", LEARNING)
-def test_gradient_checkpointing_changes_nothing(name: str, reentrant: bool) -> None:
+def test_activation_checkpointing_changes_nothing(name: str, reentrant: bool) -> None:
     results = []
     for checkpointed in (False, True):
         quantizer = make(**LEARNING[name])
@@ -159,7 +159,7 @@ def test_a_second_batch_may_come_before_the_backward(name: str) -> None:
     assert layer.weight.grad.isfinite().all()
 
 
-def test_the_count_normalised_step_with_heads_of_their_own() -> None:
+def test_the_count_normalised_step_with_separate_codebooks() -> None:
     quantizer = make(heads=2, separate_codebooks=True)
     optimizer = torch.optim.SGD([count_normalised_param_group(quantizer, 1.0)])
     attach_count_normalised_step(optimizer, quantizer)
@@ -195,12 +195,12 @@ def test_the_count_normalised_step_is_for_plain_gradients(options: dict[str, obj
         ({"ema_eps": -1.0}, "ema_eps must be >= 0, got -1.0"),
     ],
 )
-def test_bad_arguments_are_named(arguments: dict[str, object], message: str) -> None:
+def test_invalid_arguments(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make(**arguments)
 
 
-def test_what_print_shows() -> None:
+def test_repr() -> None:
     assert repr(make()) == "VectorQuantizer(num_codes=20, code_dim=4, init='normal', restart_after=0)"
     shown = repr(make(heads=2, separate_codebooks=True, channel_dim=1, ema_decay=0.9, metric="cosine"))
     assert "metric='cosine', heads=2, channel_dim=1, ema_decay=0.9, separate_codebooks=True" in shown

@@ -1,4 +1,4 @@
-"""What models do to the modules in them: compilation, autocast, loss scaling, checkpoints, copies, functional calls."""
+"""The modules under compilation, autocast, loss scaling, copying, functional calls and export."""
 
 import copy
 from collections.abc import Callable
@@ -18,7 +18,7 @@ MODULES: dict[str, Callable[[], VectorQuantizer | ResidualVectorQuantizer]] = {
     "restarts": lambda: VectorQuantizer(20, 6, **LEARNING),
     "averages": lambda: VectorQuantizer(20, 6, ema_decay=0.5, commitment_weight=0.25),
     "cosine, heads": lambda: VectorQuantizer(20, 6, metric="cosine", heads=2, **LEARNING),
-    "product, pictures": lambda: VectorQuantizer(20, 6, heads=2, separate_codebooks=True, channel_dim=1, **LEARNING),
+    "product, images": lambda: VectorQuantizer(20, 6, heads=2, separate_codebooks=True, channel_dim=1, **LEARNING),
     "residual": lambda: ResidualVectorQuantizer(3, 20, 6, **LEARNING),
     "residual, averages": lambda: ResidualVectorQuantizer(3, 20, 6, ema_decay=0.5, **LEARNING),
     "residual, dropout": lambda: ResidualVectorQuantizer(3, 20, 6, quantizer_dropout=0.5, **LEARNING),
@@ -43,7 +43,7 @@ def make(name: str) -> VectorQuantizer | ResidualVectorQuantizer:
 def draw_for(
     module: VectorQuantizer | ResidualVectorQuantizer, seed: int = 0, count: int = 30
 ) -> tuple[Tensor, Tensor]:
-    """x, [count, channels], or [3, channels, 2, count], and its mask."""
+    """Returns x [count, channels], or [3, channels, 2, count], and a mask."""
     channels = 6 * module.heads
     shape, leading = (
         ((3, channels, 2, count), (3, 2, count)) if module.channel_dim == 1 else ((count, channels), (count,))
@@ -52,7 +52,7 @@ def draw_for(
 
 
 def steps(module: nn.Module, call: Any, num_steps: int = 3, **given: Any) -> list[Tensor]:
-    """All that a few training steps leave, and a call in eval mode: results, gradients, state."""
+    """Returns the results, gradients and states of a few training steps, and the results in eval mode."""
     left: list[Tensor] = []
     for step in range(num_steps):
         torch.manual_seed(step)
@@ -88,7 +88,7 @@ def test_no_graph_break_in_the_functions() -> None:
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("name", MODULES)
-def test_compiled_it_does_the_same(name: str, masked: bool) -> None:
+def test_compiled_results_equal_eager_results(name: str, masked: bool) -> None:
     expected_module, module = make(name), make(name)
     expected = steps(expected_module, expected_module, masked=masked)
     compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
@@ -158,7 +158,7 @@ def test_gradients_that_overflow_skip_the_step() -> None:
 
 @pytest.mark.parametrize("way", WAYS_TO_COPY)
 @pytest.mark.parametrize("name", MODULES)
-def test_copies_go_on_as_the_original_would(name: str, way: Callable[[nn.Module], nn.Module]) -> None:
+def test_copies_train_like_the_original(name: str, way: Callable[[nn.Module], nn.Module]) -> None:
     module = make(name)
     steps(module, module, num_steps=2)
     other = way(module)
@@ -206,7 +206,7 @@ def test_functional_gradients_in_eval_mode(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["averages", "residual, averages"])
-def test_functional_gradients_in_training_take_buffers_of_their_own(name: str) -> None:
+def test_functional_gradients_in_training_need_cloned_buffers(name: str) -> None:
     module = make(name)
     x, _ = draw_for(module)
 

@@ -1,4 +1,4 @@
-"""Cutting vectors into heads and putting them together again."""
+"""Splitting vectors into heads and joining them."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def test_split_and_join(leading: tuple[int, ...], heads: int, separate: bool) ->
     assert layout.num_codebooks == codebooks
     assert rows.shape == (codebooks, num_vectors * heads // codebooks, 4)
     assert torch.equal(layout.join(rows, x.shape[:-1]), x)
-    indices = rows[..., 0].long()  # each row by its first number
+    indices = rows[..., 0].long()  # identifies each row by its first number
     joined = layout.join_indices(indices, x.shape[:-1])
     assert joined.shape == (*leading, heads) if heads > 1 else leading
     assert torch.equal(joined.view(*leading, heads), x.view(*leading, heads, 4)[..., 0].long())
@@ -40,12 +40,12 @@ def test_each_codebook_gets_its_head(separate: bool) -> None:
     )
 
 
-def test_a_head_for_all_is_a_view() -> None:
+def test_splitting_for_a_shared_codebook_is_a_view() -> None:
     x = torch.randn(4, 5, 6)
     assert HeadLayout(3, separate=False).split(x).data_ptr() == x.data_ptr()
 
 
-def test_masks_that_do_not_fit() -> None:
+def test_invalid_masks() -> None:
     with pytest.raises(TypeError, match=r"mask must be bool, got torch.int64"):
         check_mask(torch.ones(2, 3, dtype=torch.int64), torch.Size((2, 3)))
     with pytest.raises(ValueError, match=r"mask must be \(2, 3\) to match x, got \(2,\)"):

@@ -1,4 +1,4 @@
-"""Channels anywhere, heads, masks: each against plain rows that are quantized one codebook at a time."""
+"""Channel dimensions, heads and masks, against plain rows quantized with one codebook at a time."""
 
 import copy
 
@@ -19,7 +19,7 @@ def make(**options: object) -> VectorQuantizer:
 
 
 @pytest.mark.parametrize(("channel_dim", "shape"), [(1, (2, 4, 3, 5)), (-3, (2, 4, 3, 5)), (0, (4, 7)), (2, (2, 3, 4))])
-def test_channels_anywhere(channel_dim: int, shape: tuple[int, ...]) -> None:
+def test_channels_in_any_dimension(channel_dim: int, shape: tuple[int, ...]) -> None:
     quantizer = make(channel_dim=channel_dim)
     x = draw(*shape).requires_grad_()
     quantized, indices, loss = quantizer(x)
@@ -33,7 +33,7 @@ def test_channels_anywhere(channel_dim: int, shape: tuple[int, ...]) -> None:
     assert torch.equal(x.grad, upstream)
 
 
-def test_heads_that_share_a_codebook_are_rows_of_their_own() -> None:
+def test_heads_that_share_a_codebook_equal_separate_rows() -> None:
     quantizer, plain = make(heads=3, commitment_weight=0.5), make(commitment_weight=0.5)
     assert quantizer.codebook.shape == (20, 4)
     results = []
@@ -74,7 +74,7 @@ def test_product_quantization_has_a_codebook_for_each_head() -> None:
     assert quantizer.perplexity.shape == quantizer.codes_used.shape == (3,)
 
 
-def test_codebooks_of_heads_restart_each_at_its_part_of_a_row() -> None:
+def test_separate_codebooks_are_reset_to_their_part_of_a_row() -> None:
     quantizer = make(heads=2, separate_codebooks=True, init="data", restart_after=1, restart_noise=0.0)
     x = draw(30, 8) + torch.tensor([100.0] * 4 + [-100.0] * 4)
     quantizer(x)
@@ -105,7 +105,7 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_padding_is_as_if_it_were_not_there(name: str) -> None:
+def test_padding_has_no_effect(name: str) -> None:
     masked = make(**OPTIONS[name])
     alone = copy.deepcopy(masked)
     mask = torch.arange(14).view(2, 7) % 3 != 1
@@ -133,7 +133,7 @@ def test_padding_is_as_if_it_were_not_there(name: str) -> None:
             torch.testing.assert_close(value, other, msg=key)
 
 
-def test_codes_restart_at_no_padding() -> None:
+def test_codes_are_not_reset_to_padding() -> None:
     quantizer = make(init="data", restart_noise=0.0)
     x, mask = draw(60, 4), torch.arange(60) % 2 == 0
     x[~mask] = 100.0
@@ -144,7 +144,7 @@ def test_codes_restart_at_no_padding() -> None:
     assert found.indices.unique().numel() == 20
 
 
-def test_a_batch_of_padding_alone_changes_nothing_but_the_step() -> None:
+def test_a_batch_of_only_padding_changes_only_the_step_count() -> None:
     quantizer = make(init="data", restart_after=1, commitment_weight=1.0)
     before = quantizer.codebook.detach().clone()
     x = draw(5, 4).requires_grad_()
@@ -170,7 +170,7 @@ def test_minus_one_decodes_to_zero() -> None:
     assert quantizer.codebook.grad.nonzero()[:, 0].unique().tolist() == [3]
 
 
-def test_what_does_not_fit_is_named() -> None:
+def test_invalid_inputs() -> None:
     quantizer = make(heads=2, channel_dim=1)
     with pytest.raises(ValueError, match=r"x must have 8 channels in dimension 1, got \(3, 4, 8\)"):
         quantizer(draw(3, 4, 8))

@@ -1,4 +1,4 @@
-"""Two processes, each with rows of its own, keep the same codebooks in every stage, those of one process."""
+"""Two ranks with different rows keep the codebooks of one process, in every stage."""
 
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ def test_both_ranks_have_the_same_state(ranks: list[dict[str, Any]], name: str) 
         assert not first["needs_data"].any()
 
 
-def test_averages_are_those_of_one_process_with_all_rows(ranks: list[dict[str, Any]]) -> None:
+def test_averages_equal_those_of_one_process_with_all_rows(ranks: list[dict[str, Any]]) -> None:
     layer = make("averages")
     for both in zip(*(batches(rank, 4) for rank in range(WORLD)), strict=True):
         layer(torch.cat([x for x, _ in both]), torch.cat([mask for _, mask in both]))

@@ -1,4 +1,4 @@
-"""Residual quantization against its stages, taken one at a time by vector_quantize."""
+"""Residual quantization, against vector_quantize for each stage."""
 
 import copy
 import io
@@ -32,7 +32,7 @@ def make(**options: Any) -> ResidualVectorQuantizer:
 
 
 def by_hand(x: Tensor, codebook: Tensor, weight: float, num_stages: int = STAGES) -> tuple[Tensor, Tensor, Tensor]:
-    """quantized, indices and loss of x [N, D] in the first stages of codebook [Q, K, D], by autograd."""
+    """Returns quantized, indices and loss of x [N, D] in the first stages of codebook [Q, K, D]."""
     residual, quantized, indices, losses = x, torch.zeros_like(x), [], []
     for stage in range(num_stages):
         step = vector_quantize(residual, codebook[stage], commitment_weight=weight)
@@ -44,7 +44,7 @@ def by_hand(x: Tensor, codebook: Tensor, weight: float, num_stages: int = STAGES
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.25])
-def test_it_is_its_stages_one_after_the_other(weight: float) -> None:
+def test_equals_its_stages_in_sequence(weight: float) -> None:
     quantizer = make(commitment_weight=weight)
     assert quantizer.codebook.shape == (STAGES, CODES, DIM)
     x = draw(2, 30, DIM)
@@ -92,7 +92,7 @@ def test_decoding_the_first_stages() -> None:
     assert torch.equal(quantizer.decode(indices)[3], quantizer.codebook[0, indices[3, 0]])
 
 
-def test_the_first_indices_are_those_of_fewer_stages() -> None:
+def test_the_first_indices_equal_those_of_fewer_stages() -> None:
     quantizer = make()
     x = draw(100, DIM)
     coarser = ResidualVectorQuantizer(2, CODES, DIM)
@@ -135,7 +135,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", ["gradients", "averages", "grouped"])
-def test_padding_is_as_if_it_were_not_there(name: str) -> None:
+def test_padding_has_no_effect(name: str) -> None:
     options = {**OPTIONS[name], "restart_after": 0}
     masked, alone = make(**options), make(**options)
     mask = torch.arange(14).view(2, 7) % 3 != 1
@@ -159,7 +159,7 @@ def test_padding_is_as_if_it_were_not_there(name: str) -> None:
         torch.testing.assert_close(masked.codebook.grad, alone.codebook.grad)
 
 
-def test_dropped_stages_are_as_if_they_were_not_there() -> None:
+def test_dropped_stages_have_no_effect() -> None:
     quantizer = make(quantizer_dropout=1.0, commitment_weight=0.25)
     drawn = set()
     for seed in range(20):
@@ -188,14 +188,14 @@ def test_dropped_stages_are_as_if_they_were_not_there() -> None:
     assert (quantizer.eval()(x).indices >= 0).all()
 
 
-def test_dropout_is_the_share_of_batches_it_says() -> None:
+def test_dropout_frequency() -> None:
     quantizer = make(quantizer_dropout=0.5)
     torch.manual_seed(0)
     whole = sum(bool((quantizer(draw(1, DIM)).indices >= 0).all()) for _ in range(400))
     assert 230 < whole < 305  # 2/3 of 400, within four standard deviations
 
 
-def test_averages_of_dropped_stages_stay() -> None:
+def test_averages_of_dropped_stages_do_not_change() -> None:
     quantizer = make(**OPTIONS["dropout, averages"])
     for seed in range(6):
         torch.manual_seed(seed)
@@ -208,7 +208,7 @@ def test_averages_of_dropped_stages_stay() -> None:
             assert not torch.equal(after[:num_stages], before[name][:num_stages])
 
 
-def test_each_stage_begins_at_what_the_stages_before_leave_over() -> None:
+def test_each_stage_is_initialised_from_residuals() -> None:
     quantizer = make(init="data", restart_noise=0.0)
     x = draw(60, DIM)
     indices = quantizer(x).indices
@@ -220,7 +220,7 @@ def test_each_stage_begins_at_what_the_stages_before_leave_over() -> None:
         residual = residual - codes[indices[:, stage]]
 
 
-def test_dropout_leaves_no_stage_without_a_beginning() -> None:
+def test_dropped_stages_are_initialised() -> None:
     torch.manual_seed(1)
     quantizer = ResidualVectorQuantizer(8, CODES, DIM, init="data", quantizer_dropout=1.0)
     before = quantizer.codebook.detach().clone()
@@ -229,7 +229,7 @@ def test_dropout_leaves_no_stage_without_a_beginning() -> None:
     assert (quantizer.codebook != before).any(dim=2).all()
 
 
-def test_unused_codes_restart_stage_by_stage() -> None:
+def test_unused_codes_are_reset_in_each_stage() -> None:
     quantizer = make(restart_after=2, restart_noise=0.0)
     with torch.no_grad():
         quantizer.codebook[1, 5:] += 1000
@@ -260,7 +260,7 @@ def test_training_lowers_the_error(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_gradient_checkpointing_changes_nothing(name: str) -> None:
+def test_activation_checkpointing_changes_nothing(name: str) -> None:
     results: list[list[Tensor]] = []
     for checkpointed in (False, True):
         quantizer, outcome = make(**OPTIONS[name]), []
@@ -325,7 +325,7 @@ def test_the_count_normalised_step() -> None:
         residual = residual - before[stage, indices[:, stage]]
 
 
-def test_state_dict_continues_the_run() -> None:
+def test_training_continues_from_a_state_dict() -> None:
     first, second = (make(**OPTIONS["averages, restarts"]) for _ in range(2))
     first(draw(20, DIM))
     buffer = io.BytesIO()
@@ -341,7 +341,7 @@ def test_state_dict_continues_the_run() -> None:
     assert first.restarts > 0
 
 
-def test_usage_is_told_for_each_stage() -> None:
+def test_usage_statistics_of_each_stage() -> None:
     quantizer = make()
     indices = quantizer(draw(50, DIM)).indices
     assert quantizer.codes_used.tolist() == [indices[:, stage].unique().numel() for stage in range(STAGES)]
@@ -359,20 +359,20 @@ def test_usage_is_told_for_each_stage() -> None:
         ({"commitment_weight": -1.0}, "commitment_weight must be >= 0, got -1.0"),
     ],
 )
-def test_bad_arguments_are_named(arguments: dict[str, object], message: str) -> None:
+def test_invalid_arguments(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ResidualVectorQuantizer(**{"num_quantizers": 2, "num_codes": 4, "code_dim": 4, **arguments})
 
 
 @pytest.mark.parametrize("shape", [(5, 4), (5, 0), (2, 5, 4)])
-def test_indices_that_do_not_fit_are_named(shape: tuple[int, ...]) -> None:
+def test_invalid_indices(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"indices must be \[..., q\] with 1 <= q <= 3, got"):
         make().decode(torch.zeros(shape, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"indices must be \[..., 2, q\] with 1 <= q <= 3, got"):
         make(heads=2).decode(torch.zeros(shape, dtype=torch.int64))
 
 
-def test_what_print_shows() -> None:
+def test_repr() -> None:
     shown = repr(make(quantizer_dropout=0.5))
     expected = "num_quantizers=3, num_codes=20, code_dim=4, init='normal', restart_after=0, quantizer_dropout=0.5"
     assert shown == f"ResidualVectorQuantizer({expected})"

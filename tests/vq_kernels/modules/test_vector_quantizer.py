@@ -1,4 +1,4 @@
-"""The module: initialisation, restarts, statistics, the state dict."""
+"""VectorQuantizer: initialisation, dead-code resets, usage statistics, the state dict."""
 
 import copy
 import io
@@ -13,7 +13,7 @@ def rows(num_rows: int, code_dim: int = 4, seed: int = 0) -> torch.Tensor:
     return torch.randn(num_rows, code_dim, generator=torch.Generator().manual_seed(seed))
 
 
-def test_forward_is_the_search_and_keeps_leading_dimensions() -> None:
+def test_forward_searches_and_keeps_leading_dimensions() -> None:
     torch.manual_seed(0)
     quantizer = VectorQuantizer(20, 4)
     x = rows(30).view(2, 3, 5, 4)
@@ -52,7 +52,7 @@ def test_data_initialisation_with_fewer_rows_than_codes_keeps_codes_apart() -> N
     assert quantizer.codebook.unique(dim=0).shape[0] == 50
 
 
-def test_a_code_restarts_after_the_steps_named_and_not_before() -> None:
+def test_a_code_is_reset_after_the_given_steps_and_not_before() -> None:
     torch.manual_seed(0)
     quantizer = VectorQuantizer(3, 2, restart_after=2, restart_noise=0.0)
     with torch.no_grad():
@@ -68,7 +68,7 @@ def test_a_code_restarts_after_the_steps_named_and_not_before() -> None:
     assert (quantizer.batch_counts > 0).all()
 
 
-def test_no_restart_in_eval_mode_or_when_it_is_off() -> None:
+def test_no_reset_in_eval_mode_or_if_off() -> None:
     torch.manual_seed(0)
     quantizer = VectorQuantizer(50, 4, restart_after=1).eval()
     before = copy.deepcopy(quantizer.state_dict())
@@ -82,7 +82,7 @@ def test_no_restart_in_eval_mode_or_when_it_is_off() -> None:
     assert torch.equal(never.codebook, codebook)
 
 
-def test_rows_that_are_not_finite_are_no_place_to_restart() -> None:
+def test_codes_are_not_reset_to_nonfinite_rows() -> None:
     torch.manual_seed(0)
     quantizer = VectorQuantizer(10, 4, init="data")
     x = rows(10)
@@ -91,7 +91,7 @@ def test_rows_that_are_not_finite_are_no_place_to_restart() -> None:
     assert quantizer.codebook.isfinite().all()
 
 
-def test_an_empty_batch_changes_nothing_but_the_step() -> None:
+def test_an_empty_batch_changes_only_the_step_count() -> None:
     quantizer = VectorQuantizer(10, 4, init="data", restart_after=3)
     before = quantizer.codebook.clone()
     assert quantizer(torch.empty(0, 4)).loss == 0
@@ -122,7 +122,7 @@ def test_perplexity(counts: list[int], expected: float) -> None:
     assert perplexity(torch.tensor(counts)).item() == pytest.approx(expected)
 
 
-def test_state_dict_carries_all_that_a_continued_run_needs() -> None:
+def test_training_continues_from_a_state_dict() -> None:
     torch.manual_seed(0)
     first = VectorQuantizer(30, 4, init="data", restart_after=2)
     first(rows(20))
@@ -151,6 +151,6 @@ def test_state_dict_carries_all_that_a_continued_run_needs() -> None:
         ({"backend": "cuda"}, "backend must be one of auto, triton, torch, got 'cuda'"),
     ],
 )
-def test_bad_arguments_are_named(arguments: dict[str, object], message: str) -> None:
+def test_invalid_arguments(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         VectorQuantizer(**{"num_codes": 4, "code_dim": 4, **arguments})
