@@ -258,7 +258,7 @@ def launch_prepare(codebook: Tensor) -> TritonCodebook:
         _shift_kernel[(1,)](
             partials, prepared.shift, prepared.exponent, code_dim, programs,
             SIXTEEN_BIT=codebook.dtype != torch.float32, BLOCK_P=_BLOCK_P, BLOCK_D=_BLOCK_D, num_warps=8,
-            enable_fp_fusion=ENABLE_FP_FUSION,
+            maxnreg=_STATISTICS_REGISTERS, enable_fp_fusion=ENABLE_FP_FUSION,
         )  # fmt: skip
         _round_codes_kernel[(padded // _BLOCK_K,)](
             codebook, *codebook.stride(), prepared.shift, prepared.exponent, prepared.codes16, prepared.half_norms,
