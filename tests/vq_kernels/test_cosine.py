@@ -14,7 +14,7 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 
 
 def check_most_similar(x: Tensor, codebook: Tensor, tolerance: float = 1e-15) -> None:
-    """The index of the largest product; any, where products differ by less than float64 can tell."""
+    """Check for the index of the largest product, or one that float64 cannot distinguish from it."""
     found = most_similar_code(x, codebook)
     products = x.double() @ codebook.double().t()
     chosen = products.gather(1, found.indices[:, None])[:, 0]
@@ -41,7 +41,7 @@ def test_unit_vectors_whose_rounded_norms_decide_the_distances(spread: float) ->
     near = unit(codebook[:100] + 1e-6 * draw(100, 8, seed=3).float())
     check_most_similar(near, codebook)
     nearest = torch.cdist(near.double(), codebook.double()).argmin(dim=1)
-    if spread == 1e-6:  # what the test is about: distances would not do
+    if spread == 1e-6:  # the nearest code is not always the most similar
         assert (nearest != most_similar_code(near, codebook).indices).any()
 
 
@@ -51,7 +51,7 @@ def test_codes_of_any_length(scale: float) -> None:
     check_most_similar(draw(400, 16, seed=2).float(), codebook)
 
 
-def test_the_lowest_of_identical_codes_and_for_a_row_of_zeros() -> None:
+def test_ties_give_the_lowest_index() -> None:
     codebook = unit(draw(20, 8).float()).repeat(3, 1)
     x = draw(50, 8, seed=1).float()
     x[7] = 0
@@ -83,7 +83,7 @@ def test_shapes_and_similarities() -> None:
     assert most_similar_code(x[:0], codebook).codes.shape == (0, 3, 8)
 
 
-def test_what_does_not_fit() -> None:
+def test_errors() -> None:
     with pytest.raises(ValueError, match=r"x must be \[..., 8\] to match codebook \(20, 8\), got \(5, 7\)"):
         most_similar_code(torch.zeros(5, 7), torch.zeros(20, 8))
     with pytest.raises(TypeError, match="codebook must be float32"):

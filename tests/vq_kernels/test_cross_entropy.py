@@ -23,7 +23,7 @@ def reference(x: Tensor, codebook: Tensor, targets: Tensor, metric: Metric) -> T
 
 @pytest.fixture(params=[1, 64, 1 << 21])
 def _chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A row at a time, a few, all of them."""
+    """Chunks of one row, a few rows, and all rows."""
     monkeypatch.setattr(cross_entropy, "_CHUNK_ELEMENTS", request.param)
 
 
@@ -58,7 +58,7 @@ def test_a_row_on_its_code_has_a_finite_gradient() -> None:
     assert x.grad.isfinite().all()
 
 
-def test_an_offset_costs_float32_no_more_than_the_offset_itself() -> None:
+def test_data_with_an_offset() -> None:
     x, codebook = (1000 + draw(50, 8)).float(), (1000 + draw(20, 8, seed=1)).float()
     targets = torch.arange(50) % 20
     expected = reference(x.double(), codebook.double(), targets, "euclidean")

@@ -1,4 +1,4 @@
-"""On a device without float64 what needs it is done on the CPU. The device here is the CPU, said to have none, once."""
+"""Devices without float64 use the CPU instead. The tests report the CPU as such a device, once."""
 
 from collections.abc import Callable
 from types import ModuleType
@@ -30,7 +30,7 @@ def gradient_of_the_codebook(x: Tensor, codebook: Tensor) -> Tensor:
     ],
     ids=["search", "topk", "gradient", "cosine", "perplexity"],
 )
-def test_the_result_is_the_same(
+def test_results_are_the_same_without_float64(
     module: ModuleType, call: Callable[[Tensor, Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -48,7 +48,7 @@ def test_the_result_is_the_same(
     assert len(asked) >= 2
 
 
-def test_mps_is_such_a_device() -> None:
+def test_mps_has_no_float64() -> None:
     class OnMps:
         device, dtype = torch.device("mps"), torch.float64
 

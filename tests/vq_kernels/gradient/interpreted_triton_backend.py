@@ -1,4 +1,4 @@
-"""The Triton codebook gradient under TRITON_INTERPRET=1. Run by test_triton_backend.py in a process of its own."""
+"""The Triton gradient under TRITON_INTERPRET=1. test_triton_backend.py runs this file in a separate process."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def check(x: Tensor, codebook: Tensor, indices: Tensor, deterministic: bool) -> 
     magnitude = torch.zeros(codebook.shape, dtype=torch.float64).index_add_(0, indices, difference.abs())
     assert (sums.dtype, counts.dtype) == (torch.float32, torch.int64)
     assert torch.equal(counts, torch.bincount(indices, minlength=codebook.shape[0]))
-    assert ((sums - expected).abs() <= expected.abs() * 2.0**-24 + 1e-12 * magnitude).all()  # rounded once, at the end
+    assert ((sums - expected).abs() <= expected.abs() * 2.0**-24 + 1e-12 * magnitude).all()  # rounded only once
 
 
 @pytest.mark.parametrize("deterministic", [True, False])
@@ -33,7 +33,7 @@ def test_against_float64(dims: tuple[int, int, int], deterministic: bool):
 
 @pytest.mark.parametrize("deterministic", [True, False])
 @pytest.mark.parametrize("rows", [SEGMENT_ROWS - 1, SEGMENT_ROWS, SEGMENT_ROWS + 1, 40 * SEGMENT_ROWS])
-def test_one_code_takes_all(rows: int, deterministic: bool):
+def test_one_code_has_all_rows(rows: int, deterministic: bool):
     x, codebook, indices = make(rows, 6, 5)
     check(x, codebook, torch.full_like(indices, 3), deterministic)
 
@@ -46,8 +46,8 @@ def test_dtypes_and_strides(deterministic: bool):
 
 
 @pytest.mark.parametrize("deterministic", [True, False])
-def test_good_codes_do_not_cancel(deterministic: bool):
-    """Rows within a millionth of their codes: n c - sum(x) in float32 would keep nothing."""
+def test_sums_do_not_cancel_for_good_codes(deterministic: bool):
+    """Rows within a millionth of their codes, for which n c - sum(x) in float32 loses everything."""
     x, codebook, indices = make(300, 4, 6)
     check(1000.0 + codebook[indices] + 1e-4 * x, 1000.0 + codebook, indices, deterministic)
 

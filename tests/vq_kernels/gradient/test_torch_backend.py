@@ -1,4 +1,4 @@
-"""The codebook's gradient in PyTorch: the segmented sum, against float64."""
+"""The gradient of the codebook in PyTorch, against float64."""
 
 import pytest
 import torch
@@ -43,3 +43,9 @@ def test_the_operator_dispatches() -> None:
     expected, expected_counts = codebook_gradient(x, codebook, indices, deterministic=True)
     assert torch.equal(found, expected)
     assert torch.equal(counts, expected_counts)
+
+
+def test_operator_is_well_formed() -> None:
+    x, codebook, _ = case(5, 7, 3, torch.float32)
+    indices = torch.tensor([0, 3, 3, 1, 6])
+    torch.library.opcheck(torch.ops.vq_kernels.codebook_gradient.default, (x, codebook, indices, "torch"))

@@ -1,4 +1,4 @@
-"""The Triton codebook gradient, in the interpreter."""
+"""Runs the tests of the Triton gradient in the interpreter."""
 
 from pathlib import Path
 

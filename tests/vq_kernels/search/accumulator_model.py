@@ -1,13 +1,13 @@
-"""A numpy model of the scan on tensor cores: fp16 products summed by a truncating accumulator, places packed in.
+"""A numpy model of the scan on tensor cores: fp16 products, a truncating accumulator, packed positions.
 
 The accumulator takes `group` products at a time. These and the running sum are aligned to the largest exponent among
-them, each is cut off (towards zero) at `fraction_bits` bits below that exponent, the cut values are added without
-error, and the sum is cut off to float32's 24 bits. Groups of 8 with 24 fraction bits are Ampere's, of 16 with 25
-Hopper's and Blackwell's, as modelled bit for bit by MMA-Sim (Xie et al. 2025, arXiv:2511.10909) and probed before by
-Fasi, Higham, Mikaitis, Pranesh, "Numerical behavior of NVIDIA tensor cores", PeerJ Computer Science 7 (2021).
+them, each is truncated `fraction_bits` bits below that exponent, the truncated values are added without error, and the
+sum is truncated to float32's 24 bits. Ampere has groups of 8 with 24 fraction bits; Hopper and Blackwell have groups of
+16 with 25. Sources: MMA-Sim (Xie et al. 2025, arXiv:2511.10909), a bit-exact model; Fasi, Higham, Mikaitis, Pranesh,
+"Numerical behavior of NVIDIA tensor cores", PeerJ Computer Science 7 (2021).
 
-Where readings of the hardware differ, the model takes the one with the larger error: a product's exponent is the
-larger of its own and the sum of its factors' (a subnormal factor counts as 2^-14).
+Where the sources differ, the model takes the larger error: the exponent of a product is the larger of its own and the
+sum of its factors' (a subnormal factor counts as 2^-14).
 """
 
 from dataclasses import dataclass
@@ -18,21 +18,21 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 ACCUMULATORS = [(8, 24), (8, 25), (16, 24), (16, 25)]
-"""(group, fraction_bits) of the accumulators to hold a bound against."""
+"""(group, fraction_bits) of the accumulators that a bound has to cover."""
 
 _NO_EXPONENT = -(10**6)
-_LARGEST_EXPONENT = 14  # the largest magnitude of a row, and of the codebook, is scaled below 2^14
+_LARGEST_EXPONENT = 14  # rows and codebook are scaled to magnitudes below 2^14
 
 
 def truncating_product(left: Array, right: Array, start: Array, *, group: int, fraction_bits: int) -> Array:
-    """start + left @ right.T as a tensor core computes it.
+    """Compute start + left @ right.T as a tensor core does.
 
     Args:
         left: [N, D], values of float16.
         right: [K, D], values of float16.
-        start: [N, K], values of float32: what the accumulator holds at first.
-        group: products that are added at once.
-        fraction_bits: bits that are kept below the largest exponent.
+        start: [N, K], values of float32, the initial accumulator.
+        group: products added at once.
+        fraction_bits: bits kept below the largest exponent.
 
     Returns:
         [N, K], values of float32.
@@ -51,7 +51,7 @@ def truncating_product(left: Array, right: Array, start: Array, *, group: int, f
 
 
 def _exponents(values: Array, least: int = _NO_EXPONENT) -> NDArray[np.int64]:
-    """floor(log2(|v|)), at least `least`; far below everything for 0."""
+    """floor(log2(|v|)), at least `least`; _NO_EXPONENT for 0."""
     exponents = np.frexp(values)[1].astype(np.int64) - 1
     return np.where(values == 0, _NO_EXPONENT, np.maximum(exponents, least))
 
@@ -62,23 +62,23 @@ def _cut_to_float32(values: Array) -> Array:
     return np.ldexp(np.trunc(np.ldexp(mantissas, 24)), exponents - 24)
 
 
-def pack(scores: Array, bits: int, place: int) -> Array:
-    """Write `place` into the lowest `bits` bits of float32 scores."""
+def pack(scores: Array, bits: int, position: int) -> Array:
+    """Write `position` into the lowest `bits` bits of float32 scores."""
     mask = np.int32((1 << bits) - 1)
     raw = scores.astype(np.float32).view(np.int32)
-    return ((raw & ~mask) | (np.int32(place) & mask)).view(np.float32).astype(np.float64)
+    return ((raw & ~mask) | (np.int32(position) & mask)).view(np.float32).astype(np.float64)
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Both sides as the design prepares them, in scaled units, and what was lost on the way.
+    """Prepared rows and codes in scaled units, and their rounding errors.
 
     Attributes:
-        rows: [N, D] float16 values x', by 2^row_exponents.
-        codes: [K, D] float16 values c', by one power of two.
+        rows: [N, D] float16 values x', each row with its own power of two.
+        codes: [K, D] float16 values c', with one power of two.
         half_norms: [N, K] float32 values of h, scaled as the row's scores are.
-        true_scores: [N, K], X·C - h without any of the roundings.
-        row_residuals: [N], r_x, the norm of what a row lost.
+        true_scores: [N, K], X·C - h without rounding.
+        row_residuals: [N], r_x, the norm of a row's rounding error.
         code_norm, code_residual, rounded_code_norm: C, R, C', maxima over the codes.
         half_norm: [N], H, scaled as the row's scores are.
     """
@@ -94,11 +94,11 @@ class Prepared:
     half_norm: Array
 
     def error_bound(self, *, packed_bits: int, half_norm_in_accumulation: bool = True) -> Array:
-        """E of each row [N], as the design states it.
+        """E of each row [N]; see vq_kernels/search/triton/common.py.
 
         Args:
-            packed_bits: b, the mantissa bits that hold the place.
-            half_norm_in_accumulation: False for the bound with H left out of the accumulator's term: too small.
+            packed_bits: b, the mantissa bits that hold the position.
+            half_norm_in_accumulation: False leaves H out of the accumulator's term, which makes the bound too small.
         """
         code_dim = self.rows.shape[1]
         products = np.linalg.norm(self.rows, axis=1) * self.rounded_code_norm
@@ -114,7 +114,7 @@ class Prepared:
 
 
 def prepare(x: Array, codebook: Array) -> Prepared:
-    """Shift by the codebook's mean, scale to below 2^14 and round to fp16, as the design says.
+    """Shift by the codebook's mean, scale below 2^14 and round to fp16.
 
     Args:
         x: [N, D], values of float32.

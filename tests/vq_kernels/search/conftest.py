@@ -11,11 +11,11 @@ import torch
 from tests.vq_kernels.search.exactness import BACKENDS_HERE, INTERPRETED, poisoned_allocations, require_backend
 from tests.vq_kernels.search.steps import TOTALS, Totals, counted_steps
 
-# Where the kernels cannot run there is nothing to skip: test_triton_launch.py runs it all in the interpreter.
+# test_triton_launch.py runs these tests in the interpreter.
 collect_ignore = [] if "triton" in BACKENDS_HERE else ["test_triton_margin.py"]
 
 
-# On a GPU the sums of the scores are rounded as the matrix units do it, which nothing else shows.
+# Only a GPU rounds the scores as matrix units do.
 _ON_GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))
 _BACKENDS = BACKENDS_HERE if INTERPRETED else ("torch", pytest.param("triton", marks=_ON_GPU))
 
@@ -31,24 +31,24 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 @pytest.fixture
 def totals(request: pytest.FixtureRequest) -> Totals:
-    """What the terminal's summary tells of all tests together."""
+    """The totals over all tests, shown in the terminal summary."""
     return request.config.stash[TOTALS]
 
 
 @pytest.fixture
 def steps() -> Counter[str]:
-    """How many rows of this test's searches were certified, reranked and exhaustive so far."""
+    """The number of certified, reranked and exhaustive rows in this test so far."""
     return Counter()
 
 
 @pytest.fixture(params=_BACKENDS)
 def backend(request: pytest.FixtureRequest, steps: Counter[str], totals: Totals) -> Iterator[str]:
-    """Each backend; Triton's where there is a GPU, or interpreted."""
+    """Each backend; Triton on a GPU or interpreted."""
     name: str = request.param
     require_backend(name)
     with ExitStack() as contexts:
         contexts.enter_context(counted_steps(name, steps, totals))
         if INTERPRETED:
             contexts.enter_context(poisoned_allocations())
-            contexts.enter_context(np.errstate(all="ignore"))  # it computes in numpy, which warns where a GPU gives Inf
+            contexts.enter_context(np.errstate(all="ignore"))  # numpy warns where a GPU returns Inf
         yield name

@@ -1,4 +1,4 @@
-"""What the attacks on the search share: the backends that can run here, and the contract as one check."""
+"""Shared by the attacks on the search: the backends that can run here, and a check of the contract."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -13,22 +13,22 @@ from vq_kernels import NearestCode, nearest_code, select_backend
 from vq_kernels.search.reference import brute_force_nearest
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-"""Whether Triton's kernels run in its interpreter: on the CPU, and a thousand times slower."""
+"""Whether the Triton kernels run in the interpreter: on the CPU, a thousand times slower."""
 
 BACKENDS_HERE = ("triton",) if INTERPRETED else ("torch", "triton") if torch.cuda.is_available() else ("torch",)
-"""What this process tests. test_triton_launch.py starts one that interprets, for Triton alone."""
+"""The backends that this process tests. test_triton_launch.py starts a process that interprets Triton."""
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, *((torch.float64,) if "torch" in BACKENDS_HERE else ()))
-"""What x and the codebook can be in this process; float64 is for PyTorch."""
+"""Dtypes of x and the codebook in this process. Only PyTorch supports float64."""
 
 
 def device_of(backend: str) -> str:
-    """Where a backend is tested: Triton on the GPU unless it is interpreted, PyTorch on the CPU."""
+    """The device on which a backend is tested."""
     return "cuda" if backend == "triton" and not INTERPRETED else "cpu"
 
 
 def require_backend(backend: str) -> None:
-    """Skip the test, with the reason, where the backend cannot run."""
+    """Skip the test if the backend cannot run here."""
     sample = torch.zeros(1, 1, device=device_of(backend))
     try:
         select_backend(sample, sample, backend)
@@ -38,7 +38,7 @@ def require_backend(backend: str) -> None:
 
 @contextmanager
 def poisoned_allocations() -> Iterator[None]:
-    """`torch.empty` and `new_empty` hand out NaN and -1, so that what a kernel fails to write is seen."""
+    """Fill the result of `torch.empty` and `new_empty` with NaN or -1, to detect what a kernel fails to write."""
 
     def poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def allocate(*arguments: object, **options: object) -> Tensor:
@@ -54,7 +54,7 @@ def poisoned_allocations() -> Iterator[None]:
 
 
 def check_exact(backend: str, x: Tensor, codebook: Tensor) -> NearestCode:
-    """Search x [N, D] in codebook [K, D] and hold every output against float64; what was found, on the CPU."""
+    """Search x [N, D] in codebook [K, D], check every output against float64, and return the outputs on the CPU."""
     if backend == "triton" and torch.float64 in (x.dtype, codebook.dtype):
         pytest.skip("the Triton backend does not take float64")
     device = device_of(backend)
@@ -64,7 +64,7 @@ def check_exact(backend: str, x: Tensor, codebook: Tensor) -> NearestCode:
 
 
 def check_outputs(found: NearestCode, x: Tensor, codebook: Tensor) -> None:
-    """Hold what a search of x [N, D] in codebook [K, D] found against float64."""
+    """Check the outputs of a search of x [N, D] in codebook [K, D] against float64."""
     indices, codes, sq_distances = found
     assert indices.dtype == torch.int64
     assert indices.shape == x.shape[:-1]
@@ -85,7 +85,7 @@ def check_outputs(found: NearestCode, x: Tensor, codebook: Tensor) -> None:
 
 
 def check_sq_distances(sq_distances: Tensor, x: Tensor, chosen: Tensor) -> None:
-    """Within 1e-5 of float64, relatively; inf where float32 overflows; to float32's last bit where it is subnormal."""
+    """Within 1e-5 of float64 relative; inf if float32 overflows; to the last bit if float32 is subnormal."""
     usable = chosen.isfinite().all(dim=1)
     expected = (x[usable].double() - chosen[usable].double()).square().sum(dim=1)
     given = sq_distances[usable].double()

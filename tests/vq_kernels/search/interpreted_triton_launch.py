@@ -1,8 +1,8 @@
-"""The Triton backend under TRITON_INTERPRET=1. Run by test_triton_launch.py in a process of its own.
+"""The Triton backend under TRITON_INTERPRET=1. test_triton_launch.py runs this file in a separate process.
 
-What is here is about the kernels: their configurations, splits, launches and lists. What values and shapes may do to a
-search is in test_attack.py and test_attack_shapes.py, which the same test runs in the interpreter too. Every answer is
-held against a float64 brute force written here, in memory that starts as NaN and -1.
+Tests the configurations, splits, launches and uncertified rows. test_attack.py and test_attack_shapes.py, which also
+run in the interpreter, test values and shapes. Results are compared with a float64 brute force written here, in memory
+that is initialised to NaN and -1.
 """
 
 import os
@@ -17,7 +17,7 @@ from vq_kernels.search.triton import launch
 from vq_kernels.search.triton.common import ceil_div
 from vq_kernels.search.triton.plan import CONFIGS, ScanConfig, SearchPlan
 
-# Overflow is part of what is tested; numpy, which stands in for the device, warns of it.
+# The tests include overflow, of which numpy warns.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 _BY_NAME = {config.name: config for config in CONFIGS}
 
@@ -29,21 +29,21 @@ def poison() -> Iterator[None]:
 
 
 def distances(x: Tensor, codebook: Tensor) -> Tensor:
-    """[N, K] float64 squared distances by direct differences; codes with NaN or Inf are infinitely far."""
+    """[N, K] float64 squared distances by direct differences; inf for codes with NaN or Inf."""
     sq_distances = torch.stack([((codebook.double() - row) ** 2).sum(1) for row in x.double()])
     sq_distances[:, ~codebook.isfinite().all(1)] = torch.inf
     return sq_distances
 
 
 def brute_force(x: Tensor, codebook: Tensor) -> Tensor:
-    """The contract's index of each row: the first of the nearest, 0 for a row with NaN or Inf."""
+    """The index of the first nearest code; 0 for a row with NaN or Inf."""
     indices = distances(x, codebook).argmin(1)
     indices[~x.isfinite().all(1)] = 0
     return indices
 
 
 def check(x: Tensor, codebook: Tensor, plan: SearchPlan | None = None) -> tuple[int, int, int]:
-    """Search and compare with the brute force. The numbers of certified, reranked and exhaustive rows."""
+    """Compare a search with the brute force. Returns the numbers of certified, reranked and exhaustive rows."""
     if plan is None:
         results = launch.search(x, codebook, [], "exact")
     else:
@@ -52,7 +52,7 @@ def check(x: Tensor, codebook: Tensor, plan: SearchPlan | None = None) -> tuple[
     assert indices.dtype == torch.int64
     assert ((indices >= 0) & (indices < codebook.shape[0])).all()
     for row in (indices != (expected := brute_force(x, codebook))).nonzero().flatten().tolist():
-        # The contract leaves the order open only of different codes whose distances float64 cannot tell apart.
+        # Only different codes whose distances agree within float64's rounding may be exchanged.
         found, wanted = (
             distances(x[row : row + 1], codebook[index[row], None]).item() for index in (indices, expected)
         )
@@ -98,7 +98,7 @@ def test_4096_dimensions():
 
 @pytest.mark.parametrize("name", [config.name for config in CONFIGS])
 def test_every_configuration(name: str):
-    """300 codes in two parts end inside a tile; 130 rows in launches of one tile end inside a launch."""
+    """Both parts of 300 codes end within a tile, and 130 rows end within a launch."""
     x, codebook = gaussian(130, 300, 40, offset=3.0)
     certified, reranked, _ = check(x, codebook, plan_for(_BY_NAME[name], 300, splits=2, rows_per_launch=128))
     assert certified > 100
@@ -139,13 +139,13 @@ def test_more_than_four_candidates_are_exhaustive():
     assert exhaustive == 3
 
 
-def test_an_offset():
+def test_data_with_an_offset_is_certified():
     certified, _, _ = check(*gaussian(100, 200, 16, offset=1e6))
     assert certified > 60  # the shift handles an offset, not the reranking
 
 
 def test_scores_that_order_two_codes_wrongly():
-    """Halfway between two codes, moved towards the further one by less than fp16 can see."""
+    """Midpoints of two codes, moved by less than fp16 resolves."""
     generator = torch.Generator().manual_seed(0)
     codebook = torch.randn(64, 32, generator=generator)
     pairs = codebook.view(32, 2, 32)
@@ -164,7 +164,7 @@ def test_rows_and_codes_of_different_sizes(scale: float):
     check(x * scale, codebook)
 
 
-def test_two_runs_agree_and_the_lists_do_not_matter():
+def test_results_do_not_depend_on_the_order_of_rows():
     x, codebook = gaussian(150, 90, 10)
     first = launch.search(x, codebook.repeat(3, 1), [], "exact")
     backwards = launch.search(x.flip(0), codebook.repeat(3, 1), [], "exact")

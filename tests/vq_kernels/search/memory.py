@@ -1,4 +1,4 @@
-"""What a call holds at its peak, measured in a process that has done nothing else."""
+"""The peak memory of a call, measured in a separate process."""
 
 import subprocess
 import sys
@@ -11,13 +11,13 @@ BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
 
 
 def extra_mib(call: str, num_rows: int, num_codes: int, code_dim: int) -> float:
-    """The most memory, in MiB, outputs included, that a call on x and codebook takes beyond what was held before it.
+    """Peak memory in MiB, including outputs, that a call on x and codebook adds.
 
-    The call, as text, has names of vq_kernels at hand; it is made once before, on fewer rows, since what libraries keep
-    for good is not meant.
+    The call is text and may use the names of vq_kernels. It runs once before on fewer rows, so that memory that
+    libraries allocate once does not count.
     """
     if not Path("/proc/self/clear_refs").exists():
-        pytest.skip("needs Linux, which tells the peak of the resident memory")
+        pytest.skip("needs Linux, for the peak of the resident memory")
     program = f"""
         import sys, torch
         sys.path.insert(0, {str(BENCHMARKS)!r})

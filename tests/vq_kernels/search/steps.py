@@ -1,4 +1,4 @@
-"""How many rows the searches of a test, and of all tests together, sent through each step."""
+"""Counts the rows that each step decides, per test and over all tests."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -13,7 +13,7 @@ STEPS = ("certified", "reranked", "exhaustive")
 
 
 class Totals:
-    """Searches of each backend and rows of each step, over all tests of a session."""
+    """The searches per backend and the rows per step, over all tests of a session."""
 
     def __init__(self) -> None:
         self.counts: dict[str, Counter[str]] = {}
@@ -23,7 +23,7 @@ class Totals:
         self.counts.setdefault(backend, Counter()).update({"searches": searches, **rows})
 
     def lines(self) -> Iterator[str]:
-        """One line a backend; test_triton_launch.py reads it back from a process of its own."""
+        """One line per backend, which test_triton_launch.py parses."""
         for backend, counts in self.counts.items():
             rows = ", ".join(f"{counts[step]} {step}" for step in STEPS)
             yield f"{backend}: {counts['searches']} searches; rows: {rows}"
@@ -34,7 +34,7 @@ TOTALS = pytest.StashKey[Totals]()
 
 @contextmanager
 def counted_steps(backend: str, steps: Counter[str], totals: Totals) -> Iterator[None]:
-    """Count every search of a backend: its rows into `steps`, by step, and all of it into `totals`."""
+    """Count the searches of a backend: their rows by step in `steps`, and everything in `totals`."""
     module = backend_module(backend)
     search: Callable[..., tuple[Tensor, ...]] = module.search
     searches = 0

@@ -28,7 +28,7 @@ def vectors(name: str, code_dim: int) -> tuple[Array, Array]:
     drawn = name if " " not in name else "gaussian"
     x, codebook = make_search_data(drawn, N, K, code_dim, seed=2)
     if name == "near the mean":
-        x = codebook.mean(dim=0) + 1e-5 * x  # products far below h: the accumulator cuts them by h's exponent
+        x = codebook.mean(dim=0) + 1e-5 * x  # products far below h, truncated relative to h's exponent
     elif name == "far from the mean":
         x = 1e4 * x
     elif name == "one huge entry":
@@ -41,16 +41,16 @@ def vectors(name: str, code_dim: int) -> tuple[Array, Array]:
 
 
 def largest_error(prepared: Prepared, group: int, fraction_bits: int, packed_bits: int) -> Array:
-    """The largest |packed score - true score| of each row [N], over the codes and the extreme places."""
+    """The largest |packed score - true score| of each row [N], over the codes and the extreme positions."""
     scores = truncating_product(
         prepared.rows, prepared.codes, -prepared.half_norms, group=group, fraction_bits=fraction_bits
     )
-    places = {0, (1 << packed_bits) - 1} if packed_bits else {0}
-    errors = [np.abs(pack(scores, packed_bits, place) - prepared.true_scores).max(axis=1) for place in places]
+    positions = {0, (1 << packed_bits) - 1} if packed_bits else {0}
+    errors = [np.abs(pack(scores, packed_bits, position) - prepared.true_scores).max(axis=1) for position in positions]
     return np.max(errors, axis=0)
 
 
-def test_the_accumulator_keeps_what_fits_and_cuts_what_does_not() -> None:
+def test_accumulator_truncates_below_its_fraction_bits() -> None:
     ones, start = np.ones((1, 8)), np.array([[1.0]])
 
     def add(products: list[float], bits: int) -> float:
@@ -59,14 +59,14 @@ def test_the_accumulator_keeps_what_fits_and_cuts_what_does_not() -> None:
     tiny = 2.0**-24
     assert add([1.0, 2.0, 3.0, -4.0, 0.0, 0.0, 0.0, 0.0], 24) == 3.0
     assert add([tiny] * 8, 24) == 1 + 2.0**-21  # eight halves of an ulp, each kept
-    assert add([tiny] + [0.0] * 7, 24) == 1.0  # kept by the alignment, cut by float32
-    assert add([-tiny] + [0.0] * 7, 24) == 1 - tiny  # below 1 float32 has the bit
+    assert add([tiny] + [0.0] * 7, 24) == 1.0  # kept by the alignment, truncated by float32
+    assert add([-tiny] + [0.0] * 7, 24) == 1 - tiny  # below 1, float32 has the bit
     assert (
         truncating_product(ones * 2.0**-12, ones * 1.5 * 2.0**-13, start, group=8, fraction_bits=24) == 1.0
-    )  # eight times 0.75 quanta: each cut to nothing, though their sum is six
+    )  # eight times 0.75 quanta, each truncated to 0, though their sum is six
 
 
-def test_the_accumulator_is_exact_on_small_integers() -> None:
+def test_accumulator_is_exact_on_small_integers() -> None:
     generator = np.random.default_rng(0)
     left, right = generator.integers(-9, 10, (5, 40)).astype(float), generator.integers(-9, 10, (7, 40)).astype(float)
     for group, fraction_bits in ACCUMULATORS:
@@ -76,7 +76,7 @@ def test_the_accumulator_is_exact_on_small_integers() -> None:
 
 @pytest.mark.parametrize(("name", "code_dim"), CASES)
 @pytest.mark.parametrize("packed_bits", [0, 3, 8])
-def test_no_score_is_further_off_than_the_bound(name: str, code_dim: int, packed_bits: int) -> None:
+def test_score_errors_are_within_the_bound(name: str, code_dim: int, packed_bits: int) -> None:
     prepared = prepare(*vectors(name, code_dim))
     bound = prepared.error_bound(packed_bits=packed_bits)
     for group, fraction_bits in ACCUMULATORS:
@@ -85,7 +85,7 @@ def test_no_score_is_further_off_than_the_bound(name: str, code_dim: int, packed
 
 
 def heavy_half_norms(code_dim: int) -> Prepared:
-    """Rows and codes that fp16 holds exactly, every product a little less than the quantum that h imposes."""
+    """Rows and codes exact in fp16, with every product slightly below the quantum that h imposes."""
     codes = np.ones((4, code_dim))
     products = 2.0**-24 * (1 - 2.0**-8)  # times the exponent of h
     half_norm = 2.0**10
@@ -114,9 +114,7 @@ def test_a_bound_without_the_half_norm_in_the_accumulation_is_too_small(code_dim
 
 
 @pytest.mark.parametrize(("twins_apart", "least_certified", "misled"), [(None, 0.9, False), (1e-3, 0.4, True)])
-def test_what_the_certificate_proves_on_the_model_is_right(
-    twins_apart: float | None, least_certified: float, misled: bool
-) -> None:
+def test_certified_rows_of_the_model_are_right(twins_apart: float | None, least_certified: float, misled: bool) -> None:
     x, codebook = make_search_data("clustered", 500, 256, 16, seed=4)
     if twins_apart is not None:
         codebook[:64] = codebook[64:128] + twins_apart * codebook[:64]

@@ -1,4 +1,4 @@
-"""Attacks on the exactness of the search: values chosen so that a plausible implementation gets them wrong."""
+"""Attacks on the exactness of the search: values for which a plausible implementation fails."""
 
 import itertools
 from collections import Counter
@@ -13,7 +13,7 @@ from tests.vq_kernels.search.steps import STEPS
 from vq_kernels.search.reference import brute_force_nearest
 
 N, K, D = 12 if INTERPRETED else 100, 130, 16
-# What float32 vectors of a data set are there for: at least one has to go this way. The others have to be proved.
+# The steps that a float32 data set is meant for: one of them has to decide a row. Default: certified.
 MEANT_FOR = {
     "near-duplicates": {"reranked", "exhaustive"},
     "duplicates": {"reranked"},
@@ -32,7 +32,7 @@ def gaussian(seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[Tensor,
 
 
 def shell(spread: float) -> tuple[Tensor, Tensor]:
-    """Vectors near one point, and codes around it at distances 1 to 1 + spread: all nearly tied."""
+    """Vectors near one point, and codes around it at distances 1 to 1 + spread, all nearly tied."""
     generator = seeded(1)
     centre = torch.randn(D, generator=generator)
     directions = torch.nn.functional.normalize(torch.randn(K, D, generator=generator), dim=1)
@@ -42,7 +42,7 @@ def shell(spread: float) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("spread", [1e-2, 1e-3, 1e-5, 1e-6])
-def test_codes_that_16_bit_scores_put_in_the_wrong_order(backend: str, steps: Counter[str], spread: float) -> None:
+def test_codes_that_16_bit_scores_order_wrongly(backend: str, steps: Counter[str], spread: float) -> None:
     x, codebook = shell(spread)
     nearest = brute_force_nearest(x, codebook)
     for dtype in (torch.float16, torch.bfloat16):
@@ -53,7 +53,7 @@ def test_codes_that_16_bit_scores_put_in_the_wrong_order(backend: str, steps: Co
 
     check_exact(backend, x, codebook)
     if backend == "triton":  # PyTorch's scores are float32
-        assert steps["certified"] < N, "the attack must leave a row open"
+        assert steps["certified"] < N, "the attack must leave a row uncertified"
 
 
 def test_every_step_of_the_search_is_attacked(backend: str, steps: Counter[str]) -> None:
@@ -61,7 +61,7 @@ def test_every_step_of_the_search_is_attacked(backend: str, steps: Counter[str])
     for x, codebook in attacks:
         check_exact(backend, x, codebook)
     assert steps.total() == len(attacks) * N
-    assert all(steps[step] for step in STEPS), f"no row took one of the steps: {steps}"
+    assert all(steps[step] for step in STEPS), f"a step decided no row: {steps}"
 
 
 @pytest.mark.parametrize("name", DRAWN_DATA)
@@ -155,7 +155,7 @@ def test_codes_that_differ_in_the_last_bit(backend: str, dtype: torch.dtype, off
     check_exact(backend, codebook[:N], codebook)
 
 
-def test_the_least_of_a_thousand_codes_within_one_ulp(backend: str) -> None:
+def test_many_codes_within_one_ulp(backend: str) -> None:
     generator = seeded()
     bits = torch.ones(256, D).view(torch.int32) + torch.randint(0, 2, (256, D), generator=generator, dtype=torch.int32)
     codebook = bits.view(torch.float32)
@@ -197,7 +197,7 @@ def test_small_integers_tie_and_the_lowest_index_wins(backend: str) -> None:
     assert (ties > 1).sum() > N, "the attack must tie"
 
     found = check_exact(backend, x, codebook)
-    assert torch.equal(found.indices, distances.argmin(dim=1))  # argmin of integers: the first of equals
+    assert torch.equal(found.indices, distances.argmin(dim=1))  # exact on integers, and the first of equals
     assert torch.equal(found.sq_distances, distances.amin(dim=1))
 
 
@@ -224,18 +224,18 @@ def test_nan_and_inf(backend: str, poison: float, num_codes: int) -> None:
 
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
 @pytest.mark.parametrize("num_codes", [1, 2, K])
-def test_no_usable_code_at_all(backend: str, poison: float, num_codes: int) -> None:
+def test_no_finite_code(backend: str, poison: float, num_codes: int) -> None:
     codebook = torch.full((num_codes, D), poison)
     assert (check_exact(backend, gaussian()[0], codebook).indices == 0).all()
 
 
-def test_one_usable_code_is_the_answer(backend: str) -> None:
+def test_the_only_finite_code_is_chosen(backend: str) -> None:
     codebook = torch.full((K, D), torch.nan)
     codebook[77] = 1.0
     assert (check_exact(backend, gaussian()[0], codebook).indices == 77).all()
 
 
-def test_one_usable_code_is_the_answer_however_far(backend: str) -> None:
+def test_the_only_finite_code_is_chosen_however_far(backend: str) -> None:
     codebook = torch.full((K, D), torch.inf)
     codebook[77] = 3e38
     assert (check_exact(backend, -3e38 * gaussian()[0].sign(), codebook).indices == 77).all()

@@ -1,4 +1,4 @@
-"""nearest_code as users call it: shapes, errors, backends, prepared codebooks, memory, compilation."""
+"""The public `nearest_code`: shapes, errors, backends, prepared codebooks, statistics, memory."""
 
 import subprocess
 import sys
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.vq_kernels.search.memory import extra_mib
-from vq_kernels import PreparedCodebook, nearest_code, search_statistics, select_backend
+from vq_kernels import PreparedCodebook, SearchStatistics, nearest_code, search_statistics, select_backend
 from vq_kernels.search import backend as backend_module
 from vq_kernels.search.reference import brute_force_nearest
 
@@ -32,9 +32,9 @@ def test_strided_input() -> None:
     x = draw(6, 40).t()
     expected = brute_force_nearest(x, codebook)
     assert torch.equal(nearest_code(x, codebook).indices, expected)
-    pictures = draw(2, 6, 4, 5).movedim(1, -1)
+    images = draw(2, 6, 4, 5).movedim(1, -1)
     assert torch.equal(
-        nearest_code(pictures, codebook).indices.flatten(), brute_force_nearest(pictures.reshape(-1, 6), codebook)
+        nearest_code(images, codebook).indices.flatten(), brute_force_nearest(images.reshape(-1, 6), codebook)
     )
     assert torch.equal(nearest_code(x[::3], codebook.t().contiguous().t()).indices, expected[::3])
     assert nearest_code(x[:1].expand(30, 6), codebook).indices.unique().tolist() == [expected[0].item()]
@@ -74,12 +74,14 @@ def test_strided_input() -> None:
         ),
     ],
 )
-def test_bad_tensors_are_named(x: torch.Tensor, codebook: torch.Tensor, error: type[Exception], message: str) -> None:
+def test_error_messages_name_the_tensor(
+    x: torch.Tensor, codebook: torch.Tensor, error: type[Exception], message: str
+) -> None:
     with pytest.raises(error, match=message):
         nearest_code(x, codebook)
 
 
-def test_bad_choices_are_named() -> None:
+def test_error_messages_name_the_choices() -> None:
     x, codebook = draw(3, 4), draw(5, 4)
     with pytest.raises(ValueError, match="backend must be one of auto, triton, torch, got 'cuda'"):
         nearest_code(x, codebook, backend="cuda")
@@ -87,7 +89,7 @@ def test_bad_choices_are_named() -> None:
         nearest_code(x, codebook, precision="half")
 
 
-def test_auto_takes_pytorch_on_the_cpu_in_silence() -> None:
+def test_auto_selects_pytorch_on_the_cpu_without_a_warning() -> None:
     name, reason = select_backend(draw(3, 4), draw(5, 4))
     assert name == "torch"
     assert "cpu" in reason
@@ -113,7 +115,7 @@ def test_the_environment_replaces_auto_only(monkeypatch: pytest.MonkeyPatch) -> 
         nearest_code(x, codebook)
 
 
-def test_a_fall_back_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fallback_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
     class OnCuda:
         device, dtype = torch.device("cuda"), torch.float64
 
@@ -125,7 +127,7 @@ def test_a_fall_back_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
         backend_module.choose_backend(OnCuda(), OnCuda())  # type: ignore[arg-type]
 
 
-def test_prepared_codebook_is_a_copy_with_the_same_answers() -> None:
+def test_prepared_codebook_is_a_copy_with_the_same_results() -> None:
     x, codebook = draw(300, 8), draw(60, 8, seed=1)
     prepared = PreparedCodebook.from_codebook(codebook)
     expected = nearest_code(x, codebook)
@@ -152,7 +154,7 @@ def test_fast_is_in_range_and_close() -> None:
 
 def test_statistics_add_up_and_each_step_is_reached() -> None:
     codebook = draw(400, 8, seed=1)
-    ties = (codebook[:50] + codebook[50:100]) / 2  # about as far from two codes
+    ties = (codebook[:50] + codebook[50:100]) / 2  # nearly equidistant to two codes
     same = codebook[:1].expand(400, 8)
     assert search_statistics(draw(200, 8), codebook).certified > 190
     near_ties = search_statistics(codebook[0] + 0.5 * (codebook[1:2] - codebook[0]) + 0 * ties, codebook[:2])
@@ -161,8 +163,14 @@ def test_statistics_add_up_and_each_step_is_reached() -> None:
     assert sum(search_statistics(ties, codebook)) == 50
 
 
+@pytest.mark.parametrize(("old", "value"), [("proved", 1), ("resolved", 2), ("drained", 3)])
+def test_old_names_of_the_statistics_are_deprecated(old: str, value: int) -> None:
+    with pytest.warns(DeprecationWarning, match=f"SearchStatistics.{old} is deprecated, use"):
+        assert getattr(SearchStatistics(1, 2, 3), old) == value
+
+
 @pytest.mark.parametrize("precision", ["high", "medium"])
-def test_no_switch_for_matrix_products_changes_a_result(precision: str) -> None:
+def test_matmul_precision_and_autocast_do_not_change_a_result(precision: str) -> None:
     x, codebook = draw(500, 32) + 3, draw(200, 32, seed=1) + 3
     expected = nearest_code(x, codebook)
     try:
@@ -204,17 +212,12 @@ def test_operator_is_well_formed(x: torch.Tensor, codebook: torch.Tensor, prepar
     torch.library.opcheck(torch.ops.vq_kernels.nearest_code.default, (x, codebook, operands, "torch", precision))
 
 
-def test_the_gradient_s_operator_is_well_formed() -> None:
-    indices = torch.tensor([0, 3, 3, 1, 6])
-    torch.library.opcheck(torch.ops.vq_kernels.codebook_gradient.default, (draw(5, 3), draw(7, 3), indices, "torch"))
-
-
 def test_import_needs_torch_alone() -> None:
     program = """
         import sys, torch
         heavy = ("triton", "numpy", "torchvision", "matplotlib", "tyro", "tqdm")
         for name in heavy:
-            sys.modules.setdefault(name, None)  # importing it from here on is an ImportError
+            sys.modules.setdefault(name, None)  # importing it raises ImportError
         import vq_kernels
         assert vq_kernels.nearest_code(torch.zeros(2, 3), torch.zeros(4, 3)).indices.tolist() == [0, 0]
     """
@@ -235,6 +238,6 @@ def test_more_distances_than_int32_counts() -> None:
 
 @pytest.mark.parametrize("sizes", [(1 << 18, 1 << 12, 4), ((1 << 21) + 5, 1 << 10, 2)])
 def test_memory_is_far_below_the_matrix_of_distances(sizes: tuple[int, int, int]) -> None:
-    """That takes 4 GiB, and 8 GiB where int32 does not count its numbers."""
+    """The matrix takes 4 GiB, or 8 GiB with more entries than int32 counts."""
     distances_mib = sizes[0] * sizes[1] * 4 / 2**20
     assert extra_mib("nearest_code(x, codebook, backend='torch')", *sizes) < distances_mib / 64

@@ -1,4 +1,4 @@
-"""A prepared codebook stands wherever a codebook does."""
+"""`PreparedCodebook` in every function that takes a codebook."""
 
 import pytest
 import torch
@@ -13,14 +13,14 @@ def pair() -> tuple[Tensor, Tensor]:
     return torch.randn(2, 50, 8, generator=generator), torch.randn(60, 8, generator=generator)
 
 
-def test_the_k_nearest(pair: tuple[Tensor, Tensor]) -> None:
+def test_topk(pair: tuple[Tensor, Tensor]) -> None:
     x, codebook = pair
     found, expected = (nearest_code_topk(x, codes, 3) for codes in (PreparedCodebook.from_codebook(codebook), codebook))
     assert torch.equal(found.indices, expected.indices)
     assert torch.equal(found.sq_distances, expected.sq_distances)
 
 
-def test_quantization_with_a_gradient_for_x_alone(pair: tuple[Tensor, Tensor]) -> None:
+def test_quantization_gives_a_gradient_to_x_only(pair: tuple[Tensor, Tensor]) -> None:
     x, codebook = pair
     x.requires_grad_()
     prepared = PreparedCodebook.from_codebook(codebook.requires_grad_())
@@ -33,9 +33,7 @@ def test_quantization_with_a_gradient_for_x_alone(pair: tuple[Tensor, Tensor]) -
     assert not prepared.codebook.requires_grad
 
 
-def test_its_backend_is_the_one_it_was_prepared_for(
-    pair: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_backend_is_the_one_it_was_prepared_for(pair: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     x, codebook = pair
     prepared = PreparedCodebook.from_codebook(codebook)
     monkeypatch.setenv("VQ_KERNELS_BACKEND", "triton")
@@ -45,7 +43,7 @@ def test_its_backend_is_the_one_it_was_prepared_for(
             call(x, prepared, backend="triton")
 
 
-def test_select_backend_checks_what_it_is_given(pair: tuple[Tensor, Tensor]) -> None:
+def test_select_backend_checks_its_arguments(pair: tuple[Tensor, Tensor]) -> None:
     x, codebook = pair
     with pytest.raises(TypeError, match="x must be a tensor, got list"):
         select_backend([1.0], codebook)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The two largest of every row of a product, from maxima of groups and slots alone."""
+"""The top two of each row of a product, from the maxima of groups and slots."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def test_equals_topk(num_rows: int, num_codes: int) -> None:
 @pytest.mark.parametrize(
     "twins", [(0, 1), (0, 16), (0, 48), (3, 70), (31, 95)], ids=["group", "slot", "half", "none", "edges"]
 )
-def test_equal_largest_scores_leave_no_gap(twins: tuple[int, int]) -> None:
+def test_tied_top_scores_are_equal(twins: tuple[int, int]) -> None:
     assert (num_slots(96), padded(96)) == (16, 96)
     matrix = torch.arange(96.0)[:, None] / 96
     matrix[list(twins)] = 2.0
@@ -32,7 +32,7 @@ def test_equal_largest_scores_leave_no_gap(twins: tuple[int, int]) -> None:
     top2.reduce(torch.ones(1, 1), 0)
     index, best, second = top2.result(1)
     assert best == second == 2
-    assert index <= max(twins)  # which may be neither, but no padding behind the last code
+    assert index <= max(twins)  # it may be neither, but never padding
 
 
 def test_rows_of_nan_get_the_first_code() -> None:
@@ -43,7 +43,7 @@ def test_rows_of_nan_get_the_first_code() -> None:
     assert best.isnan().tolist() == second.isnan().tolist() == [False, True, False]
 
 
-def test_buffers_stay_small_for_the_largest_codebooks() -> None:
+def test_buffers_are_small_for_the_largest_codebooks() -> None:
     top2 = Top2(torch.empty(1 << 20, 10, device="meta"), 1 << 24)
     buffers = (top2.scores, top2.slot_maxima, top2.group_maxima)
     assert sum(buffer.nbytes for buffer in buffers) <= 20 << 20

@@ -22,7 +22,7 @@ def distances(x: Tensor, codebook: Tensor) -> Tensor:
 
 
 def check(x: Tensor, codebook: Tensor, k: int) -> Tensor:
-    """Hold what is found for finite x [N, D] against all distances, sorted; the indices found."""
+    """Compare the result for finite x [N, D] with all distances, sorted. Returns the indices."""
     indices, sq_distances = nearest_code_topk(x, codebook, k)
     assert indices.shape == sq_distances.shape == (x.shape[0], k)
     assert (indices.dtype, sq_distances.dtype) == (torch.int64, torch.float32)
@@ -65,7 +65,7 @@ def test_small_integers_have_ties_and_the_lower_index_comes_first() -> None:
     assert torch.equal(nearest_code_topk(x, codebook, 20).indices, expected[:, :20])
 
 
-def test_codes_that_are_all_the_same_come_in_their_order() -> None:
+def test_identical_codes_are_ordered_by_index() -> None:
     codebook = draw(1, 16).expand(3000, 16)
     indices = nearest_code_topk(draw(50, 16, seed=1), codebook, 7).indices
     assert torch.equal(indices, torch.arange(7).expand(50, 7))
@@ -108,7 +108,7 @@ def test_shapes(shape: tuple[int, ...]) -> None:
     assert torch.equal(indices.view(-1, 3), nearest_code_topk(x.reshape(-1, 5), codebook, 3).indices)
 
 
-def test_strides_switches_and_autocast_change_nothing() -> None:
+def test_strides_matmul_precision_and_autocast_do_not_change_a_result() -> None:
     x, codebook = draw(300, 32) + 3, draw(32, 200, seed=1).t() + 3
     expected = check(x, codebook, 4)
     assert torch.equal(nearest_code_topk(x.t().contiguous().t(), codebook.contiguous(), 4).indices, expected)
@@ -121,7 +121,7 @@ def test_strides_switches_and_autocast_change_nothing() -> None:
         torch.set_float32_matmul_precision("highest")
 
 
-def test_bad_arguments_are_named() -> None:
+def test_error_messages_name_the_argument() -> None:
     x, codebook = draw(3, 4), draw(5, 4)
     for k in (0, 6):
         with pytest.raises(ValueError, match=rf"k must be in \[1, 5\] for codebook \(5, 4\), got {k}"):
@@ -142,7 +142,7 @@ def test_operator_is_well_formed_and_compiles() -> None:
 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
 @pytest.mark.parametrize("options", [{}, {"heads": 2}, {"heads": 2, "separate_codebooks": True}])
-def test_a_quantizer_tells_its_first_choice_and_the_next(metric: str, options: dict[str, object]) -> None:
+def test_topk_of_a_quantizer(metric: str, options: dict[str, object]) -> None:
     torch.manual_seed(0)
     quantizer = VectorQuantizer(50, 4, metric=metric, channel_dim=1, **options)
     x = draw(3, 4 * quantizer.heads, 8)

@@ -1,4 +1,4 @@
-"""The PyTorch backend's scores are what they are said to be: bounds, on both sides, of the exact scores."""
+"""The scores of the PyTorch backend and their errors enclose the exact scores."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ N, K, D = 200, 100, 24
 
 
 def exact_scores(x: Tensor, codebook: Tensor, minus_mean: Tensor, scale: Tensor) -> Tensor:
-    """S [N, K] in float64, whose own rounding is far below the bounds of float32."""
+    """S [N, K] in float64, whose rounding is far below the float32 bounds."""
     rows, codes = (t.double() * scale.double() + minus_mean.double() for t in (x, codebook))
     return rows @ codes.t() - 0.5 * codes.square().sum(dim=1)
 
@@ -28,7 +28,7 @@ def test_scores_lie_within_their_bounds(log_size: int, offset: float) -> None:
     scores = exact_scores(x, codebook, operand.minus_mean, operand.scale)
     assert (upper_bounds >= scores).all()
     assert (upper_bounds - 2 * errors <= scores).all()
-    assert (errors <= 1e-4 * (norms[:, None] * codebook_radius(operand.matrix) + 1)).all()  # and of use: not infinite
+    assert (errors <= 1e-4 * (norms[:, None] * codebook_radius(operand.matrix) + 1)).all()  # small enough to be useful
 
 
 def codebook_radius(matrix: Tensor) -> Tensor:
@@ -37,7 +37,7 @@ def codebook_radius(matrix: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("log_size", [-13, -11, 0, 9, 11])
-def test_codes_of_a_common_size_are_taken_as_they_are(log_size: int) -> None:
+def test_codes_of_common_magnitude_are_not_scaled(log_size: int) -> None:
     torch.manual_seed(0)
     codebook = 2.0**log_size * torch.nn.functional.normalize(torch.randn(K, D), dim=1)
     radius = codebook_radius(prepare(codebook).matrix)

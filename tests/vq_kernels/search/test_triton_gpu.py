@@ -1,4 +1,4 @@
-"""What only a GPU can show of the Triton search."""
+"""The Triton search on a GPU."""
 
 import dataclasses
 from collections.abc import Callable
@@ -52,8 +52,8 @@ def test_exact(dims: tuple[int, int, int], offset: float, dtype: torch.dtype):
     [(1, 1, 1), (1000, 1, 64), (1000, 300, 1), (300, 200, 4096), (2000, 40_000, 64), (300, 20_000, 200)],
 )
 @pytest.mark.parametrize("offset", [0.0, 1000.0])
-def test_the_smallest_and_the_largest_sizes(dims: tuple[int, int, int], offset: float):
-    """20,000 codes and more are searched in parts."""
+def test_smallest_and_largest_sizes(dims: tuple[int, int, int], offset: float):
+    """Codebooks of 20,000 codes and more are split."""
     x, codebook = make(*dims, offset=offset)
     assert torch.equal(launch.search(x, codebook, [], "exact")[0], nearest(x, codebook))
 
@@ -67,7 +67,7 @@ def test_a_prepared_codebook(dims: tuple[int, int, int]):
 
 
 @pytest.mark.parametrize("dims", [(4096, 1024, 64), (1000, 600, 512)])
-def test_fast_is_nearly_right(dims: tuple[int, int, int]):
+def test_fast_is_mostly_right(dims: tuple[int, int, int]):
     x, codebook = make(*dims)
     indices, codes, _ = nearest_code(x, codebook, backend="triton", precision="fast")
     assert (indices == nearest(x, codebook)).float().mean() > 0.97
@@ -92,12 +92,12 @@ def test_views(dims: tuple[int, int, int], view: Callable[[Tensor], Tensor]):
 
 @pytest.mark.parametrize("d", [64, 512])
 def test_offsets_beyond_int32(d: int):
-    """N * D passes 2**31: the last rows are where a 32-bit offset would wrap."""
+    """N * D exceeds 2**31, so a 32-bit offset would wrap in the last rows."""
     dims = (2**31 // d + 1000, 100, d)
     x, codebook = make(*dims, torch.float16)
     properties = launch.device_properties(x.device)
     plan = plan_search(*dims, pick_config(*dims, x.dtype, properties), properties)
-    # In one launch: `search` would cut it into several, each with small offsets of its own.
+    # In one launch; `search` would use several with small offsets.
     plan = dataclasses.replace(plan, rows_per_launch=2**31)
     indices, codes, _, _ = launch.search_with_plan(x, codebook, [], "exact", plan)
     for part in (slice(0, 2000), slice(-2000, None)):
@@ -109,7 +109,7 @@ def test_offsets_beyond_int32(d: int):
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
-def test_tensors_on_another_than_the_current_device():
+def test_tensors_on_a_device_that_is_not_current():
     x, codebook = (tensor.to("cuda:1") for tensor in make(1000, 200, 64))
     indices = launch.search(x, codebook, [], "exact")[0]
     assert indices.device == x.device
@@ -138,7 +138,7 @@ def test_nothing_waits_for_the_device():
 
 
 @pytest.mark.parametrize("dims", [(256, 1024, 512), (5000, 600, 64)])
-def test_a_cuda_graph_holds_a_search(dims: tuple[int, int, int]):
+def test_a_cuda_graph_captures_a_search(dims: tuple[int, int, int]):
     x, codebook = make(*dims)
     launch.search(x, codebook, [], "exact")
     graph = torch.cuda.CUDAGraph()
@@ -174,7 +174,7 @@ def test_a_short_last_batch_compiles_nothing():
     assert sum(len(cache[0]) for cache in _scan_kernel.device_caches.values()) == compiled
 
 
-# -- beyond the search
+# -- gradients and modules
 
 
 @pytest.mark.parametrize("deterministic", [True, False])
@@ -189,7 +189,7 @@ def test_the_gradient_against_float64(dims: tuple[int, int, int], dtype: torch.d
     expected.index_add_(0, indices, difference)
     magnitude.index_add_(0, indices, difference.abs())
     assert torch.equal(counts, torch.bincount(indices, minlength=dims[1]))
-    assert ((sums - expected).abs() <= expected.abs() * 2.0**-24 + 1e-12 * magnitude).all()  # rounded once, at the end
+    assert ((sums - expected).abs() <= expected.abs() * 2.0**-24 + 1e-12 * magnitude).all()  # rounded only once
     if deterministic:
         assert torch.equal(sums, codebook_gradient(x, codebook, indices, True)[0])
 
@@ -227,7 +227,7 @@ def test_the_module_compiles_and_keeps_its_gradients():
         torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-7)
 
 
-def test_steps_of_training_bring_codes_to_their_rows():
+def test_training_steps_reduce_the_loss():
     torch.manual_seed(0)
     x = make(4096, 1, 32)[0]
     quantizer = VectorQuantizer(64, 32, init="data", backend="triton").cuda()

@@ -1,4 +1,4 @@
-"""The Triton search in the interpreter: its own tests, and the attacks, with a count of the steps they go through."""
+"""Runs the tests of the Triton search, and the attacks, in the interpreter."""
 
 import re
 from pathlib import Path
@@ -18,7 +18,7 @@ def test_interpreted() -> None:
 
 @pytest.mark.timeout(900)
 def test_attacks_interpreted(totals: Totals) -> None:
-    """Every attack that takes a backend, and the bound as the kernels compute it."""
+    """All attacks that take a backend, and the tests of the margin. The attacks have to reach every step."""
     files = ("test_attack.py", "test_attack_shapes.py", "test_triton_margin.py")
     told = run_interpreted(*(HERE / name for name in files), "-k", "triton")
 
@@ -26,7 +26,7 @@ def test_attacks_interpreted(totals: Totals) -> None:
     assert line is not None, told
     searches, *rows = (int(number) for number in line.groups())
     assert searches > 250
-    assert all(rows), f"no attack went through one of the steps: {line.group()}"
+    assert all(rows), f"no attack reached one of the steps: {line.group()}"
     totals.add("triton", searches, dict(zip(STEPS, rows, strict=True)))
     skipped = re.findall(r"^SKIPPED \[\d+\] \S+ (.*)$", told, flags=re.MULTILINE)
     assert skipped == ["Triton's interpreter converts bfloat16 subnormals to other numbers"]

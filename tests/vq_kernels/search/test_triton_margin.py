@@ -1,7 +1,7 @@
-"""The bound E as the Triton kernels compute it, against the model of the tensor cores' truncating accumulator.
+"""The margin of the Triton kernels against a model of the tensor cores' truncating accumulator.
 
-The interpreter adds in float32 and never cuts off, so running the search in it cannot find a bound that is too small.
-Here the kernels only prepare: x', c', h and E are theirs, the scores are the model's.
+The interpreter adds in float32 without truncation, so it cannot detect a bound that is too small. Here x', c', h and E
+come from the kernels, and the scores from the model.
 """
 
 from typing import NamedTuple
@@ -19,19 +19,19 @@ N, K = 24, 96
 
 @pytest.fixture
 def device() -> str:
-    """Where Triton's kernels run."""
+    """The device of the Triton kernels."""
     require_backend("triton")
     return device_of("triton")
 
 
-# A codebook of float16 is not shifted where that gives the smaller E.
+# A float16 codebook is not shifted if that gives the smaller E.
 SIXTEEN_BIT_CASES = (("gaussian", 8), ("gaussian", 512), ("offset-3", 100), ("offset-1000", 8), ("near the mean", 64))
 OWN_CASES = ("rows far smaller than the codes", "codes far smaller than the rows", "subnormal codes", "equal products")
 
 
 def attack(name: str, code_dim: int) -> tuple[Array, Array]:
-    """Vectors of test_accumulator_model.py, and some that only a prepared row can be wrong about."""
-    if name == "equal products":  # each a little less than what the accumulator keeps beside h
+    """Vectors of test_accumulator_model.py, and some that attack the preparation of rows."""
+    if name == "equal products":  # each slightly less than the accumulator keeps next to h
         signs = np.resize([1.0, -1.0], (K, 1))
         return np.full((N, code_dim), 2.0**-18 * (2 - 2.0**-9)), signs * np.ones(code_dim)
     x, codebook = vectors("gaussian" if name in OWN_CASES else name, code_dim)
@@ -45,7 +45,7 @@ def attack(name: str, code_dim: int) -> tuple[Array, Array]:
 
 
 class Checked(NamedTuple):
-    """Of each row [N]: its largest error with any accumulator, E, and what H adds to E by the accumulation."""
+    """Per row [N]: the largest error with any accumulator, E, and the accumulation term of H in E."""
 
     error: Array
     bound: Array
@@ -53,7 +53,7 @@ class Checked(NamedTuple):
 
 
 def check(x: torch.Tensor, codebook: torch.Tensor) -> Checked:
-    """The errors of x [N, D] against codebook [K, D], prepared by the kernels and added up by the model."""
+    """The errors of x [N, D] and codebook [K, D], prepared by the kernels and summed by the model."""
     from vq_kernels.search.triton.plan import DeviceProperties, pick_config, plan_search
     from vq_kernels.search.triton.prepare import launch_prepare, launch_rows
 
@@ -69,8 +69,8 @@ def check(x: torch.Tensor, codebook: torch.Tensor) -> Checked:
     errors = []
     for group, fraction_bits in ACCUMULATORS:
         scores = truncating_product(rows, codes, -half_norms, group=group, fraction_bits=fraction_bits)
-        for place in (0, plan.tile_mask):
-            packed = pack(scores, plan.tile_mask.bit_length(), place)
+        for position in (0, plan.tile_mask):
+            packed = pack(scores, plan.tile_mask.bit_length(), position)
             errors.append(np.abs(packed - true_scores).max(axis=1))
     half_norm_term = (code_dim + 16) * 2.0**-23 * float(prepared.bounds[3]) * as_array(ratios)
     return Checked(np.max(errors, axis=0), as_array(margins) / 2, half_norm_term)
@@ -81,9 +81,9 @@ def as_array(tensor: torch.Tensor) -> Array:
 
 
 def unrounded_scores(x: Array, codebook: Array, shift: Array, code_exponent: int) -> Array:
-    """X·C - h [N, K] in float64, on the scales that the kernels choose for the rows and for the codebook."""
+    """X·C - h [N, K] in float64, with the scales that the kernels choose."""
     largest = np.abs(x.astype(np.float32) - shift.astype(np.float32)).max(axis=1)
-    binary_exponents = np.maximum(np.frexp(largest)[1] - 1, -127)  # of a float32's exponent field, 0 for subnormals
+    binary_exponents = np.maximum(np.frexp(largest)[1] - 1, -127)  # as in float32's exponent field
     row_exponents = np.minimum(13 - binary_exponents, min(code_exponent + 20, 126))[:, None]
     scaled_rows = np.ldexp(x - shift, row_exponents)
     scaled_codes = np.ldexp(codebook - shift, code_exponent)
@@ -99,16 +99,14 @@ def unrounded_scores(x: Array, codebook: Array, shift: Array, code_exponent: int
         *((name, 64, dtype) for name in OWN_CASES for dtype in (torch.float32, torch.float16)),
     ],
 )
-def test_no_score_is_further_off_than_the_margin_of_its_row(
-    device: str, name: str, code_dim: int, codebook_dtype: torch.dtype
-) -> None:
+def test_score_errors_are_within_the_margin(device: str, name: str, code_dim: int, codebook_dtype: torch.dtype) -> None:
     x, codebook = (torch.from_numpy(values).float().to(device) for values in attack(name, code_dim))
     checked = check(x, codebook.to(codebook_dtype))
     assert (checked.error <= checked.bound).all(), f"{(checked.error / checked.bound).max():.2f} of the bound"
 
 
 @pytest.mark.parametrize("name", ["near the mean", "equal products"])
-def test_these_attacks_see_a_margin_that_forgets_where_the_accumulator_starts(device: str, name: str) -> None:
+def test_attacks_detect_a_margin_without_the_half_norm_in_the_accumulator(device: str, name: str) -> None:
     x, codebook = (torch.from_numpy(values).float().to(device) for values in attack(name, 64))
     checked = check(x, codebook)
     assert (checked.error > checked.bound - checked.half_norm_term).any()

@@ -1,4 +1,4 @@
-"""The choice of tiles and the cut into launches, both pure functions."""
+"""The selection of tiles and the division into launches."""
 
 import weakref
 from collections.abc import Callable
@@ -63,7 +63,7 @@ def test_plans_are_sound(shape: tuple[int, int, int], properties: DeviceProperti
 
 
 class Allocations(TorchDispatchMode):
-    """The bytes of all tensors that are made inside, as PyTorch's allocator may count them, and the most at a time."""
+    """Counts the bytes of all tensors allocated inside, as PyTorch's allocator may count them, and their peak."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class Allocations(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
         if isinstance(made, Tensor) and func._schema.returns[0].alias_info is None:
-            self._add(made.nbytes + (2**20 if made.nbytes > 2**20 else 512))  # what is left of a block is its own
+            self._add(made.nbytes + (2**20 if made.nbytes > 2**20 else 512))  # including the rest of its block
             weakref.finalize(made, self._add, -(made.nbytes + (2**20 if made.nbytes > 2**20 else 512)))
         return made
 
@@ -88,10 +88,10 @@ class NoKernel:
 
 @pytest.mark.parametrize("properties", [A100, H100, B200])
 @pytest.mark.parametrize("shape", [*SHAPES, *SEVERAL_ROUNDS])
-def test_a_search_keeps_within_its_memory(
+def test_a_search_stays_within_its_memory_limit(
     monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int, int], properties: DeviceProperties
 ):
-    """All launches of a search, on tensors without data: what it holds at a time beyond inputs and outputs."""
+    """Run all launches of a search on meta tensors, and measure its peak memory beside inputs and outputs."""
     n, k, d = shape
     for module in (prepare, scan, rerank):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
@@ -110,7 +110,7 @@ def test_some_searches_take_several_rounds(shape: tuple[int, int, int]):
     assert plan_search(*shape, config, H100).rows_per_launch < shape[0]
 
 
-def test_few_rows_fill_the_device_by_splitting_the_codebook():
+def test_few_rows_split_the_codebook():
     config = pick_config(256, 1_024, 512, torch.float32, H100)
     plan = plan_search(256, 1_024, 512, config, H100)
     assert config.name == "few_rows"
@@ -129,7 +129,7 @@ def test_every_configuration_is_chosen_and_has_a_reason():
     assert all(config.reason for config in CONFIGS)
 
 
-def test_no_tile_reads_past_the_padded_codes():
+def test_tiles_do_not_read_past_the_padded_codes():
     assert all(CODE_PADDING % config.block_k == 0 for config in CONFIGS)
 
 
@@ -145,15 +145,13 @@ def test_no_tile_reads_past_the_padded_codes():
         (B200, 32, False, "medium"),
     ],
 )
-def test_views_that_are_not_aligned_get_a_tile_that_does_not_spill(
-    properties: DeviceProperties, d: int, aligned: bool, name: str
-):
+def test_unaligned_views_get_a_tile_that_does_not_spill(properties: DeviceProperties, d: int, aligned: bool, name: str):
     assert pick_config(65_536, 1_024, d, torch.float32, properties, aligned=aligned).name == name
 
 
 @pytest.mark.parametrize("properties", [A100, H100, B200])
 @pytest.mark.parametrize("d", [8, 50, 100])
-def test_rows_of_a_length_that_16_does_not_divide_are_not_aligned(d: int, properties: DeviceProperties):
+def test_rows_are_unaligned_if_16_does_not_divide_their_length(d: int, properties: DeviceProperties):
     given, denied = (pick_config(65_536, 1_024, d, torch.float32, properties, aligned=a) for a in (True, False))
     assert given == denied
 

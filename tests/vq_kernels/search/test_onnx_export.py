@@ -1,4 +1,4 @@
-"""ONNX export: onnxruntime chooses the codes that PyTorch chooses, index for index, for batches of any size."""
+"""ONNX export: onnxruntime returns the same indices as PyTorch, for batches of any size."""
 
 import io
 from collections.abc import Callable
@@ -28,7 +28,7 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 
 
 def export(module: nn.Module, *examples: Tensor, dynamic: int = 1) -> Run:
-    """The module in onnxruntime: called with tensors, the first `dynamic` of which may have any number of rows."""
+    """Load the exported module into onnxruntime. The first `dynamic` inputs may have any number of rows."""
     shapes = tuple({0: torch.export.Dim.DYNAMIC} if place < dynamic else None for place in range(len(examples)))
     program = torch.onnx.export(module.eval(), examples, dynamo=True, dynamic_shapes=shapes, verbose=False)
     assert program is not None
@@ -51,7 +51,7 @@ class Search(nn.Module):
 
 
 class HalfSearch(nn.Module):
-    """In float16, in bfloat16, and bfloat16 vectors in a float32 codebook."""
+    """float16 vectors and codes; bfloat16 vectors with float32 codes."""
 
     def forward(self, x: Tensor, codebook: Tensor) -> tuple[Tensor, ...]:
         half = nearest_code(x.half(), codebook.half())
@@ -96,8 +96,8 @@ def test_scales_across_the_range_of_float32(search: Run, scale: float) -> None:
 
 
 def last_bit_codes() -> Tensor:
-    """Codes that differ from one another in the last bits of their entries."""
-    steps = torch.randint(-2, 3, (K, D), generator=seeded(1)) * 2.0**-10  # an ulp of numbers from 8192
+    """Codes that differ in the last bits of their entries."""
+    steps = torch.randint(-2, 3, (K, D), generator=seeded(1)) * 2.0**-10  # an ulp of numbers above 8192
     return 1e4 + steps
 
 
@@ -130,9 +130,9 @@ def test_nan_and_inf(search: Run, poison: float) -> None:
     codebook[129, 0] = poison
     check(search, x, codebook)
     codebook[:, 3] = poison
-    check(search, x, codebook)  # no usable code: 0
+    check(search, x, codebook)  # no finite code
     codebook[77] = 1e30
-    check(search, x, codebook)  # a single one
+    check(search, x, codebook)  # a single finite code
 
 
 def test_half_precision() -> None:
@@ -143,7 +143,7 @@ def test_half_precision() -> None:
             assert torch.equal(found, expected)
 
 
-def test_only_rows_that_the_scan_cannot_prove_take_direct_differences() -> None:
+def test_only_uncertified_rows_are_exhaustive() -> None:
     x, codebook = draw(N, D) + 100, draw(K, D, seed=1) + 100
     assert onnx_export.search(x, codebook)[3].tolist() == [N, 0, 0]
     codebook[1:4] = codebook[0]
@@ -151,18 +151,18 @@ def test_only_rows_that_the_scan_cannot_prove_take_direct_differences() -> None:
     assert onnx_export.search(x, codebook)[3].tolist() == [N - 7, 0, 7]
 
 
-def test_scores_that_rounding_puts_in_another_order(search: Run) -> None:
-    """Codes that differ in the last bit, and one far away, which moves the mean: scores are rounded to 1e-13 then."""
+def test_scores_that_rounding_orders_wrongly(search: Run) -> None:
+    """Codes that differ in the last bit, and a far one that moves the mean, so that scores are rounded to 1e-13."""
     bits = 2.0**-23 * torch.randint(-4, 5, (K + N, D), generator=seeded())
     codebook, x = 1 + bits[:K], 1 + bits[K:]
     codebook[0] = 1000
-    best, proved = onnx_export._scan_tiles(x.double(), codebook.double(), torch.ones(K, dtype=torch.bool))
+    best, certified = onnx_export._scan_tiles(x.double(), codebook.double(), torch.ones(K, dtype=torch.bool))
     assert wrong_rows(x, codebook, best).sum() > N // 10, "the attack must mislead scores"
-    assert not proved.any()
+    assert not certified.any()
     check(search, x, codebook)
 
 
-@pytest.mark.parametrize("kind", ["cosine", "pictures", "residual"])
+@pytest.mark.parametrize("kind", ["cosine", "images", "residual"])
 def test_quantizers_with_a_mask(kind: str) -> None:
     torch.manual_seed(0)
     module: nn.Module
@@ -181,12 +181,12 @@ def test_quantizers_with_a_mask(kind: str) -> None:
         expected = module(x, mask)
         assert torch.equal(indices, expected.indices)
         assert kind == "cosine" or torch.equal(quantized, expected.quantized)
-        torch.testing.assert_close(quantized, expected.quantized)  # a unit vector is rounded in either
+        torch.testing.assert_close(quantized, expected.quantized)  # both round the unit vectors
         torch.testing.assert_close(loss, expected.loss)
 
 
 class TwoLayers(nn.Module):
-    """With a projection and pictures; one with heads, by the cosine."""
+    """Two layers for images with a projection; one has heads and the cosine metric."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -197,17 +197,17 @@ class TwoLayers(nn.Module):
         return *self.one(x), *self.other(x)
 
 
-def test_the_layer_of_other_models() -> None:
+def test_vector_quantize_layers() -> None:
     torch.manual_seed(0)
     layers = TwoLayers()
     run = export(layers, draw(3, 12, 4, 5))
     for batch_size in (1, 9):
         x = draw(batch_size, 12, 4, 5, seed=batch_size)
         for found, expected in zip(run(x), layers(x), strict=True):
-            torch.testing.assert_close(found, expected)  # of integers, that they are equal
+            torch.testing.assert_close(found, expected)  # integers have to be equal
 
 
-def test_a_captured_program_takes_it_in_place_of_the_operator() -> None:
+def test_a_captured_program_can_replace_the_operator() -> None:
     operator = torch.ops.vq_kernels.nearest_code.default
     program = torch.export.export(
         VectorQuantizer(K, D).eval(), (draw(5, D),), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)
@@ -220,6 +220,6 @@ def test_a_captured_program_takes_it_in_place_of_the_operator() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")  # of the old exporter
-def test_the_exporter_of_torchscript_is_refused() -> None:
+def test_torchscript_export_is_refused() -> None:
     with pytest.raises(RuntimeError, match=r"dynamo must be True to export a search by torch\.onnx\.export, got False"):
         torch.onnx.export(VectorQuantizer(K, D).eval(), (draw(5, D),), io.BytesIO(), dynamo=False)
