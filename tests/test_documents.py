@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,8 @@ import torch
 import vq_kernels
 from tests.vqae import conftest
 from tests.vqae.commands import TINY, Outcome, load
+from vqae import evaluate, reconstruct, train
+from vqae.config import Config, flag
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -199,6 +202,14 @@ def test_documents_named_in_the_code_exist() -> None:
         for file in (ROOT / package).rglob("*.py"):
             for name in re.findall(r"\bdocs/[\w/-]+\.md\b", file.read_text()):
                 assert (ROOT / name).is_file(), f"{name}, in {file.relative_to(ROOT)}"
+
+
+def test_options_named_in_the_documents_exist() -> None:
+    commands = (Config, train.Command, evaluate.Command, reconstruct.Command)
+    options = {flag(field.name) for command in commands for field in fields(command)} | {"--help", "--max-restarts"}
+    for document in DOCUMENTS:
+        if document.name != "CHANGELOG.md":
+            assert set(re.findall(r"`(--[a-z][a-z-]*)", document.read_text())) <= options, document.name
 
 
 def test_the_boxes_of_the_architecture_exist() -> None:
