@@ -208,7 +208,7 @@ def test_options_named_in_the_documents_exist() -> None:
     commands = (Config, train.Command, evaluate.Command, reconstruct.Command)
     options = {flag(field.name) for command in commands for field in fields(command)} | {"--help", "--max-restarts"}
     for document in DOCUMENTS:
-        if document.name != "CHANGELOG.md":
+        if document.name not in ("CHANGELOG.md", "performance.md"):
             assert set(re.findall(r"`(--[a-z][a-z-]*)", document.read_text())) <= options, document.name
 
 
