@@ -45,11 +45,8 @@ def most_similar_code(x: Tensor, codebook: Tensor, *, backend: Backend = "auto")
 
     so the nearest of these is the code with the largest x·c_k.
 
-    ‖c_k‖² is a float64 sum of exact squares, with an error of at most D·2⁻⁵³·M. a_k has three coordinates in x's dtype.
-    Each is the square root of what the previous ones leave, rounded down by up to 3·2⁻²⁴ relative; less than 2⁻⁶⁴·M of
-    ‖a_k‖² is missing. The search distinguishes distances up to their rounding in float64, D·2⁻⁵³ of up to 4·M for an x
-    as long as the codes. Two codes are therefore distinguished if their dot products differ by more than about
-    4·D·2⁻⁵³·M, a few times the rounding error of a float64 dot product. Closer ones count as equal, and either may be
+    Two codes are distinguished if their dot products differ by more than about 4·D·2⁻⁵³·M, a few times the rounding
+    error of a float64 dot product (docs/explanations/exactness.md). Closer ones count as equal, and either may be
     returned. Two ties do not depend on rounding and give the lowest index: identical codes, and a row of zeros.
 
     Args:
@@ -65,7 +62,7 @@ def most_similar_code(x: Tensor, codebook: Tensor, *, backend: Backend = "auto")
         TypeError, ValueError, RuntimeError: as `nearest_code`.
 
     Source: Bachrach et al. 2014, "Speeding up the Xbox recommender system using a Euclidean transformation for
-    inner-product spaces", theorem 1, for the reduction to distances. The bound is derived above.
+    inner-product spaces", theorem 1.
     """
     check_pair(x, codebook)
     wider = torch.promote_types(torch.promote_types(x.dtype, codebook.dtype), torch.float32)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vq_kernels.search import onnx_export
-from vq_kernels.search.backend import BACKENDS, Backend, backend_module, choose_backend, has_float64
+from vq_kernels.search.backend import BACKENDS, Backend, Found, backend_module, choose_backend, has_float64
 from vq_kernels.search.validation import check_choice, check_codebook, check_pair
 
 PRECISIONS = ("exact", "fast")
@@ -186,57 +186,37 @@ def unpacked(codebook: Tensor | PreparedCodebook, backend: Backend) -> tuple[Ten
     return codebook.codebook, list(codebook.operands), codebook.backend
 
 
-def _search(
-    x: Tensor, codebook: Tensor | PreparedCodebook, backend: Backend, precision: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _search(x: Tensor, codebook: Tensor | PreparedCodebook, backend: Backend, precision: str) -> Found:
     check_choice("precision", precision, PRECISIONS)
     codebook, operands, backend = unpacked(codebook, backend)
     check_pair(x, codebook)
     return nearest_code_op(x.detach().reshape(-1, x.shape[-1]), codebook.detach(), operands, backend, precision)
 
 
-def nearest_code_op(
-    x: Tensor, codebook: Tensor, operands: list[Tensor], backend: str, precision: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Call the operator; during export to ONNX, call its replacement.
+def nearest_code_op(x: Tensor, codebook: Tensor, operands: list[Tensor], backend: str, precision: str) -> Found:
+    """Search x [N, D] in codebook [K, D] by the operator; during export to ONNX, by its replacement.
 
-    Args:
-        x: [N, D].
-        codebook: [K, D].
-        operands: what the backend has prepared of the codebook, or empty.
-        backend: "auto", "triton" or "torch".
-        precision: "exact" or "fast".
-
-    Returns:
-        indices [N], codes [N, D], sq_distances [N], statistics [3] int64; see `NearestCode` and `SearchStatistics`.
+    `operands` are the backend's prepared tensors, or empty.
     """
     if torch.onnx.is_in_onnx_export():
         return onnx_export.search(x, codebook)
-    indices, codes, sq_distances, statistics = _operator(x, codebook, operands, backend, precision)
-    return indices, codes, sq_distances, statistics
+    found: Found = _operator(x, codebook, operands, backend, precision)
+    return found
 
 
 @torch.library.custom_op("vq_kernels::nearest_code", mutates_args=())
-def _operator(
-    x: Tensor, codebook: Tensor, operands: list[Tensor], backend: str, precision: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _operator(x: Tensor, codebook: Tensor, operands: list[Tensor], backend: str, precision: str) -> Found:
     if not has_float64(x.device):
-        found = _operator(x.cpu(), codebook.cpu(), [operand.cpu() for operand in operands], backend, precision)
-        indices, codes, sq_distances, statistics = (result.to(x.device) for result in found)
+        on_cpu = _operator(x.cpu(), codebook.cpu(), [operand.cpu() for operand in operands], backend, precision)
+        indices, codes, sq_distances, statistics = (result.to(x.device) for result in on_cpu)
         return indices, codes, sq_distances, statistics
     name, _ = choose_backend(x, codebook, backend)
-    indices, codes, sq_distances, statistics = backend_module(name).search(x, codebook, operands, precision)
-    return indices, codes, sq_distances, statistics
+    found: Found = backend_module(name).search(x, codebook, operands, precision)
+    return found
 
 
 @_operator.register_fake
-def _(
-    x: Tensor, codebook: Tensor, operands: list[Tensor], backend: str, precision: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(x: Tensor, codebook: Tensor, operands: list[Tensor], backend: str, precision: str) -> Found:
     num_rows = x.shape[0]
-    return (
-        x.new_empty(num_rows, dtype=torch.int64),
-        x.new_empty(x.shape),
-        x.new_empty(num_rows, dtype=torch.float32),
-        x.new_empty(3, dtype=torch.int64),
-    )
+    indices, sq_distances = x.new_empty(num_rows, dtype=torch.int64), x.new_empty(num_rows, dtype=torch.float32)
+    return indices, x.new_empty(x.shape), sq_distances, x.new_empty(3, dtype=torch.int64)

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 Backend = Literal["auto", "triton", "torch"]
+# What a backend's `search` returns: indices [N], codes [N, D], sq_distances [N], statistics [3].
+Found = tuple[Tensor, Tensor, Tensor, Tensor]
 
 BACKENDS = ("auto", "triton", "torch")
 ENVIRONMENT_VARIABLE = "VQ_KERNELS_BACKEND"

@@ -18,12 +18,14 @@ and of the codebook, N·128 scores, and K·D differences; never N·K.
 import torch
 from torch import Tensor
 
+from vq_kernels.search.backend import Found
+
 _TILE_CODES = 128
 _ROUNDOFF = 2.0**-53
 _TINY = 2.0**-900
 
 
-def search(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def search(x: Tensor, codebook: Tensor) -> Found:
     """Search all rows of x [N, D] in codebook [K, D], both of any floating dtype, exactly.
 
     `torch.onnx.export(module.eval(), (x,), dynamo=True)` uses this automatically. A program captured by `torch.export`
@@ -78,15 +80,9 @@ def _scan_tiles(rows: Tensor, codes: Tensor, usable: Tensor) -> tuple[Tensor, Te
 
 
 def _score_tile(
-    best: Tensor,
-    runner_up: Tensor,
-    indices: Tensor,
-    codes: Tensor,
-    half_sq_norms: Tensor,
-    first: Tensor,
-    rows: Tensor,
-    slots: Tensor,
-) -> list[Tensor]:
+    best: Tensor, runner_up: Tensor, indices: Tensor,
+    codes: Tensor, half_sq_norms: Tensor, first: Tensor, rows: Tensor, slots: Tensor,
+) -> list[Tensor]:  # fmt: skip
     """Update best, runner_up and indices [N] with a tile of codes [T, D] that starts at code `first` []."""
     scores = rows @ codes.t() - half_sq_norms  # [N, T]
     tile_best, slot = scores.max(dim=1)

@@ -21,6 +21,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
+from vq_kernels.search.backend import Found
 from vq_kernels.search.top2 import TILE_ELEMENTS, Top2
 from vq_kernels.search.torch_bounds import CodebookOperand, augment, float32_is_sufficient, prepare
 
@@ -32,9 +33,7 @@ _MANY_CANDIDATES = 16  # per row; with more, float64 scores (or after them, remo
 _TINY_SQ_DISTANCE = 2.0**-80  # below it a float32 sum of squares may have lost terms to underflow
 
 
-def search(
-    x: Tensor, codebook: Tensor, prepared: list[Tensor], precision: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def search(x: Tensor, codebook: Tensor, prepared: list[Tensor], precision: str) -> Found:
     """Find the nearest code of each row.
 
     Args:

@@ -14,11 +14,9 @@ at most
       + H ratio, only if the ratio was raised to 2**-40 (h is then far below the other terms)
       + 2**-60                                  underflow
 
-The margin is 2 E, computed in float32 and rounded up. r_x and ||x'|| are float32 sums of D squares; each is raised by
-(D + 32) 2**-23 relative and 2**-60 absolute, which also covers the square root of the hardware (within 2**-23; 0 for
-subnormals). C, R, C' and H come rounded up from prepare.py. E is raised by 2**-18 for its own dozen roundings and for
-that of best - runner-up. docs/explanations/exactness.md has the proof. Source of the accumulator's term: Blanchard et
-al., Mixed Precision Block Fused Multiply-Add, SIAM J. Sci. Comput. 42 (2020), with truncation instead of rounding.
+The margin is 2 E, computed in float32 and rounded up. docs/explanations/exactness.md has the proof. Source of the
+accumulator's term: Blanchard et al., Mixed Precision Block Fused Multiply-Add, SIAM J. Sci. Comput. 42 (2020), with
+truncation instead of rounding.
 
 The certificate. The state of a row over some codes is its four best scores with their codes, in order, and `hidden`,
 the best score that is not among the four. States of parts of a codebook merge into one. With m = 2 E a row is
@@ -52,27 +50,20 @@ ENABLE_FP_FUSION = True
 
 
 class Outputs(NamedTuple):
-    """What a search returns of N rows: indices [N] int64, codes [N, D] in x's dtype, sq_distances [N] float32."""
+    """The results for N rows."""
 
-    indices: Tensor
-    codes: Tensor
-    sq_distances: Tensor
+    indices: Tensor  # [N] int64
+    codes: Tensor  # [N, D], in x's dtype
+    sq_distances: Tensor  # [N] float32
 
 
 class Uncertified(NamedTuple):
-    """The rows that the scan does not certify, on the device.
+    """The rows that the scan does not certify, on the device."""
 
-    Attributes:
-        counters: [2] int32, the number of rows to rerank and of exhaustive rows; zeros before the scan.
-        rerank_rows: [N] int32, the rows whose nearest code is among their candidates.
-        candidates: [N, 4] int32, in the order of rerank_rows.
-        exhaustive_rows: [N] int32, the rows that need a distance to every code.
-    """
-
-    counters: Tensor
-    rerank_rows: Tensor
-    candidates: Tensor
-    exhaustive_rows: Tensor
+    counters: Tensor  # [2] int32, the number of rows to rerank and of exhaustive rows; zeros before the scan
+    rerank_rows: Tensor  # [N] int32, the rows whose nearest code is among their candidates
+    candidates: Tensor  # [N, 4] int32, in the order of rerank_rows
+    exhaustive_rows: Tensor  # [N] int32, the rows that need a distance to every code
 
 
 def ceil_div(numerator: int, denominator: int) -> int:

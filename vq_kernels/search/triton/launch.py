@@ -5,6 +5,7 @@ import functools
 import torch
 from torch import Tensor
 
+from vq_kernels.search.backend import Found
 from vq_kernels.search.triton.common import Outputs, Uncertified
 from vq_kernels.search.triton.plan import DeviceProperties, SearchPlan, pick_config, plan_search
 from vq_kernels.search.triton.prepare import TritonCodebook, launch_prepare
@@ -26,9 +27,7 @@ def prepare(codebook: Tensor) -> list[Tensor]:
     return list(launch_prepare(codebook))
 
 
-def search(
-    x: Tensor, codebook: Tensor, prepared: list[Tensor], precision: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def search(x: Tensor, codebook: Tensor, prepared: list[Tensor], precision: str) -> Found:
     """Find the nearest code of each row.
 
     Args:
@@ -48,9 +47,7 @@ def search(
     return search_with_plan(x, codebook, prepared, precision, plan_search(n, k, d, config, properties))
 
 
-def search_with_plan(
-    x: Tensor, codebook: Tensor, prepared: list[Tensor], precision: str, plan: SearchPlan
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def search_with_plan(x: Tensor, codebook: Tensor, prepared: list[Tensor], precision: str, plan: SearchPlan) -> Found:
     """`search` with the given plan."""
     num_rows = x.shape[0]
     operands = TritonCodebook(*prepared) if prepared else launch_prepare(codebook)

@@ -50,21 +50,13 @@ _ROWS_BLOCK_N, _ROWS_BLOCK_D = 16, 128
 
 
 class TritonCodebook(NamedTuple):
-    """The prepared tensors of a codebook, in the order in which they are passed as a list.
+    """The prepared tensors of a codebook, in the order in which they are passed as a list."""
 
-    Attributes:
-        codes16: [K padded to 128, pitch] float16, c'; rows past K and codes with NaN or Inf are 0.
-        half_norms: [K padded to 128] float32, h; 2**104 past K and for codes with NaN or Inf.
-        shift: [D] float32, mu.
-        bounds: [4] float32, C, R, C' and H in scaled units, each rounded up, without codes with NaN or Inf.
-        exponent: [1] int32, e.
-    """
-
-    codes16: Tensor
-    half_norms: Tensor
-    shift: Tensor
-    bounds: Tensor
-    exponent: Tensor
+    codes16: Tensor  # [K padded to 128, pitch] float16, c'; rows past K and codes with NaN or Inf are 0
+    half_norms: Tensor  # [K padded to 128] float32, h; 2**104 past K and for codes with NaN or Inf
+    shift: Tensor  # [D] float32, mu
+    bounds: Tensor  # [4] float32, C, R, C' and H in scaled units, rounded up, without codes with NaN or Inf
+    exponent: Tensor  # [1] int32, e
 
 
 @triton.jit(do_not_specialize=["K", "codes_per_program"])
@@ -226,14 +218,7 @@ def _round_codes_kernel(
 
 
 def launch_prepare(codebook: Tensor) -> TritonCodebook:
-    """Prepare a codebook for the scan.
-
-    Args:
-        codebook: [K, D], K >= 1, float32, float16 or bfloat16, any strides.
-
-    Returns:
-        The five prepared tensors, on the codebook's device.
-    """
+    """Prepare a codebook [K, D] for the scan: K >= 1, float32, float16 or bfloat16, any strides."""
     num_codes, code_dim = codebook.shape
     padded, pitch = ceil_div(num_codes, CODE_PADDING) * CODE_PADDING, row_pitch(code_dim)
     make = codebook.new_empty
@@ -320,11 +305,7 @@ def _rows_kernel(
 
 
 def launch_rows(x: Tensor, prepared: TritonCodebook, plan: SearchPlan) -> tuple[Tensor, Tensor, Tensor]:
-    """Prepare rows for a scan that loops over D.
-
-    Returns:
-        x' [N padded to a tile, pitch] float16, ratios [N] float32 and margins [N] float32.
-    """
+    """Prepare rows for a scan that loops over D: x' [N padded, pitch] float16, ratios and margins [N] float32."""
     (num_rows, code_dim), pitch = x.shape, row_pitch(x.shape[1])
     padded = ceil_div(num_rows, plan.config.block_n) * plan.config.block_n
     rows16 = x.new_empty((padded, pitch), dtype=torch.float16)

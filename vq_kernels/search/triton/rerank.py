@@ -20,6 +20,7 @@ from torch import Tensor
 
 from vq_kernels.search.triton.common import (
     ENABLE_FP_FUSION,
+    LOWEST_SCORE,
     ROW_NOT_FINITE,
     Outputs,
     Uncertified,
@@ -70,23 +71,17 @@ def _merge_kernel(
     margin = tl.load(margins_ptr + offs_n, mask=in_rows, other=ROW_NOT_FINITE)
     score_ptrs = state_scores_ptr + offs_n
     state_code_ptrs = state_codes_ptr + offs_n
-    v0 = tl.load(score_ptrs, mask=in_rows, other=0.0)
-    v1 = tl.load(score_ptrs + N, mask=in_rows, other=0.0)
-    v2 = tl.load(score_ptrs + 2 * N, mask=in_rows, other=0.0)
-    v3 = tl.load(score_ptrs + 3 * N, mask=in_rows, other=0.0)
-    hidden = tl.load(score_ptrs + 4 * N, mask=in_rows, other=0.0)
-    i0 = tl.load(state_code_ptrs, mask=in_rows, other=0)
-    i1 = tl.load(state_code_ptrs + N, mask=in_rows, other=0)
-    i2 = tl.load(state_code_ptrs + 2 * N, mask=in_rows, other=0)
-    i3 = tl.load(state_code_ptrs + 3 * N, mask=in_rows, other=0)
-    for _ in range(1, splits):
-        score_ptrs += 5 * N
-        state_code_ptrs += 4 * N
+    lowest, first = tl.full([BLOCK_N], LOWEST_SCORE, tl.float32), tl.zeros([BLOCK_N], tl.int32)
+    v0, v1, v2, v3, hidden = lowest, lowest, lowest, lowest, lowest
+    i0, i1, i2, i3 = first, first, first, first
+    for _ in range(splits):
         hidden = tl.maximum(hidden, tl.load(score_ptrs + 4 * N, mask=in_rows, other=0.0))
         for rank in tl.static_range(4):
             score = tl.load(score_ptrs + rank * N, mask=in_rows, other=0.0)
             index = tl.load(state_code_ptrs + rank * N, mask=in_rows, other=0)
             v0, v1, v2, v3, i0, i1, i2, i3, hidden = _insert(score, index, v0, v1, v2, v3, i0, i1, i2, i3, hidden)
+        score_ptrs += 5 * N
+        state_code_ptrs += 4 * N
     if EXACT:
         index = certify(
             v0, v1, v2, v3, i0, i1, i2, i3, hidden, margin, offs_n, in_rows, counters_ptr, rerank_rows_ptr,

@@ -199,17 +199,11 @@ def _scan_kernel(
 
 
 class SplitStates(NamedTuple):
-    """The states of N rows in each part of the codebook.
+    """The states of N rows in each part of the codebook, and their margins."""
 
-    Attributes:
-        scores: [splits, 5, N] float32, v0 to v3 and `hidden`.
-        codes: [splits, 4, N] int32, i0 to i3.
-        margins: [N] float32.
-    """
-
-    scores: Tensor
-    codes: Tensor
-    margins: Tensor
+    scores: Tensor  # [splits, 5, N] float32, v0 to v3 and `hidden`
+    codes: Tensor  # [splits, 4, N] int32, i0 to i3
+    margins: Tensor  # [N] float32
 
 
 def launch_scan(
