@@ -1,5 +1,3 @@
-# Kernels are Python that Triton compiles, so their tensors carry no types.
-# mypy: allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 """The gradient of the codebook in Triton: a segmented sum, in two forms.
 
     difference_sums[k] = sum over rows i with indices[i] = k of (c_k - x_i)

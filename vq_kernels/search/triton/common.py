@@ -1,5 +1,3 @@
-# Kernels are Python that Triton compiles, so their tensors carry no types.
-# mypy: allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 """What the kernels of the search share: constants, a row's margin, the certificate, and the outputs of a row.
 
 The margin. In units scaled by 2**(e_x + e_c), let X = (x - mu) 2**e_x and C_k = (c_k - mu) 2**e_c before rounding, and
@@ -77,16 +75,19 @@ def device_of(tensor: Tensor) -> AbstractContextManager[object]:
 
 
 @triton.jit
-def shift_rows(values, shift):
-    """values - shift [BLOCK_N, BLOCK_D], the rounding error of that difference (TwoSum), and whether it is finite.
+def load_shifted(row_ptrs, in_rows, columns, stride_d, shift_ptr, D: tl.constexpr):
+    """Columns of x [BLOCK_N, BLOCK_D] float32, x - mu, the rounding error of x - mu (TwoSum), and whether it is finite.
 
-    Entries whose shifted value is not finite become 0, so that no NaN enters the scan.
+    Entries of x - mu that are not finite become 0, so that no NaN enters the scan.
     """
+    mask = in_rows[:, None] & (columns < D)[None, :]
+    values = tl.load(row_ptrs + columns.to(tl.int64)[None, :] * stride_d, mask=mask, other=0.0).to(tl.float32)
+    shift = tl.load(shift_ptr + columns, mask=columns < D, other=0.0)[None, :]
     shifted = values - shift
     back = shifted - values
     lost = (values - (shifted - back)) - (shift + back)
     in_range = tl.abs(shifted) < float("inf")
-    return tl.where(in_range, shifted, 0.0), tl.where(in_range, lost, 0.0), in_range
+    return values, tl.where(in_range, shifted, 0.0), tl.where(in_range, lost, 0.0), in_range
 
 
 @triton.jit

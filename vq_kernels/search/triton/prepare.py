@@ -1,5 +1,3 @@
-# Kernels are Python that Triton compiles, so their tensors carry no types.
-# mypy: allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 """Prepares both sides of the scan: codes and rows, shifted, scaled, rounded to float16, with their norms.
 
     mu   = mean over the finite codes                          (float64 sum, stored as float32)
@@ -32,11 +30,11 @@ from vq_kernels.search.triton.common import (
     ceil_div,
     device_of,
     half_norm_ratio,
+    load_shifted,
     mark_margin,
     round_rows,
     row_exponent,
     row_margin,
-    shift_rows,
 )
 from vq_kernels.search.triton.plan import CODE_PADDING, SearchPlan, row_pitch
 
@@ -253,16 +251,6 @@ def launch_prepare(codebook: Tensor) -> TritonCodebook:
     return prepared
 
 
-@triton.jit
-def _load_shifted(rows, in_rows, columns, stride_d, shift_ptr, D: tl.constexpr):
-    """Columns of the rows [BLOCK_N, BLOCK_D] as float32, and what `shift_rows` returns for them."""
-    mask = in_rows[:, None] & (columns < D)[None, :]
-    values = tl.load(rows + columns.to(tl.int64)[None, :] * stride_d, mask=mask, other=0.0).to(tl.float32)
-    shift = tl.load(shift_ptr + columns, mask=columns < D, other=0.0)
-    shifted, lost, in_range = shift_rows(values, shift[None, :])
-    return values, shifted, lost, in_range
-
-
 @triton.jit(do_not_specialize=["N", "tile_mask"])
 def _rows_kernel(
     x_ptr, stride_n, stride_d,  # [N, D], any strides
@@ -283,7 +271,7 @@ def _rows_kernel(
     in_range = tl.full([BLOCK_N], 1, tl.int32)
     largest = tl.zeros([BLOCK_N], tl.float32)
     for start_d in range(0, D, BLOCK_D):
-        values, shifted, _, shifted_in_range = _load_shifted(rows, in_rows, start_d + offs_d, stride_d, shift_ptr, D)
+        values, shifted, _, shifted_in_range = load_shifted(rows, in_rows, start_d + offs_d, stride_d, shift_ptr, D)
         finite = tl.minimum(finite, tl.min((tl.abs(values) < float("inf")).to(tl.int32), axis=1))
         in_range = tl.minimum(in_range, tl.min(shifted_in_range.to(tl.int32), axis=1))
         largest = tl.maximum(largest, tl.max(tl.abs(shifted), axis=1))
@@ -293,7 +281,7 @@ def _rows_kernel(
     rounded_square = tl.zeros([BLOCK_N], tl.float32)
     for start_d in range(0, PITCH, BLOCK_D):
         columns = start_d + offs_d
-        _, shifted, lost, _ = _load_shifted(rows, in_rows, columns, stride_d, shift_ptr, D)
+        _, shifted, lost, _ = load_shifted(rows, in_rows, columns, stride_d, shift_ptr, D)
         rounded, residual_part, rounded_part = round_rows(shifted, lost, exponent)
         residual_square += residual_part
         rounded_square += rounded_part

@@ -1,5 +1,3 @@
-# Kernels are Python that Triton compiles, so their tensors carry no types.
-# mypy: allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 """Completes a scan: merges the parts of a split codebook, and decides uncertified rows in float64.
 
     merge        the states of all parts, in order; then the certificate, as in a scan of one part

@@ -1,5 +1,3 @@
-# Kernels are Python that Triton compiles, so their tensors carry no types.
-# mypy: allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 """The scan: every score on the tensor cores, the best of each row, and the certificate.
 
     s[n, k] = x'_n . c'_k - h_k ratio_n                fp16 products, float32 accumulator that starts at -h ratio
@@ -29,11 +27,11 @@ from vq_kernels.search.triton.common import (
     device_of,
     half_norm_ratio,
     is_settled,
+    load_shifted,
     mark_margin,
     round_rows,
     row_exponent,
     row_margin,
-    shift_rows,
     write_rows,
 )
 from vq_kernels.search.triton.plan import SearchPlan, row_pitch
@@ -124,15 +122,12 @@ def _scan_kernel(
 
     if RESIDENT:
         code_exponent = tl.load(exponent_ptr)
-        mask = in_rows[:, None] & (offs_d < D)[None, :]
-        row_addresses = x_ptr + offs_n.to(tl.int64)[:, None] * stride_xn + offs_d.to(tl.int64)[None, :] * stride_xd
-        values = tl.load(row_addresses, mask=mask, other=0.0).to(tl.float32)
-        shift = tl.load(shift_ptr + offs_d, mask=offs_d < D, other=0.0)
-        shifted, rounding, shifted_in_range = shift_rows(values, shift[None, :])
+        row_ptrs = x_ptr + offs_n.to(tl.int64)[:, None] * stride_xn
+        values, shifted, lost_bits, shifted_in_range = load_shifted(row_ptrs, in_rows, offs_d, stride_xd, shift_ptr, D)
         finite = tl.min((tl.abs(values) < float("inf")).to(tl.int32), axis=1)
         in_range = tl.min(shifted_in_range.to(tl.int32), axis=1)
         exponent = row_exponent(tl.max(tl.abs(shifted), axis=1), code_exponent)
-        rows16, residual_square, rounded_square = round_rows(shifted, rounding, exponent)
+        rows16, residual_square, rounded_square = round_rows(shifted, lost_bits, exponent)
         ratio = half_norm_ratio(exponent, code_exponent)
         margin = row_margin(residual_square, rounded_square, exponent, code_exponent, bounds_ptr, tile_mask, D)
         margin = mark_margin(margin, finite, in_range)
