@@ -46,7 +46,7 @@ def code_cross_entropy(x: Tensor, codebook: Tensor, targets: Tensor, *, metric: 
 
 
 class _CodeCrossEntropy(torch.autograd.Function):
-    """(x [N, D], codebook [K, D], targets [N]) -> losses [N], log_sums [N]. Unlike an operator, it serves torch.func."""
+    """(x [N, D], codebook [K, D], targets [N]) -> losses [N], log_sums [N]. Needed for torch.func."""
 
     @staticmethod
     def forward(x: Tensor, codebook: Tensor, targets: Tensor, metric: str) -> tuple[Tensor, Tensor]:

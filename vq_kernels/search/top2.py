@@ -30,15 +30,9 @@ def padded(num_codes: int) -> int:
 
 
 class Top2:
-    """The two largest numbers of each row of rows @ matrix.T. Call `reduce` for the rows, then `result`.
+    """The two largest numbers of each of num_rows rows of rows @ matrix.T, with matrix [K, W] and K `padded`.
 
-    Args:
-        matrix: [K, W], where K is `padded`.
-        num_rows: the total number of rows.
-
-    Attributes:
-        part_rows: the number of rows per call of `reduce`.
-        chunk_rows: the most rows per `result`.
+    Call `reduce` with part_rows rows at a time, and `result` after at most chunk_rows rows.
     """
 
     def __init__(self, matrix: Tensor, num_rows: int) -> None:

@@ -107,12 +107,8 @@ def _search_exhaustively(x: Tensor, codebook: Tensor, rows: Tensor, indices: Ten
 
 
 def _scan(x: Tensor, operand: CodebookOperand, *, certify: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-    """Scan x [N, D].
-
-    Returns:
-        The codes with the largest upper bounds [N], the lower bounds of their scores [N] (NaN for a row out of range),
-        and the uncertified rows [M].
-    """
+    """Scan x [N, D]: the codes with the largest upper bounds [N], the lower bounds of their scores [N] (NaN for a row
+    out of range), and the uncertified rows [M]."""
     dtype, num_rows, width = operand.matrix.dtype, x.shape[0], operand.matrix.shape[1]
     indices = torch.empty(num_rows, dtype=torch.int64, device=x.device)
     thresholds = torch.empty(num_rows, dtype=dtype, device=x.device)

@@ -116,13 +116,8 @@ def pick_config(
 ) -> ScanConfig:
     """Return the configuration, one of CONFIGS, for a search of [n, d] rows among k codes.
 
-    Args:
-        n: number of rows.
-        k: number of codes.
-        d: their dimension.
-        dtype: x's. Does not matter so far, as the products are float16 for every x.
-        properties: of the device.
-        aligned: x's rows are contiguous and a multiple of 16 entries apart, so that they are read without a mask.
+    `aligned` means that x's rows are contiguous and a multiple of 16 entries apart, so that they are read without a
+    mask. The dtype of x does not matter so far, because the products are float16 for every x.
     """
     major = properties.capability[0]
     tiles = ceil_div(n, 128) * ceil_div(k, 128)

@@ -209,16 +209,10 @@ def launch_scan(
     outputs: Outputs,
     uncertified: Uncertified | None,
 ) -> SplitStates | None:
-    """Scan the codebook for the rows x [N, D].
+    """Scan the codebook for at most plan.rows_per_launch rows x [N, D].
 
-    Args:
-        x: at most plan.rows_per_launch rows.
-        codebook: [K, D], the codebook that `prepared` was made from.
-        outputs: written for every row, unless the codebook is split.
-        uncertified: receives the rows that are not certified. None: take the best score without a certificate.
-
-    Returns:
-        The states to merge if plan.splits > 1, else None.
+    Writes `outputs` and adds to `uncertified`, or takes the best score without a certificate if that is None. If the
+    codebook is split, it returns the states to merge instead.
     """
     config = plan.config
     (num_rows, code_dim), num_codes = x.shape, codebook.shape[0]
