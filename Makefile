@@ -21,7 +21,7 @@ lint: .venv/dev.stamp
 	$(BIN)/mypy
 
 bench: .venv/dev.stamp
-	$(BIN)/python benchmarks/train_bench.py $(ARGS)
+	$(BIN)/python benchmarks/train.py $(ARGS)
 	$(BIN)/python benchmarks/argmin_bench.py $(ARGS)
 
 docs: .venv/dev.stamp

@@ -1,27 +1,23 @@
-"""The contenders of `argmin_bench.py`, each once: what people use today, this library, and the ceiling.
+"""The contenders of the search benchmarks: what people use today, this library, and bare matrix products.
 
 | contender        | what it is                                                       | on float32 input |
 |------------------|------------------------------------------------------------------|------------------|
 | cdist            | torch.cdist + argmin                                             | float32          |
 | addmm            | argmin of ‖c‖² - 2 x·c by torch.addmm                            | float32          |
-| addmm-chunked    | the same by chunks of rows, at the fastest of five sizes         | float32          |
+| addmm-chunked    | the same in chunks of rows, of the fastest of five sizes         | float32          |
 | addmm-compiled   | the same under torch.compile                                     | float32          |
 | faiss            | faiss.IndexFlatL2, on the CPU                                    | float32          |
 | flash-kmeans     | svg-project/flash-kmeans, euclid_assign_triton                   | TF32             |
-| flashlib         | FlashML-org/flashlib, euclid_assign_triton                       | TF32             |
-| flashlib-cutedsl | FlashML-org/flashlib, cutedsl_assign_euclid; 16-bit input alone  | -                |
-| cuvs             | cuvs.cluster.kmeans.predict                                      | 3xTF32 or TF32   |
-| keops            | argmin of pykeops LazyTensors                                    | float32          |
 | torch            | this library's PyTorch backend                                   | exact            |
 | torch-prepared   | the same, on a PreparedCodebook                                  | exact            |
 | triton           | this library's Triton backend                                    | exact            |
 | triton-prepared  | the same, on a PreparedCodebook                                  | exact            |
-| gemm             | the bare product x·cᵀ, which writes N x K: the ceiling           | float32          |
+| gemm             | the bare product x·cᵀ, which writes N x K                        | float32          |
 | gemm-tf32        | the same in TF32                                                 | TF32             |
-| gemm-16bit       | the same of x and c rounded to float16 beforehand                | 16 bits          |
+| gemm-bfloat16    | the same, x and c rounded to bfloat16 before                     | 16 bits          |
 
-With 16-bit input all but cdist, faiss and keops (which take it as float32) compute in 16 bits.
-Everything that a caller has to do for every new codebook is in the timed call, except for the -prepared contenders.
+With 16-bit input, all but cdist and faiss compute in 16 bits; those two convert it to float32.
+The timed call includes everything that a caller has to do for a new codebook, except for the -prepared contenders.
 """
 
 import importlib
@@ -39,12 +35,12 @@ from torch import Tensor
 from vq_kernels import PreparedCodebook, nearest_code
 
 Search = Callable[[], Tensor]
-"""One timed call. Returns the indices [N] of some integer dtype; a bare product returns its scores [N, K]."""
+"""One timed call. Returns the indices [N] of any integer dtype; a bare product returns its scores [N, K]."""
 
-Precision = Literal["exact", "float32", "3xTF32", "TF32", "16 bits"]
+Precision = Literal["exact", "float32", "TF32", "16 bits"]
 
 _CHUNK_ROWS = (512, 2048, 8192, 32768, 131072)
-# The size is chosen by the best of so many calls in a row, as they are timed; by fewer once they have taken so long.
+# A size's time is the best of three calls in a row, or of fewer once they have taken half a second.
 _CHOICE_CALLS = 3
 _CHOICE_SECONDS = 0.5
 
@@ -54,15 +50,15 @@ class Contender:
     """A way to search.
 
     Attributes:
-        name: as in the table above.
+        name: its name in the table above.
         precision: the class of its arithmetic for float32 input.
-        build: (x [N, D], codebook [K, D]) -> the call to time. What build itself does is not timed.
+        build: (x [N, D], codebook [K, D]) -> the call to time. The work of build itself is not timed.
         devices: the device types it runs on.
-        package: the package it comes from, beyond this library's own dependencies.
-        dtypes: the input dtypes that it takes.
+        package: the package that it needs, beyond this library's dependencies.
+        dtypes: the input dtypes that it accepts.
         upcasts: whether it computes in float32 for 16-bit input too.
-        is_ceiling: whether it is a bare product, which finds no index.
-        backend: this library's backend that it runs, if any.
+        is_product: whether it is a bare product, which finds no index.
+        backend: the backend of this library that it runs, if any.
     """
 
     name: str
@@ -72,27 +68,27 @@ class Contender:
     package: str = ""
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
     upcasts: bool = False
-    is_ceiling: bool = False
+    is_product: bool = False
     backend: Literal["", "torch", "triton"] = ""
 
     def precision_for(self, dtype: torch.dtype) -> Precision:
-        """The class of its arithmetic for input of `dtype`."""
+        """The class of its arithmetic for input of this dtype."""
         keeps = dtype == torch.float32 or self.upcasts or self.precision == "exact"
         return self.precision if keeps else "16 bits"
 
     def obstacle(self, device_type: str, dtype: torch.dtype) -> str:
-        """Why it cannot run here; empty if it can."""
+        """The reason why it cannot run here; empty if it can."""
         if self.package and importlib.util.find_spec(self.package.partition(".")[0]) is None:
             return "not installed"
         if device_type not in self.devices:
-            return f"runs on {' and '.join(self.devices)} alone"
+            return f"runs only on {' and '.join(self.devices)}"
         if dtype not in self.dtypes:
             return f"does not take {str(dtype).removeprefix('torch.')}"
         return ""
 
 
 def _expansion(x: Tensor, codebook: Tensor) -> Tensor:
-    """Indices [N] of the least |c|^2 - 2 x.c; |x|^2 is the same for all codes."""
+    """Indices [N] of the smallest |c|^2 - 2 x.c; |x|^2 is the same for all codes."""
     sq_norms = codebook.square().sum(dim=1)
     return torch.addmm(sq_norms, x, codebook.t(), alpha=-2).argmin(dim=1)
 
@@ -111,7 +107,7 @@ def _build_addmm_chunked(x: Tensor, codebook: Tensor) -> Search:
         return torch.cat([_expansion(x[start : start + rows], codebook) for start in starts])
 
     def elapsed(rows: int) -> float:
-        search(rows)[-1].item()  # the first call of a size may take longer
+        search(rows)[-1].item()  # warms up
         seconds: list[float] = []
         while len(seconds) < _CHOICE_CALLS and sum(seconds) < _CHOICE_SECONDS:
             start = time.perf_counter()
@@ -125,7 +121,7 @@ def _build_addmm_chunked(x: Tensor, codebook: Tensor) -> Search:
 
 
 def _build_addmm_compiled(x: Tensor, codebook: Tensor) -> Search:
-    torch.compiler.reset()  # one shape at a time: no recompilation counts against the limit
+    torch.compiler.reset()  # every shape compiles anew, without reaching the recompilation limit
     compiled = torch.compile(_expansion, dynamic=False)
     return lambda: compiled(x, codebook)
 
@@ -143,42 +139,14 @@ def _build_faiss(x: Tensor, codebook: Tensor) -> Search:
     return search
 
 
-def _build_triton_assign(module: str, function: str) -> Callable[[Tensor, Tensor], Search]:
-    """For flash-kmeans' kernel and its descendants, which take batches and, in older versions, |x|^2."""
-
-    def build(x: Tensor, codebook: Tensor) -> Search:
-        assign: Any = getattr(importlib.import_module(module), function)
-        wants_norms = "x_sq" in inspect.signature(assign).parameters
-
-        def search() -> Tensor:
-            norms = {"x_sq": x.float().square().sum(dim=1)[None]} if wants_norms else {}
-            indices: Tensor = assign(x[None], codebook[None], **norms)
-            return indices[0]
-
-        return search
-
-    return build
-
-
-def _build_cuvs(x: Tensor, codebook: Tensor) -> Search:
-    kmeans: Any = importlib.import_module("cuvs.cluster.kmeans")
-    parameters = kmeans.KMeansParams(n_clusters=codebook.shape[0])
+def _build_flash_kmeans(x: Tensor, codebook: Tensor) -> Search:
+    assign: Any = importlib.import_module("flash_kmeans.assign_euclid_triton").euclid_assign_triton
+    wants_norms = "x_sq" in inspect.signature(assign).parameters  # in some versions
 
     def search() -> Tensor:
-        labels = torch.empty(x.shape[0], dtype=torch.int32, device=x.device)
-        kmeans.predict(parameters, x, codebook, labels=labels)
-        return labels
-
-    return search
-
-
-def _build_keops(x: Tensor, codebook: Tensor) -> Search:
-    lazy_tensor: Any = importlib.import_module("pykeops.torch").LazyTensor
-
-    def search() -> Tensor:
-        differences = lazy_tensor(x.float()[:, None, :]) - lazy_tensor(codebook.float()[None, :, :])
-        indices: Tensor = (differences**2).sum(-1).argmin(dim=1)
-        return indices.view(-1)
+        norms = {"x_sq": x.float().square().sum(dim=1)[None]} if wants_norms else {}
+        indices: Tensor = assign(x[None], codebook[None], **norms)
+        return indices[0]
 
     return search
 
@@ -197,7 +165,7 @@ def _build_ours_prepared(backend: Literal["torch", "triton"]) -> Callable[[Tenso
 
 @contextmanager
 def matmul_precision(precision: str) -> Iterator[None]:
-    """Float32 products of this precision inside ("highest", "high", "medium")."""
+    """Sets the precision of float32 products inside ("highest", "high", "medium")."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:
@@ -207,7 +175,7 @@ def matmul_precision(precision: str) -> Iterator[None]:
 
 
 def _build_gemm(dtype: torch.dtype | None, precision: str) -> Callable[[Tensor, Tensor], Search]:
-    """x.c^T in `dtype` (None: as given), to a buffer of its own so that no page is touched for the first time."""
+    """Builds x.c^T in `dtype` (None: as given). It writes to a buffer that was touched before."""
 
     def build(x: Tensor, codebook: Tensor) -> Search:
         left, right = x.to(dtype or x.dtype), codebook.to(dtype or x.dtype).t()
@@ -223,8 +191,8 @@ def _build_gemm(dtype: torch.dtype | None, precision: str) -> Callable[[Tensor, 
 
 
 _CUDA = ("cuda",)
-_16_BITS = (torch.float16, torch.bfloat16)
 _FLOAT32 = (torch.float32,)
+_BFLOAT16_GEMM = _build_gemm(torch.bfloat16, "highest")
 
 _ALL = (
     Contender("cdist", "float32", _build_cdist, upcasts=True),
@@ -232,38 +200,15 @@ _ALL = (
     Contender("addmm-chunked", "float32", _build_addmm_chunked),
     Contender("addmm-compiled", "float32", _build_addmm_compiled),
     Contender("faiss", "float32", _build_faiss, ("cpu",), "faiss", upcasts=True),
-    Contender(
-        "flash-kmeans",
-        "TF32",
-        _build_triton_assign("flash_kmeans.assign_euclid_triton", "euclid_assign_triton"),
-        _CUDA,
-        "flash_kmeans",
-    ),
-    Contender(
-        "flashlib",
-        "TF32",
-        _build_triton_assign("flashlib.primitives.kmeans", "euclid_assign_triton"),
-        _CUDA,
-        "flashlib",
-    ),
-    Contender(
-        "flashlib-cutedsl",
-        "16 bits",
-        _build_triton_assign("flashlib.primitives.kmeans.cutedsl", "cutedsl_assign_euclid"),
-        _CUDA,
-        "flashlib",
-        _16_BITS,
-    ),
-    Contender("cuvs", "3xTF32", _build_cuvs, _CUDA, "cuvs", _FLOAT32),
-    Contender("keops", "float32", _build_keops, package="pykeops", upcasts=True),
+    Contender("flash-kmeans", "TF32", _build_flash_kmeans, _CUDA, "flash_kmeans"),
     Contender("torch", "exact", _build_ours("torch"), backend="torch"),
     Contender("torch-prepared", "exact", _build_ours_prepared("torch"), backend="torch"),
     Contender("triton", "exact", _build_ours("triton"), _CUDA, "triton", backend="triton"),
     Contender("triton-prepared", "exact", _build_ours_prepared("triton"), _CUDA, "triton", backend="triton"),
-    Contender("gemm", "float32", _build_gemm(None, "highest"), is_ceiling=True),
-    Contender("gemm-tf32", "TF32", _build_gemm(None, "high"), _CUDA, dtypes=_FLOAT32, is_ceiling=True),
-    Contender("gemm-16bit", "16 bits", _build_gemm(torch.float16, "highest"), _CUDA, dtypes=_FLOAT32, is_ceiling=True),
+    Contender("gemm", "float32", _build_gemm(None, "highest"), is_product=True),
+    Contender("gemm-tf32", "TF32", _build_gemm(None, "high"), _CUDA, dtypes=_FLOAT32, is_product=True),
+    Contender("gemm-bfloat16", "16 bits", _BFLOAT16_GEMM, _CUDA, dtypes=_FLOAT32, is_product=True),
 )
 
-CONTENDERS: dict[str, Contender] = {contender.name: contender for contender in _ALL}
-"""All contenders by name, in the order in which they are run and shown."""
+CONTENDERS = {contender.name: contender for contender in _ALL}
+"""All contenders by name, in the order in which they run."""

@@ -1,21 +1,16 @@
-"""What the compiler makes of every Triton kernel, without a GPU: registers, spills, shared memory, instructions.
+"""Compiles every Triton kernel without a GPU and reports registers, spills, shared memory and matrix instructions.
 
     python benchmarks/kernel_report.py --arch 80 90 100
 
-One JSON line a kernel, configuration and architecture; exit code 1 if anything spills, 2 if anything fails to compile.
-A configuration's "bfloat16/float32" are the dtypes of x and of the codebook, where they differ.
+Prints one JSON line per kernel, configuration and architecture. The exit status is 1 if a kernel spills and 2 if one
+does not compile. "bfloat16/float32" in a configuration means the dtypes of x and of the codebook, if they differ.
 
     {"kernel": "_scan_kernel", "config": "short_shared D=64 float32", "arch": 90, "registers": 124, "spill_bytes": 0,
-     "stack_bytes": 0, "shared_bytes": 40960, "mma": "HGMMA.64x64x16.F32", "instructions_per_element": 5.1,
-     "bound": "epilogue"}
+     "stack_bytes": 0, "shared_bytes": 40960, "mma": "HGMMA.64x64x16.F32", "instructions_per_element": 5.1}
 
-`instructions_per_element` counts what the loop around the matrix instructions issues to the ALU for each score it
-makes. `bound` names the greatest of three estimates, in clocks of one multiprocessor for one tile of scores: matrix
-units (16-bit multiply-adds at the data-sheet rate), epilogue (those instructions at 64 lanes a clock), memory (what
-the tile reads of codes and x' through the multiprocessor's 64-byte port to L2). Kernels without products are bound by
-memory.
+`instructions_per_element` counts the ALU instructions per score in the loop around the matrix instructions.
 
-The launches are recorded, not listed: the launchers run on meta tensors, and what they would launch is compiled.
+The launches are recorded, not listed by hand: the launchers run on meta tensors, and each recorded launch is compiled.
 """
 
 import argparse
@@ -33,6 +28,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # run as a file: import the package from the checkout
+
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -43,61 +41,49 @@ from vq_kernels.gradient.triton_backend import codebook_gradient
 from vq_kernels.search.triton.launch import search_with_plan
 from vq_kernels.search.triton.plan import DeviceProperties, pick_config, plan_search
 
-# Multiprocessors (A100, H100, B200), and 16-bit multiply-adds one does in a clock.
-_MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
-_MULTIPLY_ADDS = {80: 1024, 90: 2048, 100: 4096}
-_ALU_LANES = 64
-_PORT_BYTES = 64
+_MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}  # of the A100, H100 and B200
 _ALU_INSTRUCTIONS = {
     *("FMNMX", "FMNMX3", "VIMNMX", "VIMNMX3", "LOP3", "IADD3", "VIADD", "ISETP", "FSETP", "SEL", "FSEL", "SHF", "LEA"),
     *("PRMT", "IABS"),
 }
 _MATRIX_INSTRUCTION = re.compile(r"\b((?:HGMMA|HMMA|UTCHMMA)[.\w]*)")
 _STORE_WIDTHS = {"STL": 4, "STL.64": 8, "STL.128": 16}
-# (rows, codes, D, dtype): together they make pick_config return every configuration, at each width of its products,
-# with and without a split codebook, with D a power of two and not.
+_F32, _F16, _BF16 = torch.float32, torch.float16, torch.bfloat16
+# (rows, codes, D, dtype). Together they cover every configuration at each width of its products, with and without a
+# split codebook, with D a power of two and not.
 _SHAPES = (
-    *((65_536, 1_024, d, torch.float32) for d in (3, 16, 32, 50, 64, 100, 128, 512, 1_000)),
-    *((65_536, 1_024, d, torch.bfloat16) for d in (64, 128, 512)),
-    *((65_536, 1_024, d, torch.float16) for d in (64, 128, 512)),
-    (1_024, 4_096, 64, torch.float32),
-    (1_024, 65_536, 128, torch.float32),
-    (1_024, 65_536, 512, torch.float32),
-    (256, 1_024, 128, torch.float16),
-    (256, 1_024, 512, torch.float32),
+    *((65_536, 1_024, d, _F32) for d in (3, 16, 32, 50, 64, 100, 128, 512, 1_000)),
+    *((65_536, 1_024, d, dtype) for d in (64, 128, 512) for dtype in (_BF16, _F16)),
+    *((1_024, 4_096, 64, _F32), (1_024, 65_536, 128, _F32), (1_024, 65_536, 512, _F32)),
+    *((256, 1_024, 128, _F16), (256, 1_024, 512, _F32)),
 )
-# The rest is for the exact search alone, whose kernels leave the fewest registers.
-# (rows, codes, D, x's dtype, the codebook's): D = 1, D a multiple of 16 that fills no product, a split codebook of
-# short codes and in 16 bits, few rows without a split, two dtypes as autocast leaves them and the other way round.
+# (rows, codes, D, dtype of x, dtype of the codebook), only for the exact search, which uses the most registers.
+# D = 1; multiples of 16 that do not fill a product; a split codebook of short codes and in 16 bits; few rows without a
+# split; two dtypes, as under autocast and the other way round.
 _EXACT_SHAPES = (
-    (65_536, 1_024, 1, torch.float32, torch.float32),
-    *((65_536, 1_024, d, torch.float32, torch.float32) for d in (48, 80, 96, 112)),
-    *((65_536, 1_024, d, torch.bfloat16, torch.bfloat16) for d in (48, 96)),
-    (1_024, 4_096, 16, torch.float32, torch.float32),
-    (1_024, 4_096, 64, torch.bfloat16, torch.bfloat16),
-    (1_024, 4_096, 64, torch.float16, torch.float16),
-    (1_024, 65_536, 128, torch.bfloat16, torch.bfloat16),
-    (256, 1_024, 128, torch.bfloat16, torch.bfloat16),
-    (12_800, 128, 128, torch.float32, torch.float32),
-    *((65_536, 1_024, d, torch.bfloat16, torch.float32) for d in (64, 128, 512)),
-    *((65_536, 1_024, d, torch.float32, torch.bfloat16) for d in (64, 128, 512)),
-    (65_536, 1_024, 64, torch.float16, torch.float32),
-    (1_024, 4_096, 64, torch.bfloat16, torch.float32),
+    (65_536, 1_024, 1, _F32, _F32),
+    *((65_536, 1_024, d, _F32, _F32) for d in (48, 80, 96, 112)),
+    *((65_536, 1_024, d, _BF16, _BF16) for d in (48, 96)),
+    *((1_024, 4_096, 16, _F32, _F32), (1_024, 4_096, 64, _BF16, _BF16), (1_024, 4_096, 64, _F16, _F16)),
+    *((1_024, 65_536, 128, _BF16, _BF16), (256, 1_024, 128, _BF16, _BF16), (12_800, 128, 128, _F32, _F32)),
+    *((65_536, 1_024, d, _BF16, _F32) for d in (64, 128, 512)),
+    *((65_536, 1_024, d, _F32, _BF16) for d in (64, 128, 512)),
+    *((65_536, 1_024, 64, _F16, _F32), (1_024, 4_096, 64, _BF16, _F32)),
 )
-# Of _SHAPES: x is also a view whose rows are not aligned, and one whose columns are contiguous in place of its rows.
+# Shapes of _SHAPES for which x is also a view with unaligned rows, and a transposed view.
 _VIEWED_SHAPES = (
-    (65_536, 1_024, 32, torch.float32),
-    (65_536, 1_024, 64, torch.bfloat16),
-    (65_536, 1_024, 128, torch.float32),
-    (65_536, 1_024, 512, torch.float32),
-    (1_024, 4_096, 64, torch.float32),
-    (256, 1_024, 128, torch.float16),
+    *((65_536, 1_024, 32, _F32), (65_536, 1_024, 64, _BF16), (65_536, 1_024, 128, _F32), (65_536, 1_024, 512, _F32)),
+    *((1_024, 4_096, 64, _F32), (256, 1_024, 128, _F16)),
 )
+_POINTEES = {
+    **{torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"},
+    **{torch.int64: "i64", torch.int32: "i32"},
+}
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One compilation: the kernel (module and name), its label, and what Triton would specialise it for."""
+    """One compilation: the kernel (module and name), its label, and what Triton specialises it for."""
 
     module: str
     kernel: str
@@ -122,11 +108,10 @@ class Report:
     shared_bytes: int
     mma: str | None
     instructions_per_element: float | None
-    bound: str
 
 
 def _describe(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], config: str, arch: int) -> Launch:
-    """What Triton's own launcher derives from the arguments: types, constants, and what is divisible by 16."""
+    """Derives what Triton's launcher does from the arguments: types, constants, and divisibility by 16."""
     names = kernel.arg_names
     values = dict(zip(names, args, strict=False)) | {name: kwargs[name] for name in kwargs if name in names}
     signature: dict[str, str] = {}
@@ -149,24 +134,14 @@ def _describe(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], config
     return Launch(kernel.fn.__module__, kernel.__name__, config, arch, signature, constants, tuple(aligned), options)
 
 
-_POINTEES = {
-    torch.float64: "fp64",
-    torch.float32: "fp32",
-    torch.float16: "fp16",
-    torch.bfloat16: "bf16",
-    torch.int64: "i64",
-    torch.int32: "i32",
-}
-
-
 def _recorder(launches: dict[str, Launch], labels: dict[str, str], other: str, arch: int) -> Callable[..., None]:
-    """A stand-in for JITFunction.run that notes each launch once, under the first label it comes with."""
+    """A replacement for JITFunction.run that records each launch once, under its first label."""
 
     def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         launch = _describe(kernel, args, kwargs, labels.get(kernel.__name__, other), arch)
         identity = asdict(launch) | {"config": None}
-        # D decides a mask of these kernels and a loop's length: a row a dtype stands for all without the loop, and one
-        # for all with it. Where ptxas unrolls the loop, other lengths take a few registers more or less.
+        # In these kernels D only sets a mask and the length of a loop. One launch per dtype represents all lengths with
+        # the loop, and one all without. If ptxas unrolls the loop, other lengths take a few registers more or less.
         if kernel.__name__ != "_scan_kernel":
             loops = {k: v > launch.constants["BLOCK_D"] for k, v in launch.constants.items() if k in ("D", "PITCH")}
             identity["constants"] = launch.constants | loops
@@ -176,7 +151,7 @@ def _recorder(launches: dict[str, Launch], labels: dict[str, str], other: str, a
 
 
 def _cases() -> Iterator[tuple[str, tuple[str, ...], torch.Tensor, torch.Tensor]]:
-    """The name of a layout, the precisions to search with, and meta tensors x and codebook, of every case."""
+    """Yields each case: a suffix for its layout, the precisions, and meta tensors x and codebook."""
     for shape in _SHAPES:
         n, k, d, dtype = shape
         codebook = torch.empty(k, d, dtype=dtype, device="meta")
@@ -190,7 +165,7 @@ def _cases() -> Iterator[tuple[str, tuple[str, ...], torch.Tensor, torch.Tensor]
 
 
 def collect_launches(arch: int) -> list[Launch]:
-    """Every kernel that a search or a gradient would launch on an architecture, each specialisation once."""
+    """Collects every kernel that a search or a gradient launches on an architecture, each specialisation once."""
     properties = DeviceProperties((arch // 10, arch % 10), _MULTIPROCESSORS[arch])
     launches: dict[str, Launch] = {}
     for layout, precisions, x, codebook in _cases():
@@ -215,7 +190,7 @@ def collect_launches(arch: int) -> list[Launch]:
 
 
 def compile_launch(launch: Launch) -> Report:
-    """Compile one kernel for its architecture and read what came out."""
+    """Compiles one kernel for its architecture and reads the result."""
     module = sys.modules.get(launch.module) or __import__(launch.module, fromlist=["_"])
     attributes = {(position,): [["tt.divisibility", 16]] for position in launch.aligned}
     source = ASTSource(getattr(module, launch.kernel), launch.signature, launch.constants, attributes)
@@ -227,10 +202,9 @@ def compile_launch(launch: Launch) -> Report:
         sass = _cuobjdump("-sass", file.name)
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     if found is None:
-        raise RuntimeError(f"cuobjdump -res-usage named no registers: {usage!r}")
+        raise RuntimeError(f"cuobjdump -res-usage printed no registers: {usage!r}")
     instructions = list(_instructions(sass))
     matrix = _MATRIX_INSTRUCTION.search(sass)
-    per_element, bound = _bound(launch, instructions) if matrix else (None, "memory")
     return Report(
         kernel=launch.kernel,
         config=launch.config,
@@ -240,8 +214,7 @@ def compile_launch(launch: Launch) -> Report:
         stack_bytes=int(found.group(2)),
         shared_bytes=compiled.metadata.shared,
         mma=matrix.group(1) if matrix else None,
-        instructions_per_element=per_element,
-        bound=bound,
+        instructions_per_element=_instructions_per_element(launch, instructions) if matrix else None,
     )
 
 
@@ -251,13 +224,13 @@ def _cuobjdump(option: str, path: str) -> str:
 
 
 def _instructions(sass: str) -> Iterator[tuple[int, str, str]]:
-    """(address, opcode with modifiers, operands) of each instruction."""
+    """Yields (address, opcode with modifiers, operands) of each instruction."""
     for match in re.finditer(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", sass):
         yield int(match.group(1), 16), match.group(2), match.group(3)
 
 
-def _bound(launch: Launch, instructions: list[tuple[int, str, str]]) -> tuple[float, str]:
-    """ALU instructions for each score in the innermost loop with products, and what the model says is the bound."""
+def _instructions_per_element(launch: Launch, instructions: list[tuple[int, str, str]]) -> float:
+    """ALU instructions per score in the innermost loop with products."""
     loops = []
     for address, name, operands in instructions:
         target = re.search(r"0x([0-9a-f]+)\s*$", operands.strip())
@@ -268,25 +241,18 @@ def _bound(launch: Launch, instructions: list[tuple[int, str, str]]) -> tuple[fl
     if not loops:
         raise RuntimeError(f"no loop around the matrix instructions of {launch.kernel} ({launch.config})")
     alu = sum(name.split(".")[0] in _ALU_INSTRUCTIONS for name in min(loops, key=len))
-    sizes = launch.constants
-    scores = sizes["BLOCK_N"] * sizes["BLOCK_K"]
-    per_element = alu * 32 * launch.options["num_warps"] / scores
-    read_rows = sizes["BLOCK_K"] + (0 if sizes["RESIDENT"] else sizes["BLOCK_N"])
-    columns = -(-sizes["PITCH"] // sizes["BLOCK_D"]) * sizes["BLOCK_D"]
-    clocks = {
-        "matrix units": scores * columns / _MULTIPLY_ADDS[launch.arch],
-        "epilogue": scores * per_element / _ALU_LANES,
-        "memory": read_rows * sizes["PITCH"] * 2 / _PORT_BYTES,
-    }
-    return round(per_element, 2), max(clocks, key=lambda name: clocks[name])
+    scores = launch.constants["BLOCK_N"] * launch.constants["BLOCK_K"]
+    return round(float(alu * 32 * launch.options["num_warps"] / scores), 2)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Compile, print, and say by the exit code whether anything spills."""
+    """Runs the command line. The exit status says whether anything spills or fails to compile."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--arch", type=int, nargs="+", choices=sorted(_MULTIPROCESSORS), default=[80, 90, 100])
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes that compile at a time")
-    parser.add_argument("--only", default="", help="compile only what has this text in its kernel or configuration")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes that compile in parallel")
+    parser.add_argument(
+        "--only", default="", help="compile only launches with this text in their kernel or configuration"
+    )
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 is set: the interpreter compiles nothing")

@@ -1,10 +1,11 @@
-"""K-means of the pixels: on its own training pictures, no model of one code a picture can beat the best of it.
+"""K-means of the pixels. On the training images, no model with one code per image beats an optimal k-means.
 
-A model of K codes draws at most K pictures; the best K pictures to draw are the means of the best partition into K
-parts. Finding that partition is NP-hard: what stands here is a local optimum, and seeds show how far they differ.
+A model with K codes can output at most K images. The best K outputs are the means of the best partition of the training
+images into K parts. Finding that partition is NP-hard; this module finds a local optimum, and seeds show how much
+local optima differ.
 
 Source: Lloyd 1982, "Least squares quantization in PCM"; Arthur and Vassilvitskii 2007, "k-means++: the advantages of
-careful seeding", with several candidates a draw, as in their section 7; Halko et al. 2011, arXiv:0909.4061, for the
+careful seeding", with several candidates per draw, as in their section 7; Halko et al. 2011, arXiv:0909.4061, for the
 principal components by subspace iteration.
 """
 
@@ -15,11 +16,11 @@ from torch import Generator, Tensor
 
 from vq_kernels import PreparedCodebook, nearest_code
 
-NUM_COMPONENTS = 96  # principal components in which starts are made: 30 times faster than in 3,072 pixel values
-NUM_CANDIDATES = 4  # rows drawn for each new centroid, of which the best is taken
-_MAX_ROUNDS = 300  # of Lloyd in the components; CIFAR-10 stands still earlier
+NUM_COMPONENTS = 96  # principal components used for initialisation: 30 times faster than 3,072 pixel values
+NUM_CANDIDATES = 4  # rows drawn for each new centroid; the best one is kept
+_MAX_ROUNDS = 300  # of Lloyd in the components; on CIFAR-10 it converges earlier
 _POWER_ROUNDS = 8
-_CHUNK = 4096  # rows at once
+_CHUNK = 4096  # rows at a time
 
 
 class Assignment(NamedTuple):
@@ -35,22 +36,22 @@ class Assignment(NamedTuple):
 
     @property
     def sum(self) -> float:
-        """What K-means makes small: the sum of the squared distances."""
+        """The objective of k-means: the sum of the squared distances."""
         return self.sq_distances.sum(dtype=torch.float64).item()
 
 
 def fit_kmeans(x: Tensor, num_codes: int, *, starts: int = 3, rounds: int = 12, seed: int = 0) -> Tensor:
-    """The centroids of x, [K, P].
+    """Fits k-means and returns the centroids of x, [K, P].
 
-    Every start is k-means++ in the principal components, and Lloyd there until it stands still. The best of them goes
-    on with Lloyd on all P values.
+    Each start runs k-means++ and then Lloyd's algorithm in the principal components, until it converges. The best start
+    continues with Lloyd's algorithm on all P values.
 
     Args:
         x: [N, P] float32.
         num_codes: K, 1 to N.
         starts: at least 1.
-        rounds: of Lloyd on all values, at most.
-        seed: of the draws.
+        rounds: most rounds of Lloyd's algorithm on all values.
+        seed: seed of the draws.
 
     Raises:
         ValueError: num_codes, starts or rounds out of range.
@@ -67,7 +68,7 @@ def fit_kmeans(x: Tensor, num_codes: int, *, starts: int = 3, rounds: int = 12, 
 
 
 def assign(x: Tensor, centroids: Tensor) -> Assignment:
-    """The nearest of the centroids [K, P] to each row of x [N, P]."""
+    """Finds the nearest of the centroids [K, P] for each row of x [N, P]."""
     prepared = PreparedCodebook.from_codebook(centroids)
     indices = torch.empty(x.shape[0], dtype=torch.int64, device=x.device)
     sq_distances = torch.empty(x.shape[0], device=x.device)
@@ -78,10 +79,10 @@ def assign(x: Tensor, centroids: Tensor) -> Assignment:
 
 
 def lloyd(x: Tensor, centroids: Tensor, rounds: int) -> tuple[Tensor, Assignment]:
-    """Rounds of Lloyd's algorithm from centroids [K, P], fewer where it stands still.
+    """Runs Lloyd's algorithm from centroids [K, P], until it converges or for `rounds` rounds.
 
     Returns:
-        The centroids [K, P] and the rows' assignment to them.
+        The centroids [K, P] and the assignment of the rows to them.
     """
     found = assign(x, centroids)
     for _ in range(rounds):
@@ -94,11 +95,14 @@ def lloyd(x: Tensor, centroids: Tensor, rounds: int) -> tuple[Tensor, Assignment
 
 
 def draw_starts(x: Tensor, num_codes: int, generator: Generator) -> Tensor:
-    """k-means++: rows of x [N, P], drawn one after the other with odds that are their squared distance to those drawn
-    before; of several candidates the one that leaves the smallest sum of distances. [K, P]."""
+    """Draws K rows of x [N, P] by k-means++.
+
+    The probability of a row is proportional to its squared distance to the nearest row drawn before. Of several
+    candidates, the one that leaves the smallest sum of distances is kept.
+    """
     sq_norms = x.square().sum(dim=1)
 
-    def sq_distances(rows: Tensor) -> Tensor:  # [R] -> [R, N]; rounding is of no matter for odds
+    def sq_distances(rows: Tensor) -> Tensor:  # [R] -> [R, N]; rounding errors do not matter for odds
         return (sq_norms + sq_norms[rows, None] - 2 * x[rows] @ x.T).clamp(min=0)
 
     chosen = torch.randint(x.shape[0], (1,), generator=generator, device=x.device)
@@ -114,7 +118,7 @@ def draw_starts(x: Tensor, num_codes: int, generator: Generator) -> Tensor:
 
 
 def _means(x: Tensor, found: Assignment, num_codes: int) -> Tensor:
-    """The mean of each centroid's rows, [K, P]; a centroid without rows goes to one of those furthest from theirs."""
+    """The mean of each centroid's rows, [K, P]. A centroid without rows moves to a row far from its own centroid."""
     sums = torch.zeros(num_codes, x.shape[1], dtype=torch.float64, device=x.device)
     for part in _chunks(x):
         sums.index_add_(0, found.indices[part], x[part].double())
@@ -126,14 +130,14 @@ def _means(x: Tensor, found: Assignment, num_codes: int) -> Tensor:
 
 
 def _chunks(x: Tensor) -> list[slice]:
-    """Parts of x's rows, so that nothing beside x grows with all of them."""
+    """Slices of x's rows, so that only x itself is as large as x."""
     return [slice(start, start + _CHUNK) for start in range(0, x.shape[0], _CHUNK)]
 
 
 def _project(x: Tensor, num_components: int, generator: Generator) -> Tensor:
-    """x [N, P], centred, in the space of its first principal components, [N, C], up to a rotation."""
+    """Projects the centred x [N, P] onto its first principal components, up to a rotation: [N, C]."""
     mean = x.mean(dim=0)
     basis = torch.randn(x.shape[1], num_components, generator=generator, device=x.device)
     for _ in range(_POWER_ROUNDS):
-        basis = torch.linalg.qr(x.T @ (x @ basis - mean @ basis)).Q  # the right factor's columns add up to 0
+        basis = torch.linalg.qr(x.T @ (x @ basis - mean @ basis)).Q  # as for centred x
     return x @ basis - mean @ basis

@@ -1,145 +1,142 @@
-"""The trained model beside K-means of the pixels, which bounds it on the training pictures, for several K.
+"""The trained model beside k-means of the pixels, which bounds its MSE on the training images, for several K.
 
     python benchmarks/rate_distortion.py --data-dir DIR --num-codes 1 16 64 256 512 1024 --seeds 0 1 2 --out FOLDER
     python benchmarks/rate_distortion.py --data-dir DIR --out FOLDER --max-minutes 10 --epochs 100
 
-Whatever it does not know is a flag of `python -m vqae.train` and goes to every training run. FOLDER gets results.jsonl,
-a line for each finished K-means and each finished run, rate_distortion.png, and the runs themselves; the same command
-goes on where it stopped, in the middle of a run too. It ends with a table, such as this
-(runs of 3 minutes):
+Unknown flags are passed to `python -m vqae.train`. FOLDER gets results.jsonl, with a line for each finished k-means and
+each finished run, rate_distortion.png, and the runs themselves. The same command resumes where it stopped, even within
+a run. It ends with a table, such as this one of 3-minute runs:
 
-    ┃  K ┃      by ┃         train MSE ┃          test MSE ┃ train ratio ┃ test ratio ┃ perplexity ┃ codes used ┃
-    │ 64 │ K-means │ 0.03282 ± 0.00001 │ 0.03311 ± 0.00005 │             │            │     61 ± 0 │     64 ± 0 │
-    │ 64 │   model │ 0.03353 ± 0.00018 │ 0.03367 ± 0.00025 │       1.022 │      1.017 │     57 ± 2 │     64 ± 1 │
+    | K  | by      | train MSE         | test MSE          | train ratio | test ratio | perplexity | codes used |
+    |----|---------|-------------------|-------------------|-------------|------------|------------|------------|
+    | 64 | K-means | 0.03282 ± 0.00001 | 0.03311 ± 0.00005 |             |            | 61 ± 0     | 64 ± 0     |
+    | 64 | model   | 0.03353 ± 0.00018 | 0.03367 ± 0.00025 | 1.022       | 1.017      | 57 ± 2     | 64 ± 1     |
 
-Both see the same pictures: K-means is made from all training pictures (the first --limit of them where that is given),
-and "train" is measured on all of these, though the model keeps --val-fraction of them to choose its best epoch by.
-So K-means has a little more to learn from. MSE is that of a pixel value, with pixels in [0, 1]; perplexity and codes
-used are those on the test pictures.
+Both use the same images. K-means is fitted to all training images (the first --limit of them), and "train" is measured
+on all of these, although the model holds out --val-fraction of them to choose its best epoch. So k-means has slightly
+more training data. MSE is per pixel value, with pixels in [0, 1]. Perplexity and codes used are those on the test
+images.
 """
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # run as a file: import the package from the checkout
     from vqae.runtime.process import run_command
 
-    run_command("rate_distortion")  # loads this module again, once the signal handlers stand
+    run_command("benchmarks.rate_distortion")  # installs the signal handlers, then imports this module again
 
 import dataclasses
-import sys
+import io
+import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import tyro
-from pixel_kmeans import NUM_CANDIDATES, NUM_COMPONENTS, assign, fit_kmeans
-from rate_distortion_report import plot_curves, print_table
-from result_lines import ResultLines
-from rich.console import Console
-from search_report import Environment
+from matplotlib.figure import Figure
 from torch import Tensor
-from train_runs import Dataset, compared_settings, find_dataset, measure_run, run_minutes, run_training
 
+from benchmarks.pixel_kmeans import NUM_CANDIDATES, NUM_COMPONENTS, assign, fit_kmeans
+from benchmarks.results import Row, aligned, append_row, environment, is_finished, markdown, read_rows
+from benchmarks.tables import METHODS, over_seeds, rate_distortion_cells
+from benchmarks.training_runs import Dataset, compared_settings, find_dataset, measure_run, run_minutes, run_training
 from vq_kernels import perplexity
 from vqae.config import Config, find_device
 from vqae.data.load import load_images, split_train
 from vqae.runtime.errors import UsageError
 from vqae.runtime.process import SignalHandler
 from vqae.train import parse
+from vqae.training.checkpoint import atomic_write
 
 Method = Literal["kmeans", "model"]
 
-_OWN_BUSINESS = ("--seed", "--resume", "--overwrite")  # flags of a run that are not the user's to give
+_SET_BY_THIS_PROGRAM = ("--seed", "--resume", "--overwrite")
 
 
 @dataclass(frozen=True)
 class Options:
-    """Hold the trained model against K-means of the pixels. Other flags go to python -m vqae.train."""
+    """Compare the trained model with k-means of the pixels. Other flags are passed to python -m vqae.train."""
 
     num_codes: tuple[int, ...] = (1, 16, 64, 256, 512, 1024)
-    """The K to do, one after the other."""
+    """The values of K."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Every K is done with each of these."""
+    """Every K is run with each seed."""
     methods: tuple[Method, ...] = ("kmeans", "model")
-    """What to do; the table and the plot show what is finished."""
+    """Methods to run. The table and the plot show all finished ones."""
     data_dir: Path | None = None
-    """Where the pictures are."""
+    """Folder of the images."""
     dataset: Dataset | None = None
-    """What they are; by default imagefolder where DIR/train is a folder, else cifar10."""
+    """Default: imagefolder if DIR/train is a folder, else cifar10."""
     starts: int = 3
-    """Starts of K-means, of which the best goes on."""
+    """Initialisations of k-means. The best one is refined."""
     rounds: int = 12
-    """Rounds of Lloyd on all pixel values."""
+    """Rounds of Lloyd's algorithm on all pixel values."""
     out: Path = Path("runs/rate_distortion")
     """Folder for the results, the plot and the runs."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """One thing to do: a method, K and a seed, with the run's settings."""
+    """One method at one K and seed, with the settings of its run."""
 
     method: Method
     config: Config
     options: Options
 
-    def name(self) -> dict[str, Any]:
-        """What its line is found by."""
+    def name(self) -> Row:
+        """The entries that name it in the results."""
         return {"method": self.method, "num_codes": self.config.num_codes, "seed": self.config.seed}
 
     def settings(self) -> dict[str, Any]:
         """What it is made with, beyond its name."""
-        config = self.config
         if self.method == "model":
-            return compared_settings(config)
-        return {
-            "dataset": config.dataset,
-            "image_size": config.image_size,
-            "limit": config.limit,
-            "starts": self.options.starts,
-            "rounds": self.options.rounds,
-            "components": NUM_COMPONENTS,
-            "candidates": NUM_CANDIDATES,
-        }
+            return compared_settings(self.config)
+        shared = {name: getattr(self.config, name) for name in ("dataset", "image_size", "limit")}
+        shared |= {name: getattr(self.options, name) for name in ("starts", "rounds")}
+        return {**shared, "components": NUM_COMPONENTS, "candidates": NUM_CANDIDATES}
 
 
 def main(arguments: list[str], _signals: SignalHandler) -> None:
-    """Run the command line; raises what `run_command` turns into exit codes."""
+    """Runs the command line. `run_command` turns its exceptions into exit codes."""
     options, config = parse_options(arguments)
-    results = ResultLines(options.out / "results.jsonl")
+    file = options.out / "results.jsonl"
     for seed in dict.fromkeys(options.seeds):
         pieces = [
             Piece(method, _config_of(options, config, num_codes, seed), options)
             for num_codes in dict.fromkeys(options.num_codes)
             for method in dict.fromkeys(options.methods)
         ]
-        missing = [piece for piece in pieces if not results.has(piece.name(), piece.settings())]
+        missing = [piece for piece in pieces if not is_finished(file, piece.name(), piece.settings())]
         if missing:
-            _do(missing, results)
-    console = Console(width=None if sys.stdout.isatty() else 100)
-    print_table(results.lines, console)
-    plot_curves(results.lines, options.out / "rate_distortion.png")
-    console.print(f"results in {options.out}: results.jsonl, rate_distortion.png", highlight=False)
+            _run(missing, file)
+    print(aligned(markdown(rate_distortion_cells(read_rows(file)))))
+    plot_curves(read_rows(file), options.out / "rate_distortion.png")
+    print(f"results in {options.out}: results.jsonl, rate_distortion.png")
 
 
 def parse_options(arguments: list[str]) -> tuple[Options, Config]:
-    """The command line: the options, and the settings that all runs share.
+    """Parses the command line into the options and the settings that all runs share.
 
     Raises:
-        UsageError: a value out of range, or a flag that is for this program to set.
+        UsageError: a value out of range, or a flag that this program sets itself.
     """
     prog = "python benchmarks/rate_distortion.py"
     options, others = tyro.cli(Options, args=arguments, prog=prog, return_unknown_args=True)
     for flag in others:
-        if flag.partition("=")[0] in _OWN_BUSINESS:
-            raise UsageError(f"{flag} is set for each run: give --seeds, and another --out to begin anew")
+        if flag.partition("=")[0] in _SET_BY_THIS_PROGRAM:
+            raise UsageError(f"{flag} is set for each run: give --seeds, and another --out to start anew")
     for name, least in (("num_codes", 1), ("seeds", 0), ("starts", 1), ("rounds", 0)):
         value = getattr(options, name)
         if any(one < least for one in (value if isinstance(value, tuple) else [value])):
             raise UsageError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
     run = parse(others).run
-    data_dir = options.data_dir or run.data_dir  # of --config
+    data_dir = options.data_dir or run.data_dir  # the latter from --config
     named = options.dataset or (run.dataset if run.dataset != "auto" else None)
     config = dataclasses.replace(run, data_dir=data_dir, dataset=find_dataset(named, data_dir))
     return options, config
@@ -150,51 +147,80 @@ def _config_of(options: Options, config: Config, num_codes: int, seed: int) -> C
     return dataclasses.replace(config, num_codes=num_codes, seed=seed, out=folder)
 
 
-def _do(pieces: list[Piece], results: ResultLines) -> None:
-    """Do the pieces of one seed, and write each one's line when it is finished."""
+def _run(pieces: list[Piece], file: Path) -> None:
+    """Runs the pieces of one seed, and appends each row at once."""
     config = pieces[0].config
     device = find_device(config.device)
     read = load_images(config.dataset, config.data_dir, image_size=config.image_size, seed=config.seed)
     train = read.train if config.limit is None else split_train(read.train, config.limit, 0.0, config.seed)[0]
     most = max(piece.config.num_codes for piece in pieces)
     if most > train.shape[0]:
-        raise UsageError(f"--num-codes must be at most {train.shape[0]}, the training pictures, got {most}")
-    pictures = {"train": train, "test": read.test}
-    environment = vars(Environment.here(device))
+        raise UsageError(f"--num-codes must be at most {train.shape[0]}, the training images, got {most}")
+    images = {"train": train, "test": read.test}
+    sizes = {f"num_{split}": part.shape[0] for split, part in images.items()}
     for piece in pieces:
         name = piece.name()
         print(", ".join(f"{key} {value}" for key, value in name.items()), flush=True)
-        measure = kmeans_figures if piece.method == "kmeans" else model_figures
-        figures = measure(piece, pictures, device)
-        sizes = {f"num_{split}": part.shape[0] for split, part in pictures.items()}
-        results.add({**name, **figures, **sizes, "settings": piece.settings(), **environment})
+        figures = (kmeans_figures if piece.method == "kmeans" else model_figures)(piece, images, device)
+        append_row(file, {**name, **figures, **sizes, "settings": piece.settings(), **environment(device)})
 
 
-def kmeans_figures(piece: Piece, pictures: dict[str, Tensor], device: torch.device) -> dict[str, float]:
-    """MSE, perplexity and codes used of K-means, on every set of pictures [N, 3, H, W] uint8."""
+def _figures(found: dict[str, tuple[float, Tensor]], minutes: float) -> Row:
+    """The entries of a row for the MSE and the counts of codes [K] on each set of images."""
+    figures: Row = {}
+    for split, (mse, counts) in found.items():
+        figures[f"{split}_mse"] = mse
+        figures[f"{split}_perplexity"] = perplexity(counts).item()
+        figures[f"{split}_codes_used"] = int((counts > 0).sum())
+    return {**figures, "minutes": minutes}
+
+
+def kmeans_figures(piece: Piece, images: dict[str, Tensor], device: torch.device) -> Row:
+    """Fits k-means and measures it on every set of images [N, 3, H, W] uint8."""
     start = time.monotonic()
-    rows = {split: part.flatten(1).to(device).float() / 255 for split, part in pictures.items()}  # [N, P]
+    rows = {split: part.flatten(1).to(device).float() / 255 for split, part in images.items()}  # [N, P]
     options, num_codes = piece.options, piece.config.num_codes
     centroids = fit_kmeans(
         rows["train"], num_codes, starts=options.starts, rounds=options.rounds, seed=piece.config.seed
     )
-    figures: dict[str, float] = {}
-    for split, x in rows.items():
-        found = assign(x, centroids)
-        counts = torch.bincount(found.indices, minlength=num_codes)
-        figures[f"{split}_mse"] = found.sum / x.numel()
-        figures[f"{split}_perplexity"] = perplexity(counts).item()
-        figures[f"{split}_codes_used"] = int((counts > 0).sum())
-    return {**figures, "minutes": (time.monotonic() - start) / 60}
+    found = {split: assign(x, centroids) for split, x in rows.items()}
+    measured = {
+        split: (one.sum / rows[split].numel(), torch.bincount(one.indices, minlength=num_codes))
+        for split, one in found.items()
+    }
+    return _figures(measured, (time.monotonic() - start) / 60)
 
 
-def model_figures(piece: Piece, pictures: dict[str, Tensor], device: torch.device) -> dict[str, float]:
-    """The same of the model, trained now, or to the end where a part of the run is there."""
-    folder = piece.config.out
+def model_figures(piece: Piece, images: dict[str, Tensor], device: torch.device) -> Row:
+    """Trains the model, or resumes its run, and measures it."""
     run_training(piece.config)
-    figures: dict[str, float] = {}
-    for split, measured in measure_run(folder, pictures, device).items():
-        figures[f"{split}_mse"] = measured.mse
-        figures[f"{split}_perplexity"] = measured.perplexity
-        figures[f"{split}_codes_used"] = measured.codes_used
-    return {**figures, "minutes": run_minutes(folder)}
+    measured = measure_run(piece.config.out, images, device)
+    return _figures({split: (one.mse, one.counts) for split, one in measured.items()}, run_minutes(piece.config.out))
+
+
+def plot_curves(rows: Sequence[Row], file: Path) -> None:
+    """Plots the MSE of both methods on train and test against log2 K, with the standard deviation over the seeds.
+
+    Raises:
+        UsageError: the file cannot be written.
+    """
+    figure = Figure(figsize=(7.0, 5.0), layout="constrained")
+    axes = figure.subplots()
+    all_num_codes = sorted({row["num_codes"] for row in rows})
+    for method, color in zip(METHODS, ("tab:gray", "tab:blue"), strict=True):
+        for split, style in (("train", "--"), ("test", "-")):
+            found = {k: over_seeds(rows, method, k, f"{split}_mse") for k in all_num_codes}
+            points = [(math.log2(k), one.mean, one.deviation) for k, one in found.items() if one is not None]
+            if points:
+                bits, means, deviations = zip(*points, strict=True)
+                label = f"{METHODS[method]}, {split}"
+                axes.errorbar(
+                    bits, means, yerr=deviations, label=label, color=color, linestyle=style, marker=".", capsize=3
+                )
+    axes.set(xlabel="bits per image, log2 K", ylabel="MSE per pixel value, pixels in [0, 1]")
+    axes.grid(alpha=0.3)
+    if rows:
+        axes.legend()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    atomic_write(file, buffer.getbuffer())

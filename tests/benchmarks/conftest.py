@@ -1,4 +1,4 @@
-"""Pictures to train on, and training in this process."""
+"""Images to train on, and training in this process."""
 
 import json
 from collections.abc import Callable
@@ -14,9 +14,9 @@ from vqae.runtime.process import SignalHandler
 
 
 @pytest.fixture(scope="session")
-def picture_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An image folder: 48 noisy colours of 8 x 8 to train on, 16 to test."""
-    folder = tmp_path_factory.mktemp("pictures")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An image folder of noisy colours, 8 x 8: 48 training and 16 test images."""
+    folder = tmp_path_factory.mktemp("images")
     generator = np.random.default_rng(0)
     for split, count in (("train", 48), ("test", 16)):
         (folder / split / "colours").mkdir(parents=True)
@@ -28,7 +28,7 @@ def picture_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def train_here() -> Callable[[Config], None]:
-    """Does what `train_runs.run_training` does, in this process: torch is loaded already."""
+    """A replacement for `training_runs.run_training` that trains in this process, which has imported torch."""
 
     def run_training(config: Config) -> None:
         file = config.out.with_name("settings.json")

@@ -2,10 +2,11 @@
 
 import itertools
 
-import baselines
 import pytest
 import torch
 from torch import Tensor
+
+from benchmarks import baselines
 
 X, CODEBOOK = torch.zeros(5000, 2), torch.zeros(3, 2)
 

@@ -4,8 +4,9 @@ from itertools import pairwise
 
 import pytest
 import torch
-from pixel_kmeans import assign, draw_starts, fit_kmeans, lloyd
 from torch import Tensor
+
+from benchmarks.pixel_kmeans import assign, draw_starts, fit_kmeans, lloyd
 
 
 def clusters(num_clusters: int, rows_each: int, num_values: int, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import rate_distortion
 import torch
 from PIL import Image
-from rate_distortion_report import plot_curves
 
+from benchmarks import rate_distortion
+from benchmarks.rate_distortion import plot_curves
 from vqae.config import Config
 from vqae.data.load import load_images
 from vqae.runtime.errors import UsageError
@@ -22,13 +22,13 @@ TINY = ("--code-dim", "8", "--hidden-dims", "8", "--batch-size", "8", "--epochs"
 
 @pytest.fixture
 def run(
-    picture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train_here: Callable[[Config], None]
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train_here: Callable[[Config], None]
 ) -> Callable[..., list[dict[str, Any]]]:
     """Run the command with these arguments; the lines of its results."""
     monkeypatch.setattr(rate_distortion, "run_training", train_here)
 
     def main(*arguments: str) -> list[dict[str, Any]]:
-        shared = ["--data-dir", str(picture_folder), "--out", str(tmp_path), *TINY]
+        shared = ["--data-dir", str(image_folder), "--out", str(tmp_path), *TINY]
         rate_distortion.main([*shared, *arguments], SignalHandler())
         return [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
 
@@ -55,19 +55,19 @@ def test_both_methods_for_every_k_and_seed(
     by_name = {(line["method"], line["num_codes"], line["seed"]): line["train_mse"] for line in lines}
     for seed in (0, 1):
         assert by_name["kmeans", 4, seed] < by_name["kmeans", 1, seed]
-        for num_codes in (1, 4):  # the bound, which holds since both are measured on the same pictures
+        for num_codes in (1, 4):  # the bound, which holds since both are measured on the same images
             assert by_name["kmeans", num_codes, seed] <= by_name["model", num_codes, seed]
-    assert "MSE a pixel value" in capsys.readouterr().out
-    with Image.open(tmp_path / "rate_distortion.png") as picture:
-        assert picture.size == (1050, 750)
+    assert "| K-means |" in capsys.readouterr().out
+    with Image.open(tmp_path / "rate_distortion.png") as image:
+        assert image.size == (1050, 750)
 
 
-def test_one_centroid_is_the_mean_picture(
-    run: Callable[..., list[dict[str, Any]]], picture_folder: Path, tmp_path: Path
+def test_one_centroid_is_the_mean_image(
+    run: Callable[..., list[dict[str, Any]]], image_folder: Path, tmp_path: Path
 ) -> None:
     (line,) = run("--num-codes", "1", "--seeds", "0", "--methods", "kmeans")
-    pictures = load_images("imagefolder", picture_folder)
-    train, test = (part.double() / 255 for part in (pictures.train, pictures.test))
+    images = load_images("imagefolder", image_folder)
+    train, test = (part.double() / 255 for part in (images.train, images.test))
     for split, part in (("train", train), ("test", test)):
         assert line[f"{split}_mse"] == pytest.approx((part - train.mean(dim=0)).square().mean().item(), rel=1e-5)
         assert (line[f"{split}_perplexity"], line[f"{split}_codes_used"]) == (1, 1)
@@ -100,7 +100,7 @@ def test_it_goes_on_where_it_stopped(
     assert (tmp_path / "results.jsonl").read_text().splitlines()[:3] == before
 
     monkeypatch.setattr(rate_distortion, "load_images", None)
-    assert len(run(*arguments)) == 4  # nothing left to do: not even the pictures are read
+    assert len(run(*arguments)) == 4  # nothing is left, so no images are read
 
 
 def test_results_of_other_settings_are_refused(run: Callable[..., list[dict[str, Any]]]) -> None:
@@ -135,7 +135,7 @@ def test_the_plain_recipe_goes_to_the_runs(run: Callable[..., list[dict[str, Any
         (["--seed", "3"], "--seed is set for each run"),
         (["--overwrite"], "--overwrite is set for each run"),
         (["--lr", "-1"], "--lr must be above 0, got -1"),
-        (["--num-codes", "49"], "--num-codes must be at most 48, the training pictures, got 49"),
+        (["--num-codes", "49"], "--num-codes must be at most 48, the training images, got 49"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_done(
@@ -153,11 +153,11 @@ def test_a_flag_that_nobody_knows(run: Callable[..., list[dict[str, Any]]], caps
     assert "--colour" in capsys.readouterr().err
 
 
-def test_the_pictures_of_a_config_file_are_taken_where_none_are_named(tmp_path: Path) -> None:
+def test_the_images_of_a_config_file_are_the_default(tmp_path: Path) -> None:
     file = tmp_path / "some.json"
-    file.write_text(json.dumps({"dataset": "imagefolder", "data_dir": "some/pictures"}))
+    file.write_text(json.dumps({"dataset": "imagefolder", "data_dir": "some/images"}))
     _, config = rate_distortion.parse_options(["--config", str(file)])
-    assert (config.dataset, config.data_dir) == ("imagefolder", Path("some/pictures"))
+    assert (config.dataset, config.data_dir) == ("imagefolder", Path("some/images"))
     _, config = rate_distortion.parse_options(["--config", str(file), "--dataset", "cifar10", "--data-dir", "others"])
     assert (config.dataset, config.data_dir) == ("cifar10", Path("others"))
 
@@ -186,7 +186,7 @@ def test_a_plot_of_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert (tmp_path / "some.png").exists()
 
 
-def test_kmeans_sees_pixels_in_0_to_1(picture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kmeans_sees_pixels_in_0_to_1(image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
     def fit(x: torch.Tensor, num_codes: int, **_options: int) -> torch.Tensor:
@@ -194,8 +194,8 @@ def test_kmeans_sees_pixels_in_0_to_1(picture_folder: Path, tmp_path: Path, monk
         return x[:num_codes].clone()
 
     monkeypatch.setattr(rate_distortion, "fit_kmeans", fit)
-    arguments = ["--data-dir", str(picture_folder), "--out", str(tmp_path), "--methods", "kmeans", "--num-codes", "2"]
+    arguments = ["--data-dir", str(image_folder), "--out", str(tmp_path), "--methods", "kmeans", "--num-codes", "2"]
     rate_distortion.main([*arguments, "--seeds", "0", "--device", "cpu"], SignalHandler())
     (x,) = seen
     assert x.shape == (48, 3 * 8 * 8)
-    assert torch.equal(x, load_images("imagefolder", picture_folder).train.flatten(1).float() / 255)
+    assert torch.equal(x, load_images("imagefolder", image_folder).train.flatten(1).float() / 255)

@@ -6,9 +6,9 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from search_verification import wrong_rows
 from torch import Tensor
 
+from benchmarks.verification import wrong_rows
 from vq_kernels import NearestCode, nearest_code, select_backend
 from vq_kernels.search.reference import brute_force_nearest
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from search_data import make_search_data
 
+from benchmarks.data import make_search_data
 from tests.vq_kernels.search.accumulator_model import ACCUMULATORS, Array, Prepared, pack, prepare, truncating_product
 
 N, K = 24, 96

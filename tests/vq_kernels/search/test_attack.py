@@ -5,9 +5,9 @@ from collections import Counter
 
 import pytest
 import torch
-from search_data import DRAWN_DATA, make_search_data
 from torch import Tensor
 
+from benchmarks.data import DATA_NAMES, make_search_data
 from tests.vq_kernels.search.exactness import DTYPES, INTERPRETED, check_exact
 from tests.vq_kernels.search.steps import STEPS
 from vq_kernels.search.reference import brute_force_nearest
@@ -64,7 +64,7 @@ def test_every_step_of_the_search_is_attacked(backend: str, steps: Counter[str])
     assert all(steps[step] for step in STEPS), f"a step decided no row: {steps}"
 
 
-@pytest.mark.parametrize("name", DRAWN_DATA)
+@pytest.mark.parametrize("name", DATA_NAMES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_data_set_in_every_dtype(backend: str, steps: Counter[str], name: str, dtype: torch.dtype) -> None:
     x, codebook = make_search_data(name, N, K, D, dtype=dtype, seed=3)

@@ -6,10 +6,10 @@ from collections.abc import Callable
 import onnxruntime
 import pytest
 import torch
-from search_data import DRAWN_DATA, make_search_data
-from search_verification import wrong_rows
 from torch import Tensor, nn
 
+from benchmarks.data import DATA_NAMES, make_search_data
+from benchmarks.verification import wrong_rows
 from vq_kernels import ResidualVectorQuantizer, VectorQuantize, VectorQuantizer, nearest_code
 from vq_kernels.search import onnx_export
 
@@ -72,7 +72,7 @@ def check(run: Run, x: Tensor, codebook: Tensor) -> None:
     torch.testing.assert_close(sq_distances, expected.sq_distances, rtol=1e-5, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("name", DRAWN_DATA)
+@pytest.mark.parametrize("name", DATA_NAMES)
 def test_every_data_set(search: Run, name: str) -> None:
     x, codebook = make_search_data(name, N, K, D, dtype=torch.float32, seed=3)
     check(search, x, codebook)

@@ -1,0 +1,1 @@
+"""Benchmarks: their commands, what they share, and the committed results."""

@@ -1,0 +1,175 @@
+"""A training step of `VectorQuantize` beside vector_quantize_pytorch's: forward, backward and moving averages.
+
+    python benchmarks/quantizer_step.py --out results/quantizer_step.jsonl
+
+Both layers have the same codebook and get the same normally distributed x. One step is checked first: our indices
+against float64 brute force (all rows, or a random subset of at least 4,096), our loss and gradient against theirs on
+the rows where both chose the same code. If one is wrong, nothing is timed and the exit status is 1. Then both take
+steps in turns in one process. The time ratio is the median of the turns' ratios; memory is the most that a step holds
+beyond what was held before it. It prints one JSON line, such as
+
+    {"op": "VectorQuantize step", "status": "ok", "time_ratio": 0.18, "memory_ratio": 0.08, "ours_ms": 300.1, ...}
+"""
+
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # run as a file: import the package from the checkout
+
+import torch
+import tyro
+from torch import Tensor
+from vector_quantize_pytorch import VectorQuantize as Theirs
+
+from benchmarks.results import Row, append_row, environment
+from benchmarks.timing import TIMING, peak_mib, time_in_turn
+from benchmarks.verification import checked_rows, wrong_rows
+from vq_kernels import VectorQuantize
+
+ROUNDING = 2e-5
+"""How much loss and gradient may differ from theirs, relative to the largest number: the rounding of float32."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Time a training step of the quantizer beside vector_quantize_pytorch's."""
+
+    batch: int = 8
+    """b of x [b, n, dim]."""
+    length: int = 1024
+    """n of x [b, n, dim]."""
+    dim: int = 256
+    """dim of x [b, n, dim], and of the codes."""
+    num_codes: int = 8192
+    """K."""
+    turns: int = 10
+    """Timed steps of each."""
+    device: str = "cpu"
+    """cpu, or a GPU such as cuda."""
+    threads: int | None = None
+    """CPU threads. Default: PyTorch's choice."""
+    seed: int = 0
+    """Seed of x, of the codebook and of the choice of checked rows."""
+    out: Path | None = None
+    """Append the JSON line to this file too."""
+
+
+class Answer(NamedTuple):
+    """The result of one training step: indices [N], loss [], the gradient of x [N, dim]."""
+
+    indices: Tensor
+    loss: Tensor
+    gradient: Tensor
+
+
+@dataclass(frozen=True)
+class Stepper:
+    """A layer and its timed step. The gradients of loss and quantized flow back to x."""
+
+    layer: Any
+    x: Tensor
+    direction: Tensor
+
+    def step(self) -> Answer:
+        """Runs forward and backward. The moving averages are updated."""
+        quantized, indices, loss = self.layer(self.x)
+        (gradient,) = torch.autograd.grad([quantized, loss], self.x, [self.direction, torch.ones_like(loss)])
+        return Answer(indices.flatten(), loss.detach(), gradient.flatten(0, 1))
+
+
+def run(options: Options) -> Row:
+    """Verifies, times and weighs both layers."""
+    device = torch.device(options.device)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    ours, theirs = make_pair(options, device)
+    checks = verify(ours, theirs, options.seed)
+    row = {
+        "op": "VectorQuantize step",
+        "status": "WRONG" if checks["wrong_rows"] or not checks["same_loss_and_gradient"] else "ok",
+        **{name: getattr(options, name) for name in ("batch", "length", "dim", "num_codes")},
+        "vector_quantize_pytorch": version("vector-quantize-pytorch"),
+        **environment(device),
+        **checks,
+    }
+    return row | compare(ours.step, theirs.step, options.turns, device) if row["status"] == "ok" else row
+
+
+def make_pair(options: Options, device: torch.device) -> tuple[Stepper, Stepper]:
+    """Our layer and theirs, with the same codes and the same x."""
+    generator = torch.Generator().manual_seed(options.seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device)
+
+    codes = draw(options.num_codes, options.dim)
+    x, direction = (draw(options.batch, options.length, options.dim) for _ in range(2))
+    ours = VectorQuantize(options.dim, options.num_codes).to(device)
+    ours.codebook = codes
+    theirs = Theirs(options.dim, options.num_codes).to(device)
+    theirs.load_state_dict(ours.state_dict())
+    return Stepper(ours, x.requires_grad_(), direction), Stepper(theirs, x, direction)
+
+
+def verify(ours: Stepper, theirs: Stepper, seed: int) -> Row:
+    """Takes one step of each. Counts wrong rows and compares loss and gradient."""
+    codes = ours.layer.codebook.clone()
+    found, expected = ours.step(), theirs.step()
+    x = ours.x.detach().flatten(0, 1)
+    rows = checked_rows(x.shape[0], *codes.shape, seed=seed).to(x.device)
+    same = found.indices == expected.indices
+    differences = {
+        "loss_difference": _relative_difference(found.loss, expected.loss),
+        "gradient_difference": _relative_difference(found.gradient[same], expected.gradient[same]),
+    }
+    return {
+        "checked_rows": rows.numel(),
+        "wrong_rows": int(wrong_rows(x[rows], codes, found.indices[rows]).sum()),
+        "wrong_rows_theirs": int(wrong_rows(x[rows], codes, expected.indices[rows]).sum()),
+        **differences,
+        "same_loss_and_gradient": max(differences.values()) <= ROUNDING,
+    }
+
+
+def compare(ours: Callable[[], object], theirs: Callable[[], object], turns: int, device: torch.device) -> Row:
+    """Times both in turns and measures the memory of one step each. Both have run once."""
+    elapsed_ms = time_in_turn({"ours": ours, "theirs": theirs}, device, rounds=turns, burst_ms=0)
+    ratios = [one / other for one, other in zip(elapsed_ms["ours"], elapsed_ms["theirs"], strict=True)]
+    ours_mib, theirs_mib = (peak_mib(call, device) for call in (ours, theirs))
+    return {
+        "time_ratio": statistics.median(ratios),
+        "time_ratios": ratios,
+        "ours_ms": statistics.median(elapsed_ms["ours"]),
+        "theirs_ms": statistics.median(elapsed_ms["theirs"]),
+        "timing": TIMING[device.type],
+        "memory_ratio": ours_mib / theirs_mib if ours_mib is not None and theirs_mib else None,
+        "ours_peak_mib": ours_mib,
+        "theirs_peak_mib": theirs_mib,
+    }
+
+
+def _relative_difference(found: Tensor, expected: Tensor) -> float:
+    """The largest difference over the largest number; 0 for no numbers."""
+    if not expected.numel():
+        return 0.0
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def main(options: Options) -> int:
+    """Prints the line and returns the exit status."""
+    row = run(options)
+    print(json.dumps(row))
+    if options.out is not None:
+        append_row(options.out, row)
+    return 0 if row["status"] == "ok" else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Options, prog="python benchmarks/quantizer_step.py", description=__doc__)))

@@ -1,0 +1,446 @@
+"""Writes the tables of README.md and of docs/**/*.md from the committed results.
+
+    python -m benchmarks.tables           # update them
+    python -m benchmarks.tables --check   # exit with 1 if a table would change
+
+A table stands between `<!-- begin NAME -->` and `<!-- end NAME -->`; `TABLES` lists the names. CPU results are in
+benchmarks/results/cpu: argmin.jsonl (argmin_bench.py), exactness_soak.jsonl (exactness.py), train_bench.jsonl
+(train.py), quantizer_step.jsonl, ablation.jsonl, rate_distortion.jsonl, and batch_sizes.jsonl (rate_distortion.py at
+other batch sizes). GPU results are in benchmarks/results/h200/gpu.jsonl, or in h100/gpu.jsonl if that one is missing;
+`gpu.py` writes them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import re
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # run as a file: import the package from the checkout
+
+from benchmarks.ablation import VARIANTS
+from benchmarks.results import RESULTS, ROOT, Row, markdown, number, read_rows
+
+NOT_MEASURED = "Not measured on a GPU yet."
+NO_RESULTS = "No results are committed yet."
+METHODS = {"kmeans": "K-means", "model": "model"}
+"""The methods of a rate_distortion.py row, as tables show them."""
+
+_CPU_CONTENDERS = {
+    "torch": "this library",
+    "cdist": "cdist + argmin",
+    "addmm-chunked": "addmm, chunked",
+    "faiss": "faiss IndexFlatL2",
+    "gemm": "bare GEMM",
+}
+_GPU_CONTENDERS = {
+    "triton": "this library, exact",
+    "triton-prepared": "this library, codebook prepared",
+    "flash-kmeans": "flash-kmeans (TF32)",
+    "cdist": "cdist + argmin",
+    "addmm-chunked": "addmm, chunked",
+    "gemm": "bare GEMM, float32",
+    "gemm-tf32": "bare GEMM, TF32",
+    "gemm-bfloat16": "bare GEMM, bfloat16",
+}
+_GPU_TARGETS = {64: 400, 128: 550, 256: 600, 512: 550}  # D: TFLOP/s at N = 1,048,576 and K = 4,096 on an H200
+_ABLATION_COLUMNS = (  # heading, entry, digits after the point
+    ("train MSE", "train_mse", 5),
+    ("validation MSE", "val_mse", 5),
+    ("test MSE", "test_mse", 5),
+    ("codes used", "codes_used", 0),
+    ("perplexity", "perplexity", 0),
+)
+
+
+class Spread(NamedTuple):
+    """A figure over several seeds.
+
+    Attributes:
+        mean: the mean over the seeds.
+        deviation: the sample standard deviation; 0 for a single seed.
+        seeds: the number of seeds.
+    """
+
+    mean: float
+    deviation: float
+    seeds: int
+
+    def text(self, digits: int) -> str:
+        """Mean ± deviation; only the mean for a single seed."""
+        mean = f"{self.mean:.{digits}f}"
+        return f"{mean} ± {self.deviation:.{digits}f}" if self.seeds > 1 else mean
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Mean and deviation of at least one value."""
+    return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0, len(values))
+
+
+def over_seeds(rows: Sequence[Row], method: str, num_codes: int, name: str) -> Spread | None:
+    """A figure of one method at one K; None without rows. Exits if the rows differ in their settings."""
+    runs = [row for row in rows if (row["method"], row["num_codes"]) == (method, num_codes)]
+    if any(run["settings"] != runs[0]["settings"] for run in runs):
+        raise SystemExit(f"the results of {METHODS[method]} at K = {num_codes} differ in their settings: repeat some")
+    return spread([run[name] for run in runs]) if runs else None
+
+
+def _where(rows: Sequence[Row]) -> str:
+    """The different devices, versions and dates of the rows."""
+    return "; ".join(", ".join(sorted({row[name] for row in rows})) for name in ("device", "versions", "date"))
+
+
+def _size(row: Row) -> str:
+    return f"{row['N']:,} × {row['K']:,} × {row['D']}"
+
+
+def _cpu(name: str) -> list[Row]:
+    return read_rows(RESULTS / "cpu" / f"{name}.jsonl")
+
+
+# -- CPU
+
+
+def model_table() -> str:
+    """What the autoencoder reaches."""
+    rows = _cpu("rate_distortion")
+    found = {name: over_seeds(rows, "model", 512, name) for name in ("test_mse", "test_codes_used", "test_perplexity")}
+    mse, codes_used, perplexity = (one for one in found.values() if one is not None)
+    bound = over_seeds(rows, "kmeans", 512, "test_mse")
+    first = next(row for row in rows if (row["method"], row["num_codes"]) == ("model", 512))
+    settings, bench, soak = first["settings"], _cpu("train_bench")[-1], _cpu("exactness_soak")[-1]
+    cells = [
+        ("", "measured"),
+        ("Indices that differ from float64 brute force", f"{soak['wrong']} of {soak['rows']:,}"),
+        (
+            "Test MSE per pixel value (pixels in [0, 1]), K = 512",
+            f"{mse.text(5)} ({-10 * math.log10(mse.mean):.2f} dB)",
+        ),
+        ("K-means of the pixels, on the same images", bound.text(5) if bound else "-"),
+        ("Codes used on the test images", f"{codes_used.text(0)} of 512, perplexity {perplexity.text(0)}"),
+        ("Training time, start to exit", f"{settings['max_minutes']:g} minutes"),
+        ("Images per second, relative to a bare loop without quantizer or data", f"{bench['ratio']:.2f}"),
+    ]
+    images = f"{first['num_train']:,} training images (2 % of them held out) and {first['num_test']:,} test images"
+    what = f"CIFAR-10 (JPEG copy), {images}; mean ± standard deviation over {mse.seeds} seeds"
+    length = f"--max-minutes {settings['max_minutes']:g} --epochs {settings['epochs']}"
+    command = f"python -m vqae.train --dataset imagefolder --data-dir DIR {length}"
+    others = f"Brute force: {soak['device']}, {soak['date']}. Bare loop: {bench['device']}, {bench['date']}"
+    where = f"{first['device']}; {first['versions']}; {first['date']}"
+    return f"{markdown(cells)}\n\n{what}; {where}; `{command}`. {others}."
+
+
+def search_table() -> str:
+    """The search's time relative to cdist's within one run: a table for each machine."""
+    rows = [row for row in _cpu("argmin") if row["data"] == "gaussian" and row["status"] == "ok"]
+    tables = []
+    for machine in dict.fromkeys(row["device"] for row in rows):
+        own = [row for row in rows if row["device"] == machine]
+        cells = [["N × K × D", *_CPU_CONTENDERS.values()]]
+        for size in dict.fromkeys(map(_size, own)):
+            found = {row["contender"]: row for row in own if _size(row) == size}
+            cells.append([size, *(_ratio_cell(found.get(name)) for name in _CPU_CONTENDERS)])
+        tables.append(f"{markdown(cells)}\n\n{own[0]['device']}; {own[0]['versions']}; {own[0]['date']}.")
+    return "\n\n".join([*tables, "Median time divided by that of cdist + argmin in the same run; float32, Gaussian."])
+
+
+def _ratio_cell(row: Row | None) -> str:
+    return f"{row['ratio_to_cdist']:.2f}{_wrong(row)}" if row else "-"
+
+
+def _wrong(row: Row) -> str:
+    return f" ({row['wrong_percent']:.2g} % wrong)" if row.get("wrong_percent") else ""
+
+
+def step_table() -> str:
+    """A training step of the drop-in quantizer beside vector_quantize_pytorch's."""
+    row = _cpu("quantizer_step")[-1]
+    memory = [f"{row[f'{side}_peak_mib']:.0f} MiB" for side in ("ours", "theirs")]
+    cells = [
+        ["", "here", "there", "ratio"],
+        ["time", f"{row['ours_ms']:.0f} ms", f"{row['theirs_ms']:.0f} ms", f"{row['time_ratio']:.2f}"],
+        ["additional memory", *memory, f"{row['memory_ratio']:.2f}"],
+    ]
+    size = f"x [{row['batch']}, {row['length']}, {row['dim']}], {row['num_codes']:,} codes"
+    what = f"Forward, backward and moving averages; {size}; medians of steps taken in turns"
+    return f"{markdown(cells)}\n\n{what}; {_where([row])}."
+
+
+def ablation_table(rows: Sequence[Row]) -> str:
+    """One line per variant, in order of first appearance: mean ± deviation over its seeds.
+
+    Raises:
+        SystemExit: two rows differ in a setting that no variant overrides, or two rows of one variant in any.
+    """
+    if not rows:
+        return NO_RESULTS
+    names = {json.dumps(overrides, sort_keys=True): name for name, overrides in VARIANTS.items()}
+    # A recorded variant may have an older name.
+    rows = [row | {"variant": names.get(json.dumps(row["overrides"], sort_keys=True), row["variant"])} for row in rows]
+    _check_comparable(rows)
+    cells = [["variant", "seeds", *(heading for heading, _, _ in _ABLATION_COLUMNS)]]
+    for variant in dict.fromkeys(row["variant"] for row in rows):
+        runs = [row for row in rows if row["variant"] == variant]
+        finished = [row for row in runs if not row["diverged"]]
+        lost = f", {len(runs) - len(finished)} diverged" if len(finished) < len(runs) else ""
+        line = [variant, f"{len(runs)}{lost}"]
+        for _, name, digits in _ABLATION_COLUMNS:
+            values = [row[name] for row in finished if name in row]
+            line.append(spread(values).text(digits) if values else "-")
+        cells.append(line)
+    settings = rows[0]["settings"]
+    images = "all training images" if settings["limit"] is None else f"{settings['limit']:,} training images"
+    what = f"K = {settings['num_codes']}, {settings['epochs']} epochs of {images} ({settings['dataset']})"
+    return f"{markdown(cells)}\n\nMean ± standard deviation over the seeds; {what}; {_where(rows)}."
+
+
+def _check_comparable(rows: Sequence[Row]) -> None:
+    for first, row in itertools.combinations(rows, 2):
+        overridden = {} if first["variant"] == row["variant"] else {**first["overrides"], **row["overrides"]}
+        for name in {**first["settings"], **row["settings"]}:
+            if name not in overridden and first["settings"].get(name) != row["settings"].get(name):
+                raise SystemExit(
+                    f"ablation.jsonl: {row['variant']!r} and {first['variant']!r} differ in {name}: repeat one"
+                )
+
+
+def rate_distortion_table(rows: Sequence[Row]) -> str:
+    """The model beside k-means of the pixels. Perplexity and codes used are those on the test images."""
+    if not rows:
+        return NO_RESULTS
+    return f"{markdown(rate_distortion_cells(rows))}\n\nMean ± standard deviation over the seeds; {_where(rows)}."
+
+
+def rate_distortion_cells(rows: Sequence[Row]) -> list[list[str]]:
+    """The cells of that table: headings, then a line for each K and method. Ratios are the model's over k-means'."""
+    cells = [["K", "by", "train MSE", "test MSE", "train ratio", "test ratio", "perplexity", "codes used"]]
+    for num_codes in sorted({row["num_codes"] for row in rows}):
+        bounds = [over_seeds(rows, "kmeans", num_codes, name) for name in ("train_mse", "test_mse")]
+        for method, shown in METHODS.items():
+            mse = [over_seeds(rows, method, num_codes, name) for name in ("train_mse", "test_mse")]
+            codes = [over_seeds(rows, method, num_codes, name) for name in ("test_perplexity", "test_codes_used")]
+            ratios = [
+                f"{found.mean / bound.mean:.3f}" if found and bound and method == "model" else ""
+                for found, bound in zip(mse, bounds, strict=True)
+            ]
+            line = [*(_spread_cell(found, 5) for found in mse), *ratios, *(_spread_cell(found, 0) for found in codes)]
+            if any(line):
+                cells.append([f"{num_codes:,}", shown, *line])
+    return cells
+
+
+def _spread_cell(found: Spread | None, digits: int) -> str:
+    return "" if found is None else found.text(digits)
+
+
+def use_table(rows: Sequence[Row]) -> str:
+    """How many codes the model uses: a line for each K, batch size, D and length of run in rate_distortion.py rows."""
+    runs = [row for row in rows if row["method"] == "model"]
+    if not runs:
+        return NO_RESULTS
+    cells = [
+        ["K", "batch size", "D", "minutes", "seeds", "test MSE", "codes used, fewest", "perplexity on test, least"]
+    ]
+    kinds = {_kind(row) for row in runs}
+    for num_codes in sorted({row["num_codes"] for row in runs}):
+        for kind in sorted(kinds, key=str):
+            alike = [row for row in runs if row["num_codes"] == num_codes and _kind(row) == kind]
+            if alike:
+                sizes = [f"{size:,}" if size is not None else "-" for size in (num_codes, *kind)]
+                mse = spread([row["test_mse"] for row in alike]).text(5)
+                least = [f"{min(row[f'test_{name}'] for row in alike):.0f}" for name in ("codes_used", "perplexity")]
+                cells.append([*sizes, str(len(alike)), mse, *least])
+    return f"{markdown(cells)}\n\n{_where(runs)}."
+
+
+def _kind(row: Row) -> tuple[Any, ...]:
+    return tuple(row["settings"][name] for name in ("batch_size", "code_dim", "max_minutes"))
+
+
+# -- GPU: tables of the rows of gpu.py, which prints them too
+
+
+def gpu_rows() -> list[Row]:
+    """The committed rows of one GPU: the H200's if there are any, else the H100's."""
+    for name in ("h200", "h100"):
+        rows = [row for row in read_rows(RESULTS / name / "gpu.jsonl") if not row["dry_run"]]
+        if rows:
+            return rows
+    return []
+
+
+def _latest(rows: Sequence[Row], op: str, *names: str) -> list[Row]:
+    """The last row of `op` for each combination of these entries."""
+    return list({tuple(row.get(name) for name in names): row for row in rows if row["op"] == op}.values())
+
+
+def _searches(rows: Sequence[Row], *, graph: bool) -> list[Row]:
+    found = _latest(rows, "nearest_code", "graph", "N", "K", "D", "contender")
+    return [row for row in found if row["graph"] == graph and row["contender"] in _GPU_CONTENDERS]
+
+
+def throughput_table(rows: Sequence[Row]) -> str:
+    """TFLOP/s by D at the largest N."""
+    found = _searches(rows, graph=False)
+    largest = max(row["N"] for row in found)
+    found = [row for row in found if row["N"] == largest]
+    dims = sorted({row["D"] for row in found})
+    by_key = {(row["contender"], row["D"]): row for row in found}
+    cells = [[f"N = {largest:,}, K = {found[0]['K']:,}: TFLOP/s", *(f"D = {d}" for d in dims)]]
+    for name, shown in _GPU_CONTENDERS.items():
+        own = [by_key.get((name, d)) for d in dims]
+        if any(row and row["p50_ms"] for row in own):
+            cells.append([shown, *(f"{number(row['tflops'])}{_wrong(row)}" if row else "" for row in own)])
+    return f"{markdown(cells)}\n\n2·N·K·D over the median time, float32 input."
+
+
+Columns = dict[str, Callable[[Row], object]]
+"""How to make the cells of each column, by its heading."""
+
+_SIZE: Columns = {"N × K × D": _size}
+_TIMES: Columns = {
+    "ms": lambda row: number(row.get("p50_ms")),
+    "20-80 %": lambda row: f"{number(row['p20_ms'])} - {number(row['p80_ms'])}" if row.get("p50_ms") else "",
+    "TFLOP/s": lambda row: number(row.get("tflops")),
+    "peak MiB": lambda row: number(row.get("peak_mib")),
+    "wrong %": lambda row: number(row.get("wrong_percent")),
+    "status": lambda row: row["status"],
+}
+_STEP_KEY = (*"NKD", "dtype", "contender")
+_SEARCH: Columns = {"search": lambda row: _GPU_CONTENDERS[row["contender"]]}
+_STEP: Columns = {"dtype": lambda row: row["dtype"], "quantizer": lambda row: row["contender"]}
+_CONFIG: Columns = {"configuration": lambda row: row["config"], "chosen": lambda row: "yes" if row["chosen"] else ""}
+_TRAINING: Columns = {
+    "": lambda row: row["contender"],
+    "data set": lambda row: row["dataset"],
+    "seconds": lambda row: number(row["seconds"]),
+    "test MSE": lambda row: f"{row['test_mse']:.5f}" if "test_mse" in row else "",
+    "images/s": lambda row: number(row["images_per_s"]),
+}
+
+
+def _lines(rows: Sequence[Row], *groups: Columns) -> str:
+    columns = {heading: make for group in groups for heading, make in group.items()}
+    return markdown([list(columns), *([make(row) for make in columns.values()] for row in rows)])
+
+
+def gpu_exactness_table(rows: Sequence[Row]) -> str:
+    """Rows compared with float64, by data set, and how they were decided."""
+    totals: dict[str, dict[str, int]] = {}
+    for row in _latest(rows, "exactness", "seed"):
+        for name, count in row["data"].items():
+            total = totals.setdefault(name, dict.fromkeys(count, 0))
+            for key, value in count.items():
+                total[key] += value
+    steps = ("certified", "reranked", "exhaustive")
+    cells = [["data set", "rows", "wrong", *(f"{step} %" for step in steps)]]
+    for name, total in totals.items():
+        shares = [f"{100 * total[step] / total['rows']:.2f}" for step in steps]
+        cells.append([name, f"{total['rows']:,}", f"{total['wrong']:,}", *shares])
+    return markdown(cells)
+
+
+def target_table(rows: Sequence[Row]) -> str:
+    """The targets beside what was measured."""
+    cells = [["target", "measured"]]
+    ours = {_size(row): row for row in _searches(rows, graph=False) if row["contender"] == "triton"}
+    for d, target in _GPU_TARGETS.items():
+        row = ours.get(f"1,048,576 × 4,096 × {d}")
+        measured = f"{number(row['tflops'])} TFLOP/s" if row and row["p50_ms"] else "-"
+        cells.append([f"D = {d}: {target} TFLOP/s on an H200", measured])
+    exact = _latest(rows, "exactness", "seed")
+    wrong = f"{sum(row['wrong'] for row in exact)} of {sum(row['rows'] for row in exact):,}" if exact else "-"
+    cells.append(["0 wrong of 10⁹ rows", wrong])
+    graphs = {_size(row): row for row in _searches(rows, graph=True) if row["contender"] == "triton"}
+    small = graphs.get("256 × 512 × 512")
+    cells.append(["256 × 512 × 512 as a CUDA graph: below 10 µs", f"{1e3 * small['p50_ms']:.1f} µs" if small else "-"])
+    rates = {row["contender"]: row["images_per_s"] for row in _latest(rows, "training", "contender")}
+    ratio = f"{rates['vqae.train'] / rates['plain PyTorch']:.2f} ×" if len(rates) == 2 else "-"
+    cells.append(["images/s of vqae.train: 3 × plain PyTorch", ratio])
+    return markdown(cells)
+
+
+GPU_TABLES: dict[str, tuple[str, Callable[[Sequence[Row]], str]]] = {
+    "bars": ("", target_table),
+    "gpu-search": ("nearest_code", throughput_table),
+    "contenders": ("nearest_code", lambda rows: _lines(_searches(rows, graph=False), _SIZE, _SEARCH, _TIMES)),
+    "replays": ("nearest_code", lambda rows: _lines(_searches(rows, graph=True), _SIZE, _SEARCH, _TIMES)),
+    "steps": ("training_step", lambda rows: _lines(_latest(rows, "training_step", *_STEP_KEY), _SIZE, _STEP, _TIMES)),
+    "gpu-training": ("training", lambda rows: _lines(_latest(rows, "training", "contender"), _TRAINING)),
+    "gpu-exactness": ("exactness", gpu_exactness_table),
+    "tiles": ("config", lambda rows: _lines(_latest(rows, "config", *"NKD", "config"), _SIZE, _CONFIG, _TIMES)),
+}
+"""For each table, the op that it shows (empty: several) and the function that makes it."""
+
+
+def gpu_table(name: str, rows: Sequence[Row]) -> str:
+    """A table of rows of gpu.py, or the sentence that there are none."""
+    op, make = GPU_TABLES[name]
+    used = [row for row in rows if op in ("", row["op"])]
+    return f"{make(used)}\n\n{_where(used)}." if used else NOT_MEASURED
+
+
+def _of_gpu(name: str) -> Callable[[], str]:
+    return lambda: gpu_table(name, gpu_rows())
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "model": model_table,
+    "search": search_table,
+    "step": step_table,
+    "ablation": lambda: ablation_table(_cpu("ablation")),
+    "rate-distortion": lambda: rate_distortion_table(_cpu("rate_distortion")),
+    "use": lambda: use_table([*_cpu("rate_distortion"), *_cpu("batch_sizes")]),
+    **{name: _of_gpu(name) for name in GPU_TABLES},
+}
+"""All tables, by the name in their markers."""
+
+
+def with_tables(text: str, file: str) -> str:
+    """Replaces the tables in a text.
+
+    Raises:
+        SystemExit: a marker has an unknown name, or no end.
+    """
+    for name in re.findall(r"<!-- begin ([\w-]+) -->", text):
+        begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
+        before, _, rest = text.partition(begin)
+        _, closed, after = rest.partition(end)
+        if name not in TABLES or not closed:
+            raise SystemExit(f"{file}: {begin} must name one of {', '.join(TABLES)} and be followed by {end}")
+        text = f"{before}{begin}\n{TABLES[name]()}\n{end}{after}"
+    return text
+
+
+def documents() -> list[Path]:
+    """The files that hold tables."""
+    files = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    return [file for file in files if "<!-- begin " in file.read_text()]
+
+
+def main(arguments: list[str]) -> int:
+    """Updates the files, or, with --check, reports which would change."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tables", description="Update the generated tables.")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if a table would change")
+    check, changed = parser.parse_args(arguments).check, False
+    for file in documents():
+        before = file.read_text()
+        after = with_tables(before, file.name)
+        changed = changed or before != after
+        if check:
+            print(f"{file.relative_to(ROOT)} {'is up to date' if before == after else 'differs from the results'}")
+        else:
+            file.write_text(after)
+    return int(changed and check)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,87 @@
+"""The scores of every configuration stay within the certificate's bound E, on benign and on adversarial data."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.gpu.device import DEVICE, MARKS, SMALL
+from vq_kernels.search.triton.common import Outputs, Uncertified, ceil_div
+from vq_kernels.search.triton.plan import CONFIGS, ScanConfig, SearchPlan
+from vq_kernels.search.triton.prepare import launch_prepare, launch_rows
+from vq_kernels.search.triton.scan import launch_scan
+
+pytestmark = MARKS
+N, K = (32, 150) if SMALL else (4096, 1024)
+CASES = [
+    (config, d)
+    for config in CONFIGS
+    for d in (((64,) if SMALL else (8, 64, 128)) if config.resident else ((40,) if SMALL else (256, 512, 2048)))
+    if not config.resident or d <= config.block_d
+]
+
+
+def vectors(name: str, d: int) -> tuple[Tensor, Tensor]:
+    """x [N, d] and a codebook [K, d]."""
+    generator = torch.Generator().manual_seed(3)
+    x, codebook = torch.randn(N, d, generator=generator), torch.randn(K, d, generator=generator)
+    if name == "equal products":  # each a little less than what the accumulator keeps beside h
+        signs = torch.where(torch.arange(K) % 2 == 0, 1.0, -1.0)[:, None]
+        return torch.full((N, d), 2.0**-18 * (2 - 2.0**-9)), signs * torch.ones(K, d)
+    if name == "near the mean":
+        return codebook.mean(0) + 1e-5 * x, codebook
+    if name == "offset":
+        return x + 1000, codebook + 1000
+    if name == "one sign":
+        return x.abs(), codebook.abs()
+    return (1e4 * x if name == "far" else x), codebook
+
+
+@pytest.mark.parametrize(
+    "name", ["gaussian", "equal products", *([] if SMALL else ["near the mean", "offset", "one sign", "far"])]
+)
+@pytest.mark.parametrize(("config", "d"), CASES, ids=[f"{config.name}-{d}" for config, d in CASES])
+def test_scores_stay_within_the_bound(config: ScanConfig, d: int, name: str) -> None:
+    x, codebook = (tensor.to(DEVICE) for tensor in vectors(name, d))
+    prepared = launch_prepare(codebook)
+    tiles_per_split = ceil_div(ceil_div(K, config.block_k), 2)
+    splits = ceil_div(ceil_div(K, config.block_k), tiles_per_split)  # so that the scan leaves its states
+    plan = SearchPlan(config, splits, tiles_per_split, 1 << 20)
+    outputs = Outputs(torch.empty(N, dtype=torch.int64, device=DEVICE), torch.empty_like(x), x.new_empty(N))
+    counters, rows, candidates, more_rows = (
+        torch.zeros(size, dtype=torch.int32, device=DEVICE) for size in (2, N, (N, 4), N)
+    )
+    uncertified = Uncertified(counters, rows, candidates, more_rows)
+    states = launch_scan(x, codebook, prepared, plan, outputs, uncertified)
+    assert states is not None
+    rows16, ratios, _ = launch_rows(x, prepared, plan)
+
+    rows, codes = rows16[:N, :d].double(), prepared.codes16[:K, :d].double()
+    half_norms = prepared.half_norms[:K].double() * ratios.double()[:, None]
+    sums = rows @ codes.t() - half_norms  # the exact sum of the float16 products
+    magnitude = (rows.norm(dim=1) * codes.norm(dim=1).max() + half_norms.amax(1))[:, None]
+    true_scores = unrounded_scores(x, codebook, prepared.shift, int(prepared.exponent))
+    bound = states.margins.double()[:, None] / 2
+    for split in range(splits):
+        values, places = states.scores[split, :4].t(), states.codes[split].t().long()  # [N, 4]
+        first = split * tiles_per_split * config.block_k
+        last = min(first + tiles_per_split * config.block_k, K)
+        assert ((places >= first) & (places < last)).all()
+        share = ((values.double() - true_scores.gather(1, places)).abs() / bound).max().item()
+        assert share <= 1, f"a score is off by {share:.3f} of the bound"
+        unpacked = (values.contiguous().view(torch.int32) & ~plan.tile_mask).view(torch.float32).double()
+        hidden_by_packing = magnitude * 2.0**-23 * (plan.tile_mask + 1)
+        error = ((unpacked - sums.gather(1, places)).abs() - hidden_by_packing).clamp(min=0)
+        share = (error / ((d + 16) * 2.0**-23 * magnitude)).max().item()
+        assert share <= 1, f"the accumulator is off by {share:.3f} of its bound"
+        others = true_scores[:, first:last].scatter(1, places - first, -torch.inf).amax(1)
+        assert (others <= states.scores[split, 4].double() + bound[:, 0]).all(), "a code is above `hidden`"
+
+
+def unrounded_scores(x: Tensor, codebook: Tensor, shift: Tensor, code_exponent: int) -> Tensor:
+    """X . C - h [N, K] in float64, on the scales that the kernels choose for the rows and for the codebook."""
+    largest = (x - shift).abs().amax(1)
+    exponents = 13 - ((largest.view(torch.int32) >> 23) - 127)
+    exponents = exponents.clamp(max=min(code_exponent + 20, 126)).double()[:, None]
+    rows = (x.double() - shift.double()) * torch.exp2(exponents)
+    codes = (codebook.double() - shift.double()) * 2.0**code_exponent
+    return rows @ codes.t() - 0.5 * codes.square().sum(1) * torch.exp2(exponents - code_exponent)
