@@ -191,8 +191,6 @@ def test_links_lead_to_files(document: Path) -> None:
 def test_files_named_in_the_documents_exist() -> None:
     pattern = r"(?<![\w/.])(?:vq_kernels|vqae|benchmarks|docs|examples|tests)/[\w/]*\.(?:py|md|png|jsonl)\b"
     for document in DOCUMENTS:
-        if document.stem == "exactness":
-            continue
         for file in re.findall(pattern, document.read_text()):
             assert (ROOT / file).is_file(), f"{file}, in {document.name}"
 
