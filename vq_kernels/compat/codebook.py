@@ -15,17 +15,11 @@ from vq_kernels.search import nearest_code
 
 
 class Found(NamedTuple):
-    """The result of a search for rows [C, M, D].
+    """The result of a search for rows [C, M, D]. Codes have a gradient if they are learnable."""
 
-    Attributes:
-        codes: [C, M, D], in the rows' dtype; with a gradient if the codes are learnable.
-        indices: [C, M] int64, in [0, K).
-        codebooks: [C, K, D], the codes that were searched; with a gradient if learnable.
-    """
-
-    codes: Tensor
-    indices: Tensor
-    codebooks: Tensor
+    codes: Tensor  # [C, M, D], in the rows' dtype
+    indices: Tensor  # [C, M] int64, in [0, K)
+    codebooks: Tensor  # [C, K, D], the codes that were searched
 
 
 class CompatCodebook(Codebook):
@@ -40,7 +34,7 @@ class CompatCodebook(Codebook):
         initted: [] bool, false until k-means has run.
     """
 
-    state_names = {"codebook": "embed", "cluster_sizes": "cluster_size", "cluster_sums": "embed_avg"}  # noqa: RUF012
+    state_names = ("embed", "cluster_size", "embed_avg")
 
     embed: Tensor
     cluster_size: Tensor

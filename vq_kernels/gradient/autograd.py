@@ -138,7 +138,7 @@ class _Quantize(torch.autograd.Function):
                 rows = residual.detach()
                 if left_out is not None:  # a row at its code adds 0
                     rows = torch.where(left_out, codebook[chosen], rows)
-                sums = difference_sums(rows, codebook, chosen, ctx.backend)
+                sums, _ = _DifferenceSums.apply(rows, codebook, chosen, ctx.backend)
                 grad_codebooks.append((2 * grad_loss / num_numbers * sums).to(codebook.dtype))
             if commits or stage < len(indices):
                 residual = residual - codebook.detach()[chosen]
@@ -238,17 +238,11 @@ def _(x: Tensor, codebook: Tensor, indices: Tensor, backend: str) -> tuple[Tenso
     return sums, codebook.new_empty(codebook.shape[0], dtype=torch.int64)
 
 
-def difference_sums(x: Tensor, codebook: Tensor, indices: Tensor, backend: str) -> Tensor:
-    """Returns the operator's sums of (code - row), [K, D], with a gradient.
-
-    Gradients of gradients need it, and so does `torch.func.grad`, which rejects operators without a gradient.
-    """
-    sums: Tensor = _DifferenceSums.apply(x, codebook, indices, backend)[0]
-    return sums
-
-
 class _DifferenceSums(torch.autograd.Function):
-    """(x [N, D], codebook [K, D], indices [N]) -> the operator's results."""
+    """The operator above with a gradient, for second derivatives.
+
+    A gradient registered with the operator would not do, because `torch.func.grad` rejects it.
+    """
 
     @staticmethod
     def forward(x: Tensor, codebook: Tensor, indices: Tensor, backend: str) -> tuple[Tensor, Tensor]:

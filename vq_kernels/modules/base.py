@@ -78,8 +78,8 @@ def check_mask(mask: Tensor, shape: torch.Size) -> None:
 class QuantizerBase(Codebook):
     """The forward pass of the quantizers and its inverse, for Q stages, and C codebooks in each.
 
-    [...] is the shape of x without its channels, and N the number of positions. Rows are [C, M, D], see `HeadLayout`.
-    Codebook p = c·Q + q is that of head c in stage q.
+    [...] is the shape of x without its channels. Rows are [C, M, D], see `HeadLayout`. Codebook c·Q + q is that of head
+    c in stage q.
 
     Args:
         num_stages: Q; None: 1, and no dimension for it in the state.
@@ -89,8 +89,6 @@ class QuantizerBase(Codebook):
     """
 
     codebook: Tensor
-    cluster_sizes: Tensor
-    cluster_sums: Tensor
 
     def __init__(
         self,
@@ -136,15 +134,9 @@ class QuantizerBase(Codebook):
         return ", ".join([shown, *(f"{name}={value!r}" for name, value in changed.items())])
 
     def _quantize(self, x: Tensor, mask: Tensor | None, active: Tensor | None = None) -> Quantized:
-        """Quantizes x; in training mode, also updates the codebooks.
+        """Quantizes x, with indices [..., Q] or [..., heads, Q]; in training mode, also updates the codebooks.
 
-        Args:
-            x: heads·D channels in `channel_dim`.
-            mask: [...] bool, False for padding; None: no padding.
-            active: [Q] bool, the stages that take part; None: all.
-
-        Returns:
-            Quantized, with indices [..., Q], or [..., heads, Q].
+        `active` [Q] bool says which stages take part; None: all.
         """
         learns = self.training
         positions, row_mask = self._positions(x, mask)
@@ -153,7 +145,9 @@ class QuantizerBase(Codebook):
         left_out = self._left_out(rows.shape[1], row_mask, active)
         choices, searched, batches = self._choose(rows.detach(), row_mask, left_out, learns)
         indices = torch.stack([choice.indices for choice in choices])  # [C, Q, M]
-        codebooks = self._by_head(self._normalise(self._differentiable(searched, learns)))
+        codebooks = self._normalise(self._differentiable(searched, learns)).view(
+            -1, self._num_stages, self.num_codes, self.code_dim
+        )
         weight, complete = self.commitment_weight, left_out is None
         passed = [
             pass_gradients(*head, commitment_weight=weight, complete=complete, backend=self.backend)
@@ -166,7 +160,7 @@ class QuantizerBase(Codebook):
                 self._update_averages(searched, batches, learning)
         codes = stack([codes for codes, _ in passed])
         return Quantized(
-            self._restore(self._layout.join(codes.to(x.dtype), leading)),
+            self._layout.join(codes.to(x.dtype), leading).movedim(-1, self.channel_dim),
             self._layout.join_indices(indices.transpose(1, 2), leading),
             torch.stack([loss for _, loss in passed]).mean(),
         )
@@ -174,17 +168,10 @@ class QuantizerBase(Codebook):
     def _choose(
         self, rows: Tensor, row_mask: Tensor | None, left_out: Tensor | None, learns: bool
     ) -> tuple[list[Choice], list[Tensor], list[RowSums]]:
-        """Searches stage after stage for each head, without a gradient. In training, dead codes are reset before.
+        """Searches rows [C, M, D] stage after stage, without a gradient; if it `learns`, it resets dead codes before.
 
-        Args:
-            rows: [C, M, D], detached.
-            row_mask: [M] bool, False for padding.
-            left_out: [Q, M] bool, the rows that each stage leaves out, including padding.
-            learns: whether codes may change.
-
-        Returns:
-            The choices of the C heads; the C·Q codebooks that were searched, before they are normalised; and, if the
-            codes follow the means of their rows, the statistics of the batch for each, else nothing.
+        Returns the choices of the C heads; the P codebooks that were searched, not normalised; and, if the codes follow
+        the means of their rows, the sums of the batch for each.
         """
         choices, searched, batches = [], [], []
         for head, residual in enumerate(rows):
@@ -223,17 +210,16 @@ class QuantizerBase(Codebook):
         leading = indices.shape[:-1] if self.heads == 1 else indices.shape[:-2]
         by_head = self._layout.split_indices(indices, num_last=1)  # [C, M, q]
         sums = []
-        for codebooks, chosen in zip(self._by_head(self._normalise(self._codes)), by_head, strict=True):
+        all_codebooks = self._normalise(self._codes).view(
+            -1, self._num_stages, self.num_codes, self.code_dim
+        )  # [C, Q, K, D]
+        for codebooks, chosen in zip(all_codebooks, by_head, strict=True):
             first_stages = zip(codebooks, chosen.unbind(-1), strict=False)  # q of Q
             sums.append(reduce(torch.add, (codes_at(*stage) for stage in first_stages)))
-        return self._restore(self._layout.join(torch.stack(sums), leading))
+        return self._layout.join(torch.stack(sums), leading).movedim(-1, self.channel_dim)
 
     def _positions(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Returns x as [..., heads·D] with 0 for padding, and the mask of its rows, [M] or None.
-
-        Raises:
-            TypeError, ValueError: x or mask does not fit.
-        """
+        """Checks x and mask. Returns x as [..., heads·D] with 0 for padding, and the mask of its rows, [M] or None."""
         channels = self.heads * self.code_dim
         check_dtype("x", x)
         if not -x.dim() <= self.channel_dim < x.dim() or x.shape[self.channel_dim] != channels:
@@ -246,20 +232,12 @@ class QuantizerBase(Codebook):
         check_mask(mask, positions.shape[:-1])
         return positions.masked_fill(~mask[..., None], 0), self._layout.split_mask(mask)
 
-    def _restore(self, positions: Tensor) -> Tensor:
-        """Moves the channels of positions [..., heads·D] to where x has them."""
-        return positions.movedim(-1, self.channel_dim)
-
     def _as_searched(self, rows: Tensor) -> Tensor:
         """Normalises rows [C, M, D] for the cosine, and widens them to float32 unless they are only searched."""
         if self._num_stages == 1 and self.metric == "euclidean" and self.ema_decay is None:
             return rows
         wide = torch.promote_types(torch.promote_types(rows.dtype, self.codebook.dtype), torch.float32)
         return self._normalise(rows.to(wide))
-
-    def _by_head(self, codebooks: Tensor) -> Tensor:
-        """Views codebooks [P, K, D] as [C, Q, K, D]."""
-        return codebooks.view(-1, self._num_stages, *codebooks.shape[-2:])
 
 
 def codes_at(codebook: Tensor, indices: Tensor) -> Tensor:

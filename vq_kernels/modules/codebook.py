@@ -31,28 +31,22 @@ class Codebook(nn.Module):
 
     Args:
         leading: the shape in front of [K, D]; P is its product.
-        num_codes, code_dim: K, D.
-        init: "normal", N(0, init_scale²); "uniform", in ±init_scale; "data" or "kmeans", from the first rows, by
-            `_reset_unused` or `_start_by_kmeans`; "kaiming_uniform", as vector_quantize_pytorch.
-        init_scale: see `init`.
-        kmeans_iters: iterations of `_start_by_kmeans`.
-        restart_after: `_reset_unused` resets codes that were not chosen for so many training steps; 0: none.
-        restart_noise: standard deviation of the noise of these resets, relative to the row's root mean square.
-        min_cluster_size: `_reset_small` resets codes whose average number of rows is below it; 0: none.
+        num_codes, code_dim, init_scale, restart_noise, ema_eps, synchronise, backend: as for `VectorQuantizer`.
+        init: as there; or "kaiming_uniform", as vector_quantize_pytorch; or "kmeans", by `_start_by_kmeans`.
+        kmeans_iters: iterations of k-means.
+        restart_after: steps without use after which `_reset_unused` resets a code; 0: never.
+        min_cluster_size: average number of rows below which `_reset_small` resets a code; 0: never.
         metric: "cosine" normalises the means of rows.
         learnable: the codes are a Parameter, else a buffer.
         follows_means: the codes are set to the means of their rows.
-        ema_decay: λ of the moving averages, see `vq_kernels.learning.ema`; None: there are no averages.
-        ema_eps: smoothing of the average sizes.
-        synchronise: over all ranks of the default process group, if there is one in the forward pass.
-        backend: as for `nearest_code`.
+        ema_decay: λ of the moving averages; None: there are no averages.
 
     Raises:
         ValueError: an argument is out of range.
     """
 
-    state_names: ClassVar[dict[str, str]] = {}
-    """Other names of `codebook`, `cluster_sizes` and `cluster_sums` in the state dict, for subclasses."""
+    state_names: ClassVar[tuple[str, str, str]] = ("codebook", "cluster_sizes", "cluster_sums")
+    """The names of the codes and their averages in the state dict."""
 
     steps_unused: Tensor
     batch_counts: Tensor
@@ -106,10 +100,13 @@ class Codebook(nn.Module):
         self.backend: Backend = backend
 
         codes = self._initial_codes((*leading, num_codes, code_dim), init_scale)
-        self._register("codebook", nn.Parameter(codes) if learnable else codes)
+        if learnable:
+            self.register_parameter(self.state_names[0], nn.Parameter(codes))
+        else:
+            self.register_buffer(self.state_names[0], codes)
         if ema_decay is not None:
-            self._register("cluster_sizes", torch.ones(*leading, num_codes))
-            self._register("cluster_sums", codes.clone())
+            self.register_buffer(self.state_names[1], torch.ones(*leading, num_codes))
+            self.register_buffer(self.state_names[2], codes.clone())
         changes_after_search = follows_means or min_cluster_size > 0
         searched = _flat(codes.clone(), 2) if changes_after_search else None
         self.register_buffer("searched_codebook", searched, persistent=False)
@@ -130,31 +127,20 @@ class Codebook(nn.Module):
         self.register_buffer("restarts", torch.zeros((), dtype=torch.int64))
         self.register_buffer("needs_data", torch.full(shape[:-1], self.init == "data"))
 
-    def _register(self, name: str, tensor: Tensor) -> None:
-        name = self.state_names.get(name, name)
-        if isinstance(tensor, nn.Parameter):
-            self.register_parameter(name, tensor)
-        else:
-            self.register_buffer(name, tensor)
-
-    def _state(self, name: str, num_kept: int) -> Tensor:
-        """A view of a state tensor with all but the last `num_kept` dimensions as one: [P, K] or [P, K, D]."""
-        return _flat(getattr(self, self.state_names.get(name, name)), num_kept)
-
     @property
     def _codes(self) -> Tensor:
         """[P, K, D]: all codes."""
-        return self._state("codebook", 2)
+        return _flat(getattr(self, self.state_names[0]), 2)
 
     @property
     def _sizes(self) -> Tensor:
         """[P, K]: the average number of rows of each code."""
-        return self._state("cluster_sizes", 1)
+        return _flat(getattr(self, self.state_names[1]), 1)
 
     @property
     def _sums(self) -> Tensor:
         """[P, K, D]: the average sum of the rows of each code."""
-        return self._state("cluster_sums", 2)
+        return _flat(getattr(self, self.state_names[2]), 2)
 
     def _means(self, sizes: Tensor, sums: Tensor) -> Tensor:
         """Returns the codes [..., K, D] that averages of these sizes and sums give."""
@@ -271,12 +257,7 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def _count(self, indices: Tensor, learning: Tensor | None) -> None:
-        """Counts the codes of a training batch.
-
-        Args:
-            indices: [P, M] int64, in [0, K), or LEFT_OUT.
-            learning: from `_learning`.
-        """
+        """Counts the codes of a training batch, indices [P, M] in [0, K) or LEFT_OUT; `learning` from `_learning`."""
         chosen = indices != LEFT_OUT
         first = torch.arange(indices.shape[0], device=indices.device)[:, None] * self.num_codes
         slots = (indices.masked_fill(~chosen, 0) + first).flatten()
@@ -291,14 +272,11 @@ class Codebook(nn.Module):
     def _update_averages(self, searched: list[Tensor], batches: list[RowSums], learning: Tensor | None) -> None:
         """Moves the averages by one batch, and the codes to the means if they follow them.
 
-        Args:
-            searched: P tensors [K, D], from `_to_search`, kept for a recomputation.
-            batches: P results of `_row_sums`.
-            learning: from `_learning`.
+        Takes the results of `_to_search` and `_row_sums` for each codebook, and that of `_learning`.
         """
         assert self.ema_decay is not None
         assert self.searched_codebook is not None
-        self.searched_codebook.copy_(torch.stack(searched))
+        self.searched_codebook.copy_(torch.stack(searched))  # for a recomputation
         counts, sums = (torch.stack(parts) for parts in zip(*batches, strict=True))  # [P, K], [P, K, D]
         if learning is not None:  # the averages of the other codebooks move to themselves
             counts = torch.where(learning[:, None], counts, self._sizes)
@@ -350,6 +328,7 @@ def stack(tensors: list[Tensor]) -> Tensor:
 
 
 def _flat(tensor: Tensor, num_kept: int) -> Tensor:
+    """Views all but the last `num_kept` dimensions as one: [P, K] or [P, K, D]."""
     return tensor.view(-1, *tensor.shape[-num_kept:])
 
 
