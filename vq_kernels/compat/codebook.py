@@ -59,8 +59,7 @@ class CompatCodebook(Codebook):
         found = [search(head, codes, backend=self.backend)[:2] for head, codes in zip(rows, searched, strict=True)]
         indices, codes = (stack(parts) for parts in zip(*found, strict=True))
         if self.learnable:
-            each = zip(indices, codebooks, strict=True)
-            codes = stack([F.embedding(*one).to(rows.dtype) for one in each])
+            codes = stack([F.embedding(*head) for head in zip(indices, codebooks, strict=True)]).to(rows.dtype)
         if learns and self.searched_codebook is not None:
             self._learn(rows, searched, indices, mask)
         return Found(codes, indices, codebooks)

@@ -8,12 +8,11 @@ from torch.nn import functional as F
 
 from vq_kernels.compat.codebook import CompatCodebook
 from vq_kernels.compat.keywords import AT_CONSTRUCTION, IN_A_CALL, refuse_unsupported
-from vq_kernels.compat.shapes import PADDING, check_targets, position_mask, projections
 from vq_kernels.cosine import unit
 from vq_kernels.cross_entropy import code_cross_entropy
+from vq_kernels.gradient.autograd import LEFT_OUT, straight_through
 from vq_kernels.gradient.autograd import rotation_trick as rotate_gradient
-from vq_kernels.gradient.autograd import straight_through
-from vq_kernels.modules.base import HeadLayout, codes_at
+from vq_kernels.modules.base import HeadLayout, check_mask, codes_at
 from vq_kernels.modules.codebook import check_at_least
 from vq_kernels.search.backend import BACKENDS, Backend
 from vq_kernels.search.validation import check_choice, check_dtype
@@ -147,7 +146,7 @@ class VectorQuantize(nn.Module):
 
         inner_dim = heads * codebook_dim
         self.has_projections = inner_dim != dim
-        self.project_in, self.project_out = projections(dim, inner_dim, layernorm_after_project_in)
+        self.project_in, self.project_out = _projections(dim, inner_dim, layernorm_after_project_in)
         self._channels_second = accept_image_fmap or accept_3d_fmap or not channel_last
         self._layout = HeadLayout(heads, separate_codebook_per_head)
         self._codebook = CompatCodebook(
@@ -206,10 +205,10 @@ class VectorQuantize(nn.Module):
         channel_dim = self._channel_dim(x)
         positions = x.movedim(channel_dim, -1)  # [..., dim]
         leading = positions.shape[:-1]
-        mask = position_mask(mask, lens, leading)
+        mask = _position_mask(mask, lens, leading)
         row_mask = None if mask is None else self._layout.split_mask(mask)  # [M]
         if indices is not None:
-            check_targets(indices, leading, self.heads)
+            _check_targets(indices, leading, self.heads)
         frozen = self.freeze_codebook if freeze_codebook is None else freeze_codebook
         learns = self.training and not frozen
 
@@ -229,7 +228,7 @@ class VectorQuantize(nn.Module):
         if mask is not None:
             padding = torch.zeros_like(positions) if self.return_zeros_for_masked_padding else positions
             quantized = torch.where(mask[..., None], quantized, padding.to(quantized.dtype))
-            joined = joined.masked_fill(~(mask if self.heads == 1 else mask[..., None]), PADDING)
+            joined = joined.masked_fill(~(mask if self.heads == 1 else mask[..., None]), LEFT_OUT)
         quantized = self._restore(quantized)
         if indices is not None:
             return quantized, loss
@@ -304,7 +303,7 @@ class VectorQuantize(nn.Module):
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
         """Returns what the forward pass in eval mode gave as `quantized` with these indices; 0 for padding."""
         output = self.project_out(self._decode(indices))  # [..., dim]
-        padding = indices == PADDING if self.heads == 1 else (indices == PADDING).all(dim=-1)
+        padding = indices == LEFT_OUT if self.heads == 1 else (indices == LEFT_OUT).all(dim=-1)
         return self._restore(output.masked_fill(padding[..., None], 0))
 
     def _decode(self, indices: Tensor) -> Tensor:
@@ -319,6 +318,45 @@ class VectorQuantize(nn.Module):
         """Resets dead codes to random rows of x [..., heads·D], an output of `project_in`. Only in training mode."""
         if self.training and self._codebook.min_cluster_size:
             self._codebook.expire(self._as_searched(self._layout.split(x.detach())))
+
+
+def _position_mask(mask: Tensor | None, lens: Tensor | None, leading: torch.Size) -> Tensor | None:
+    """Returns the mask [*leading] bool of a call, or None; `leading` is the shape of x without channels.
+
+    Raises:
+        TypeError, ValueError: mask or lens does not fit, or both are given.
+    """
+    if lens is not None:
+        if mask is not None:
+            raise ValueError("mask and lens must not both be given")
+        if len(leading) != 2 or lens.shape != leading[:1]:
+            raise ValueError(f"lens must be [b] for sequences [b, n], got {tuple(lens.shape)} for {tuple(leading)}")
+        return torch.arange(leading[1], device=lens.device) < lens[:, None]
+    if mask is not None:
+        check_mask(mask, leading)
+    return mask
+
+
+def _check_targets(targets: Tensor, leading: torch.Size, heads: int) -> None:
+    """Raises TypeError or ValueError unless `targets` is int64 and [*leading], or [*leading, heads].
+
+    Leading dimensions may be flattened to [b, n], as vector_quantize_pytorch requires for images.
+    """
+    if targets.dtype != torch.int64:
+        raise TypeError(f"indices must be int64, got {targets.dtype}")
+    ends = (heads,) if heads > 1 else ()
+    if targets.shape not in ((*leading, *ends), (leading[0], leading[1:].numel(), *ends)):
+        raise ValueError(f"indices must be {(*leading, *ends)} to match x, got {tuple(targets.shape)}")
+
+
+def _projections(dim: int, inner_dim: int, layernorm: bool) -> tuple[nn.Module, nn.Module]:
+    """Returns the projections from `dim` channels to `inner_dim` and back; identities if they are equal."""
+    if inner_dim == dim:
+        return nn.Identity(), nn.Identity()
+    project_in: nn.Module = nn.Linear(dim, inner_dim)
+    if layernorm:
+        project_in = nn.Sequential(project_in, nn.LayerNorm(inner_dim))
+    return project_in, nn.Linear(inner_dim, dim)
 
 
 def _commitment_loss(rows: Tensor, codes: Tensor, row_mask: Tensor | None) -> Tensor:
@@ -338,7 +376,7 @@ def _cross_entropy(
     A target counts unless it is -1 or row_mask [M] excludes its row.
     """
     if row_mask is not None:
-        targets = targets.masked_fill(~row_mask, -1)
+        targets = targets.masked_fill(~row_mask, LEFT_OUT)
     each = zip(rows, codebooks, targets, strict=True)
     total = torch.stack([code_cross_entropy(*one, metric="dot" if cosine else "euclidean") for one in each]).sum()
-    return total / (targets != -1).sum().clamp(min=1)
+    return total / (targets != LEFT_OUT).sum().clamp(min=1)

@@ -145,24 +145,22 @@ class QuantizerBase(Codebook):
         left_out = self._left_out(rows.shape[1], row_mask, active)
         choices, searched, batches = self._choose(rows.detach(), row_mask, left_out, learns)
         indices = torch.stack([choice.indices for choice in choices])  # [C, Q, M]
-        codebooks = self._normalise(self._differentiable(searched, learns)).view(
-            -1, self._num_stages, self.num_codes, self.code_dim
-        )
+        codebooks = self._by_head(self._differentiable(searched, learns))
         weight, complete = self.commitment_weight, left_out is None
-        passed = [
+        passed = (
             pass_gradients(*head, commitment_weight=weight, complete=complete, backend=self.backend)
             for head in zip(rows, codebooks, choices, strict=True)
-        ]
+        )
+        codes, losses = zip(*passed, strict=True)
         if learns and not is_recomputing():
             learning = self._learning(None if active is None else active.repeat(len(choices)))
             self._count(indices.flatten(0, 1), learning)
             if self.follows_means:
                 self._update_averages(searched, batches, learning)
-        codes = stack([codes for codes, _ in passed])
         return Quantized(
-            self._layout.join(codes.to(x.dtype), leading).movedim(-1, self.channel_dim),
+            self._layout.join(stack(codes).to(x.dtype), leading).movedim(-1, self.channel_dim),
             self._layout.join_indices(indices.transpose(1, 2), leading),
-            torch.stack([loss for _, loss in passed]).mean(),
+            torch.stack(losses).mean(),
         )
 
     def _choose(
@@ -210,10 +208,7 @@ class QuantizerBase(Codebook):
         leading = indices.shape[:-1] if self.heads == 1 else indices.shape[:-2]
         by_head = self._layout.split_indices(indices, num_last=1)  # [C, M, q]
         sums = []
-        all_codebooks = self._normalise(self._codes).view(
-            -1, self._num_stages, self.num_codes, self.code_dim
-        )  # [C, Q, K, D]
-        for codebooks, chosen in zip(all_codebooks, by_head, strict=True):
+        for codebooks, chosen in zip(self._by_head(self._codes), by_head, strict=True):
             first_stages = zip(codebooks, chosen.unbind(-1), strict=False)  # q of Q
             sums.append(reduce(torch.add, (codes_at(*stage) for stage in first_stages)))
         return self._layout.join(torch.stack(sums), leading).movedim(-1, self.channel_dim)
@@ -238,6 +233,10 @@ class QuantizerBase(Codebook):
             return rows
         wide = torch.promote_types(torch.promote_types(rows.dtype, self.codebook.dtype), torch.float32)
         return self._normalise(rows.to(wide))
+
+    def _by_head(self, codebooks: Tensor) -> Tensor:
+        """Normalises codebooks [P, K, D] for the cosine, and views them as [C, Q, K, D]."""
+        return self._normalise(codebooks).view(-1, self._num_stages, self.num_codes, self.code_dim)
 
 
 def codes_at(codebook: Tensor, indices: Tensor) -> Tensor:

@@ -276,7 +276,7 @@ class Codebook(nn.Module):
         """
         assert self.ema_decay is not None
         assert self.searched_codebook is not None
-        self.searched_codebook.copy_(torch.stack(searched))  # for a recomputation
+        self.searched_codebook.copy_(stack(searched))  # for a recomputation
         counts, sums = (torch.stack(parts) for parts in zip(*batches, strict=True))  # [P, K], [P, K, D]
         if learning is not None:  # the averages of the other codebooks move to themselves
             counts = torch.where(learning[:, None], counts, self._sizes)
@@ -322,7 +322,7 @@ def check_at_least(least: float, **arguments: float) -> None:
             raise ValueError(f"{name} must be >= {least}, got {value}")
 
 
-def stack(tensors: list[Tensor]) -> Tensor:
+def stack(tensors: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
     """Stacks tensors. One tensor is viewed, not copied."""
     return torch.stack(tensors) if len(tensors) > 1 else tensors[0][None]
 
