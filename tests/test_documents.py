@@ -226,5 +226,26 @@ def test_the_boxes_of_the_architecture_exist() -> None:
         boxes = re.findall(r'\w\["([^"<]+)', block.text)
         assert boxes
         for box in boxes:
-            name = box.strip()
-            assert (ROOT / name).exists() or name in vq_kernels.__all__, name
+            assert (ROOT / box).exists() or box in vq_kernels.__all__, box
+
+
+def test_the_arrows_between_folders_are_imports() -> None:
+    picture = next(block.text for block in BLOCKS if block.language == "mermaid")
+    boxes = dict(re.findall(r'(\w+)\["([^"<]+)', picture))
+    arrows = re.findall(r"(\w+) --> (\w+)", re.sub(r'\[".*?"\]', "", picture))
+    assert len(arrows) == picture.count("-->")
+    for start, end in arrows:
+        module = boxes[end].replace("/", ".").removesuffix(".py")
+        assert any(name.startswith(module) for name in imports(boxes[start])), f"{start} --> {end}"
+
+
+def imports(place: str) -> set[str]:
+    """The modules that a file, or the files of a folder, import from; a public name counts as its own module."""
+    found: set[str] = set()
+    for file in sorted((ROOT / place).rglob("*.py")) or [ROOT / place]:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module == "vq_kernels":
+                found.update(getattr(vq_kernels, alias.name).__module__ for alias in node.names)
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                found.add(node.module)
+    return found
