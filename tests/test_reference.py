@@ -44,6 +44,12 @@ def test_the_reference_shows_the_sections_of_a_docstring(site: Path) -> None:
         assert heading in section
 
 
+def test_no_description_becomes_a_quotation(site: Path) -> None:
+    """Markdown takes a description that begins with ">=" for a quotation and drops the ">"."""
+    for page in (site / "reference").glob("*.html"):
+        assert "<blockquote>" not in page.read_text(), page.name
+
+
 def test_every_page_is_in_the_navigation(site: Path) -> None:
     home = (site / "index.html").read_text()
     for page in (ROOT / "docs").rglob("*.md"):

@@ -44,7 +44,7 @@ class VectorQuantize(nn.Module):
         heads: parts that each vector is split into, each with its own index.
         separate_codebook_per_head: a codebook for each head, [heads, K, D]; else all heads share one.
         decay: λ of the moving averages, in [0, 1].
-        eps: >= 0, smoothing of each code's average number of rows.
+        eps: at least 0, smoothing of each code's average number of rows.
         freeze_codebook: training changes nothing either, unless a call says otherwise.
         kmeans_init: initialise the codebook by k-means on the first batch, in eval mode as well.
         kmeans_iters: its iterations, >= 1.
@@ -55,7 +55,7 @@ class VectorQuantize(nn.Module):
         channel_last: x is [b, n, dim]; else [b, dim, n].
         accept_image_fmap: x is [b, dim, h, w].
         accept_3d_fmap: x is [b, dim, d, h, w].
-        commitment_weight: >= 0, the weight of MSE(x, quantized) in the loss.
+        commitment_weight: at least 0, the weight of MSE(x, quantized) in the loss.
         rotation_trick: rotate the gradient from the code to x, see `vq_kernels.gradient.autograd.rotation_trick`;
             None: if dim > 1.
         sync_codebook: sum the averages over all ranks; None or True: if there is a process group in the forward pass.

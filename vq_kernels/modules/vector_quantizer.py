@@ -27,12 +27,12 @@ class VectorQuantizer(QuantizerBase):
         code_dim: D >= 1.
         init: initial codes: "normal", N(0, init_scale²); "uniform", in ±init_scale; "data", rows of the first training
             batch, evenly spaced from a random start.
-        init_scale: >= 0, see `init`; unused with "data".
+        init_scale: at least 0, see `init`; unused with "data".
         restart_after: reset a code that no row has chosen for this many training steps to a random row of the batch,
             before the next search; 0: never.
         restart_noise: standard deviation of the noise added to a reset code, relative to the row's root mean square.
             It keeps codes apart if more codes are reset than there are rows.
-        commitment_weight: >= 0, see `vector_quantize`.
+        commitment_weight: at least 0, see `vector_quantize`.
         metric: "euclidean"; or "cosine": vectors and codes are normalised, gradients pass through the normalisation,
             and the code with the largest dot product is chosen, exactly, see `vq_kernels.cosine.most_similar_code`.
         heads: parts that each vector of heads·D channels is split into, each with its own index.
@@ -41,7 +41,7 @@ class VectorQuantizer(QuantizerBase):
         ema_decay: None: the codebook is a Parameter. A number λ in [0, 1]: the codebook has no gradient, and each code
             follows the moving average of its rows with this decay (0.99 is usual), see `vq_kernels.learning.ema`. The
             loss keeps its value, but its part for the codebook has no gradient.
-        ema_eps: >= 0, smoothing of each code's average number of rows.
+        ema_eps: at least 0, smoothing of each code's average number of rows.
         backend: as for `nearest_code`.
         synchronise: in training, use the rows of all ranks of the default process group (if there is one in the forward
             pass) for counts, averages, resets and init="data". With DistributedDataParallel, which averages the
