@@ -21,6 +21,7 @@ if __name__ == "__main__":
     run_command("benchmarks.ablation")  # installs the signal handlers, then imports this module again
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,32 +83,24 @@ class Options:
     """Folder for the runs themselves."""
 
 
-def main(arguments: list[str], _signals: SignalHandler) -> None:
+def main(arguments: list[str], signals: SignalHandler) -> None:
     """Runs the command line. `run_command` turns its exceptions into exit codes."""
     options = tyro.cli(Options, args=arguments, prog="python benchmarks/ablation.py")
     unknown = [name for name in options.variants if name not in VARIANTS]
     if unknown:
         raise UsageError(f"--variants must be of {', '.join(map(repr, VARIANTS))}, got {unknown[0]!r}")
-    shared = Config(
-        data_dir=options.data_dir,
-        dataset=find_dataset(options.dataset, options.data_dir),
-        limit=options.limit,
-        epochs=options.epochs,
-        device=options.device,
-    )
+    same = {name: getattr(options, name) for name in ("data_dir", "limit", "epochs", "device")}
+    shared = Config(dataset=find_dataset(options.dataset, options.data_dir), **same)
     for seed in options.seeds:
-        configs = {
-            name: dataclasses.replace(
-                shared, **VARIANTS[name], seed=seed, out=options.runs / f"{_file_name(name)}-seed-{seed}"
-            )
-            for name in dict.fromkeys(options.variants)
-        }
-        for config in configs.values():
-            config.check()
-        run_variants(configs, options.out)
+        configs = {}
+        for name in dict.fromkeys(options.variants):
+            out = options.runs / f"{re.sub('[^a-z0-9]', '-', name.lower())}-seed-{seed}"
+            configs[name] = dataclasses.replace(shared, **VARIANTS[name], seed=seed, out=out)
+            configs[name].check()
+        run_variants(configs, options.out, signals)
 
 
-def run_variants(configs: dict[str, Config], file: Path) -> None:
+def run_variants(configs: dict[str, Config], file: Path, signals: SignalHandler) -> None:
     """Trains and measures the variants of one seed that the file does not hold, and appends each row at once."""
     missing = {
         name: config
@@ -120,23 +113,18 @@ def run_variants(configs: dict[str, Config], file: Path) -> None:
     images = load_images(shared.dataset, shared.data_dir, image_size=shared.image_size, seed=shared.seed)
     for name, config in missing.items():
         print(f"{name}, seed {config.seed}", flush=True)
-        append_row(file, run_variant(name, config, images))
+        append_row(file, run_variant(name, config, images, signals))
 
 
-def run_variant(name: str, config: Config, images: Images) -> Row:
+def run_variant(name: str, config: Config, images: Images, signals: SignalHandler) -> Row:
     """Trains one variant, or resumes it, and returns its row."""
     device = find_device(config.device)
     row = {
-        "variant": name,
-        "overrides": VARIANTS[name],
-        "seed": config.seed,
-        "epochs": config.epochs,
-        "dataset": images.dataset,
-        "settings": compared_settings(config),
-        **environment(device),
+        **{"variant": name, "overrides": VARIANTS[name], "seed": config.seed, "epochs": config.epochs},
+        **{"dataset": images.dataset, "settings": compared_settings(config), **environment(device)},
     }
     try:
-        run_training(config)
+        run_training(config, signals)
     except DivergedError as error:
         print(error, file=sys.stderr)
         return {**row, "diverged": True}
@@ -151,8 +139,3 @@ def run_variant(name: str, config: Config, images: Images) -> Row:
         "perplexity": measured["test"].perplexity,
         "minutes": run_minutes(config.out),
     }
-
-
-def _file_name(variant: str) -> str:
-    """A variant's name as a folder's."""
-    return "".join(letter if letter.isalnum() else "-" for letter in variant.lower())

@@ -3,21 +3,15 @@
     python benchmarks/argmin_bench.py --device cpu --out results/argmin-cpu
     python benchmarks/argmin_bench.py --device cuda --shapes 65536x1024x64 1048576x4096x128 --data gaussian offset-100
 
-The answers are checked first, against float64 brute force: all rows, or a random subset of at least 4,096 of them
-(`checked_rows` in the results). Then the contenders are timed in turn, round after round. An exact contender with a
-wrong index is reported as WRONG and not timed, and the exit status is 1. The table has a section for each class of
-precision.
+The answers are checked first, against float64 brute force on all rows, or on a random subset of at least 4,096.
+Then the contenders are timed in turn. An exact contender with a wrong index is reported as WRONG and not timed, and the
+exit status is 1. A sample of the output (--shapes 16384x1024x64 --data offset-1000):
 
-A sample of the output, from a busy machine (--shapes 16384x1024x64 --data offset-1000 --threads 1):
-
-    contender      | class   | p50 ms |   p20 - p80 | / cdist | TFLOP/s | peak MiB | wrong % | uncertified %
-    cdist          | float32 |    193 |   192 - 209 |       1 |  0.0111 |       77 |  85.846 |
-    addmm-chunked  | float32 |    115 |   115 - 158 |   0.596 |  0.0186 |        9 |  85.846 |
-    faiss          | float32 |   88.8 | 84.3 - 90.5 |    0.46 |  0.0242 |       16 |  85.455 |
-    gemm           | float32 |   52.2 |   49 - 54.4 |    0.27 |  0.0411 |       64 |         |
-    ---------------+---------+--------+-------------+---------+---------+----------+---------+--------------
-    torch          | exact   |    123 |   107 - 147 |   0.636 |  0.0175 |       16 |       0 |         0.043
-    torch-prepared | exact   |   91.7 | 81.5 - 99.3 |   0.475 |  0.0234 |       13 |       0 |         0.043
+    | contender      | class   | p50 ms | p20 - p80   | / cdist | TFLOP/s | peak MiB | wrong % | uncertified % |
+    | cdist          | float32 | 193    | 192 - 209   | 1       | 0.0111  | 77       | 85.8    |               |
+    | gemm           | float32 | 52.2   | 49 - 54.4   | 0.27    | 0.0411  | 64       |         |               |
+    | torch          | exact   | 123    | 107 - 147   | 0.636   | 0.0175  | 16       | 0       | 0.043         |
+    | torch-prepared | exact   | 91.7   | 81.5 - 99.3 | 0.475   | 0.0234  | 13       | 0       | 0.043         |
 """
 
 import sys
@@ -69,8 +63,6 @@ class Options:
     """Few rounds, and two small shapes unless --shapes is given."""
     rounds: int | None = None
     """Turns of each contender. Default: 10, or 3 with --quick."""
-    threads: int | None = None
-    """CPU threads. Default: PyTorch's choice."""
     seed: int = 0
     """Seed of the data and of the choice of checked rows."""
     out: Path | None = None
@@ -78,14 +70,8 @@ class Options:
 
 
 def run(options: Options) -> list[Row]:
-    """Runs the benchmark and prints each table when it is done.
-
-    Raises:
-        ValueError: an invalid option. The message names it.
-    """
+    """Runs the benchmark and prints each table when it is done. Raises ValueError for an invalid option."""
     device, shapes = check(options)
-    if options.threads:
-        torch.set_num_threads(options.threads)
     where = environment(device)
     print(f"{where['device']}; {where['versions']}; commit {where['commit']}\n", flush=True)
     rows: list[Row] = []
@@ -110,13 +96,9 @@ def run(options: Options) -> list[Row]:
 
 
 def check(options: Options) -> tuple[torch.device, list[Shape]]:
-    """Checks the options, and creates the folder of --out.
+    """Checks the options, creates the folder of --out, and returns the device and the shapes.
 
-    Returns:
-        The device and the shapes.
-
-    Raises:
-        ValueError: an invalid option. The message names it.
+    Raises ValueError for an invalid option.
     """
     for name in options.contenders:
         if name not in CONTENDERS:
@@ -124,9 +106,8 @@ def check(options: Options) -> tuple[torch.device, list[Shape]]:
     for name in options.data:
         if name not in DATA_NAMES:
             raise ValueError(f"--data must be of {', '.join(DATA_NAMES)}, got {name!r}")
-    for option, count in (("--rounds", options.rounds), ("--threads", options.threads)):
-        if count is not None and count < 1:
-            raise ValueError(f"{option} must be at least 1, got {count}")
+    if options.rounds is not None and options.rounds < 1:
+        raise ValueError(f"--rounds must be at least 1, got {options.rounds}")
     device = options.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -144,11 +125,7 @@ def check(options: Options) -> tuple[torch.device, list[Shape]]:
 
 
 def parse_shape(text: str) -> Shape:
-    """(N, K, D) from "NxKxD".
-
-    Raises:
-        ValueError: the text is something else, or a size is below 1.
-    """
+    """(N, K, D) from "NxKxD". Raises ValueError if the text is something else, or if a size is below 1."""
     parts = text.split("x")
     if len(parts) != 3 or not all(part.isdecimal() and int(part) >= 1 for part in parts):
         raise ValueError(f"--shapes must be NxKxD with sizes of at least 1, got {text!r}")

@@ -1,31 +1,14 @@
 """The contenders of the search benchmarks: what people use today, this library, and bare matrix products.
 
-| contender        | what it is                                                       | on float32 input |
-|------------------|------------------------------------------------------------------|------------------|
-| cdist            | torch.cdist + argmin                                             | float32          |
-| addmm            | argmin of ‖c‖² - 2 x·c by torch.addmm                            | float32          |
-| addmm-chunked    | the same in chunks of rows, of the fastest of five sizes         | float32          |
-| addmm-compiled   | the same under torch.compile                                     | float32          |
-| faiss            | faiss.IndexFlatL2, on the CPU                                    | float32          |
-| flash-kmeans     | svg-project/flash-kmeans, euclid_assign_triton                   | TF32             |
-| torch            | this library's PyTorch backend                                   | exact            |
-| torch-prepared   | the same, on a PreparedCodebook                                  | exact            |
-| triton           | this library's Triton backend                                    | exact            |
-| triton-prepared  | the same, on a PreparedCodebook                                  | exact            |
-| gemm             | the bare product x·cᵀ, which writes N x K                        | float32          |
-| gemm-tf32        | the same in TF32                                                 | TF32             |
-| gemm-bfloat16    | the same, x and c rounded to bfloat16 before                     | 16 bits          |
-
-With 16-bit input, all but cdist and faiss compute in 16 bits; those two convert it to float32.
-The timed call includes everything that a caller has to do for a new codebook, except for the -prepared contenders.
+The class of precision is that for float32 input. With 16-bit input, all but cdist and faiss compute in 16 bits; those
+two convert it to float32. The timed call includes everything that a caller has to do for a new codebook, except for the
+-prepared contenders.
 """
 
 import importlib
 import importlib.util
-import inspect
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -40,36 +23,21 @@ Search = Callable[[], Tensor]
 Precision = Literal["exact", "float32", "TF32", "16 bits"]
 
 _CHUNK_ROWS = (512, 2048, 8192, 32768, 131072)
-# A size's time is the best of three calls in a row, or of fewer once they have taken half a second.
-_CHOICE_CALLS = 3
-_CHOICE_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A way to search.
-
-    Attributes:
-        name: its name in the table above.
-        precision: the class of its arithmetic for float32 input.
-        build: (x [N, D], codebook [K, D]) -> the call to time. The work of build itself is not timed.
-        devices: the device types it runs on.
-        package: the package that it needs, beyond this library's dependencies.
-        dtypes: the input dtypes that it accepts.
-        upcasts: whether it computes in float32 for 16-bit input too.
-        is_product: whether it is a bare product, which finds no index.
-        backend: the backend of this library that it runs, if any.
-    """
+    """A way to search."""
 
     name: str
-    precision: Precision
-    build: Callable[[Tensor, Tensor], Search]
+    precision: Precision  # the class of its arithmetic for float32 input
+    build: Callable[[Tensor, Tensor], Search]  # from x [N, D] and codebook [K, D]; building is not timed
     devices: tuple[str, ...] = ("cpu", "cuda")
-    package: str = ""
+    package: str = ""  # that it needs, beyond this library's dependencies
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
-    upcasts: bool = False
-    is_product: bool = False
-    backend: Literal["", "torch", "triton"] = ""
+    upcasts: bool = False  # whether it computes in float32 for 16-bit input too
+    is_product: bool = False  # a bare product finds no index
+    backend: Literal["", "torch", "triton"] = ""  # of this library
 
     def precision_for(self, dtype: torch.dtype) -> Precision:
         """The class of its arithmetic for input of this dtype."""
@@ -109,7 +77,7 @@ def _build_addmm_chunked(x: Tensor, codebook: Tensor) -> Search:
     def elapsed(rows: int) -> float:
         search(rows)[-1].item()  # warms up
         seconds: list[float] = []
-        while len(seconds) < _CHOICE_CALLS and sum(seconds) < _CHOICE_SECONDS:
+        while len(seconds) < 3 and sum(seconds) < 0.5:
             start = time.perf_counter()
             search(rows)[-1].item()  # waits for a GPU
             seconds.append(time.perf_counter() - start)
@@ -141,11 +109,9 @@ def _build_faiss(x: Tensor, codebook: Tensor) -> Search:
 
 def _build_flash_kmeans(x: Tensor, codebook: Tensor) -> Search:
     assign: Any = importlib.import_module("flash_kmeans.assign_euclid_triton").euclid_assign_triton
-    wants_norms = "x_sq" in inspect.signature(assign).parameters  # in some versions
 
     def search() -> Tensor:
-        norms = {"x_sq": x.float().square().sum(dim=1)[None]} if wants_norms else {}
-        indices: Tensor = assign(x[None], codebook[None], **norms)
+        indices: Tensor = assign(x[None], codebook[None], x.float().square().sum(dim=1)[None])
         return indices[0]
 
     return search
@@ -163,17 +129,6 @@ def _build_ours_prepared(backend: Literal["torch", "triton"]) -> Callable[[Tenso
     return build
 
 
-@contextmanager
-def matmul_precision(precision: str) -> Iterator[None]:
-    """Sets the precision of float32 products inside ("highest", "high", "medium")."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
 def _build_gemm(dtype: torch.dtype | None, precision: str) -> Callable[[Tensor, Tensor], Search]:
     """Builds x.c^T in `dtype` (None: as given). It writes to a buffer that was touched before."""
 
@@ -182,8 +137,12 @@ def _build_gemm(dtype: torch.dtype | None, precision: str) -> Callable[[Tensor, 
         scores = torch.zeros(x.shape[0], codebook.shape[0], dtype=left.dtype, device=x.device)
 
         def search() -> Tensor:
-            with matmul_precision(precision):
+            before = torch.get_float32_matmul_precision()
+            torch.set_float32_matmul_precision(precision)
+            try:
                 return torch.mm(left, right, out=scores)
+            finally:
+                torch.set_float32_matmul_precision(before)
 
         return search
 
@@ -194,21 +153,21 @@ _CUDA = ("cuda",)
 _FLOAT32 = (torch.float32,)
 _BFLOAT16_GEMM = _build_gemm(torch.bfloat16, "highest")
 
-_ALL = (
-    Contender("cdist", "float32", _build_cdist, upcasts=True),
-    Contender("addmm", "float32", _build_addmm),
-    Contender("addmm-chunked", "float32", _build_addmm_chunked),
-    Contender("addmm-compiled", "float32", _build_addmm_compiled),
-    Contender("faiss", "float32", _build_faiss, ("cpu",), "faiss", upcasts=True),
-    Contender("flash-kmeans", "TF32", _build_flash_kmeans, _CUDA, "flash_kmeans"),
+_CONTENDERS = (
+    Contender("cdist", "float32", _build_cdist, upcasts=True),  # torch.cdist + argmin
+    Contender("addmm", "float32", _build_addmm),  # argmin of |c|^2 - 2 x.c
+    Contender("addmm-chunked", "float32", _build_addmm_chunked),  # in chunks of rows, of the fastest of five sizes
+    Contender("addmm-compiled", "float32", _build_addmm_compiled),  # under torch.compile
+    Contender("faiss", "float32", _build_faiss, ("cpu",), "faiss", upcasts=True),  # IndexFlatL2
+    Contender("flash-kmeans", "TF32", _build_flash_kmeans, _CUDA, "flash_kmeans"),  # svg-project/flash-kmeans
     Contender("torch", "exact", _build_ours("torch"), backend="torch"),
     Contender("torch-prepared", "exact", _build_ours_prepared("torch"), backend="torch"),
     Contender("triton", "exact", _build_ours("triton"), _CUDA, "triton", backend="triton"),
     Contender("triton-prepared", "exact", _build_ours_prepared("triton"), _CUDA, "triton", backend="triton"),
-    Contender("gemm", "float32", _build_gemm(None, "highest"), is_product=True),
+    Contender("gemm", "float32", _build_gemm(None, "highest"), is_product=True),  # x.c^T, which writes N x K
     Contender("gemm-tf32", "TF32", _build_gemm(None, "high"), _CUDA, dtypes=_FLOAT32, is_product=True),
     Contender("gemm-bfloat16", "16 bits", _BFLOAT16_GEMM, _CUDA, dtypes=_FLOAT32, is_product=True),
 )
 
-CONTENDERS = {contender.name: contender for contender in _ALL}
+CONTENDERS = {contender.name: contender for contender in _CONTENDERS}
 """All contenders by name, in the order in which they run."""

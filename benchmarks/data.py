@@ -15,15 +15,13 @@
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
-_SAME_SIZE_INTEGERS = {
-    **{torch.float64: torch.int64, torch.float32: torch.int32},
-    **{torch.float16: torch.int16, torch.bfloat16: torch.int16},
-}
+_F16, _BF16 = torch.float16, torch.bfloat16
+_SAME_SIZE_INTEGERS = {torch.float64: torch.int64, torch.float32: torch.int32, _F16: torch.int16, _BF16: torch.int16}
 
 
 class SearchData(NamedTuple):
@@ -33,68 +31,59 @@ class SearchData(NamedTuple):
     codebook: Tensor
 
 
-def _randn(rows: int, columns: int, generator: Generator) -> Tensor:
-    return torch.randn(rows, columns, generator=generator, device=generator.device)
+Draw = dict[str, Any]  # generator and device, for torch's functions that draw
 
 
-def _rand(rows: int, columns: int, generator: Generator) -> Tensor:
-    return torch.rand(rows, columns, generator=generator, device=generator.device)
+def _gaussian(N: int, K: int, D: int, draw: Draw) -> SearchData:
+    return SearchData(torch.randn(N, D, **draw), torch.randn(K, D, **draw))
 
 
-def _randint(high: int, count: int, generator: Generator) -> Tensor:
-    return torch.randint(high, (count,), generator=generator, device=generator.device)
+def _clustered(N: int, K: int, D: int, draw: Draw) -> SearchData:
+    codebook = torch.randn(K, D, **draw)
+    centres = codebook[torch.randint(K, (N,), **draw)]
+    return SearchData(torch.randn(N, D, **draw).mul_(0.3).add_(centres), codebook)
 
 
-def _gaussian(N: int, K: int, D: int, generator: Generator) -> SearchData:
-    return SearchData(_randn(N, D, generator), _randn(K, D, generator))
-
-
-def _clustered(N: int, K: int, D: int, generator: Generator) -> SearchData:
-    codebook = _randn(K, D, generator)
-    centres = codebook[_randint(K, N, generator)]
-    return SearchData(_randn(N, D, generator).mul_(0.3).add_(centres), codebook)
-
-
-def _offset_by(offset: float) -> Callable[[int, int, int, Generator], SearchData]:
-    def make(N: int, K: int, D: int, generator: Generator) -> SearchData:
-        x, codebook = _gaussian(N, K, D, generator)
+def _offset_by(offset: float) -> Callable[[int, int, int, Draw], SearchData]:
+    def make(N: int, K: int, D: int, draw: Draw) -> SearchData:
+        x, codebook = _gaussian(N, K, D, draw)
         return SearchData(x.add_(offset), codebook.add_(offset))
 
     return make
 
 
-def _uniform(N: int, K: int, D: int, generator: Generator) -> SearchData:
-    x, codebook = (_rand(rows, D, generator).mul_(2).sub_(1).div_(K) for rows in (N, K))
+def _uniform(N: int, K: int, D: int, draw: Draw) -> SearchData:
+    x, codebook = (torch.rand(rows, D, **draw).mul_(2).sub_(1).div_(K) for rows in (N, K))
     return SearchData(x, codebook)
 
 
-def _duplicates(N: int, K: int, D: int, generator: Generator) -> SearchData:
-    x, codebook = _clustered(N, K, D, generator)
-    order = torch.randperm(K, generator=generator, device=generator.device)
+def _duplicates(N: int, K: int, D: int, draw: Draw) -> SearchData:
+    x, codebook = _clustered(N, K, D, draw)
+    order = torch.randperm(K, **draw)
     copies, originals = order[: K // 2], order[K - K // 2 :]
     codebook[copies] = codebook[originals]
     return SearchData(x, codebook)
 
 
-def _outliers(N: int, K: int, D: int, generator: Generator) -> SearchData:
-    lengths = 10 ** (3 * _rand(K, 1, generator) - 2)
-    codebook = _randn(K, D, generator) * lengths
-    order = torch.randperm(K, generator=generator, device=generator.device)
+def _outliers(N: int, K: int, D: int, draw: Draw) -> SearchData:
+    lengths = 10 ** (3 * torch.rand(K, 1, **draw) - 2)
+    codebook = torch.randn(K, D, **draw) * lengths
+    order = torch.randperm(K, **draw)
     originals, copies, near_copies = order[: K // 3], order[K // 3 : 2 * (K // 3)], order[2 * (K // 3) : 3 * (K // 3)]
     codebook[copies] = codebook[originals]
-    codebook[near_copies] = codebook[originals] * (1 + 2e-7 * _randn(near_copies.shape[0], D, generator))
-    centres = _randint(K, N, generator)
-    return SearchData(codebook[centres] + 0.1 * lengths[centres] * _randn(N, D, generator), codebook)
+    codebook[near_copies] = codebook[originals] * (1 + 2e-7 * torch.randn(near_copies.shape[0], D, **draw))
+    centres = torch.randint(K, (N,), **draw)
+    return SearchData(codebook[centres] + 0.1 * lengths[centres] * torch.randn(N, D, **draw), codebook)
 
 
-def _shell(N: int, K: int, D: int, generator: Generator) -> SearchData:
-    centre = _randn(1, D, generator)
-    directions = torch.nn.functional.normalize(_randn(K, D, generator), dim=1)
-    radii = 1 + 1e-6 * _randn(K, 1, generator)
-    return SearchData(centre + 1e-6 * _randn(N, D, generator), centre + radii * directions)
+def _shell(N: int, K: int, D: int, draw: Draw) -> SearchData:
+    centre = torch.randn(1, D, **draw)
+    directions = torch.nn.functional.normalize(torch.randn(K, D, **draw), dim=1)
+    radii = 1 + 1e-6 * torch.randn(K, 1, **draw)
+    return SearchData(centre + 1e-6 * torch.randn(N, D, **draw), centre + radii * directions)
 
 
-_DRAWN: dict[str, Callable[[int, int, int, Generator], SearchData]] = {
+_DRAWN: dict[str, Callable[[int, int, int, Draw], SearchData]] = {
     "gaussian": _gaussian,
     "clustered": _clustered,
     "offset-3": _offset_by(3.0),
@@ -108,7 +97,6 @@ _DRAWN: dict[str, Callable[[int, int, int, Generator], SearchData]] = {
 }
 
 DATA_NAMES = tuple(_DRAWN)
-"""All data sets, in the order of the table above."""
 
 
 def make_search_data(
@@ -122,34 +110,27 @@ def make_search_data(
     seed: int = 0,
     draw_on_device: bool = False,
 ) -> SearchData:
-    """Draws a data set: SearchData(x [N, D], codebook [K, D]).
+    """Draws data set `name`: SearchData(x [N, D], codebook [K, D]). Raises ValueError for an unknown name or dtype.
 
-    Args:
-        name: one of `DATA_NAMES`.
-        num_vectors, num_codes, code_dim: N, K, D.
-        dtype: float64, float32, float16 or bfloat16. Values are drawn in float32 and rounded to it.
-        device: the device of the result.
-        seed: seed of the generator.
-        draw_on_device: draw on `device`. By default the CPU draws, so that every device gets the same values.
-
-    Raises:
-        ValueError: an unknown name or dtype.
+    Values are drawn in float32 and rounded to `dtype`: float64, float32, float16 or bfloat16. By default the CPU draws,
+    so that every device gets the same values.
     """
     if name not in DATA_NAMES:
         raise ValueError(f"name must be one of {', '.join(DATA_NAMES)}, got {name!r}")
     if dtype not in _SAME_SIZE_INTEGERS:
         raise ValueError(f"dtype must be float64, float32, float16 or bfloat16, got {dtype}")
     generator = torch.Generator(device if draw_on_device else "cpu").manual_seed(seed)
-    x, codebook = (tensor.to(dtype) for tensor in _DRAWN[name](num_vectors, num_codes, code_dim, generator))
+    draw: Draw = {"generator": generator, "device": generator.device}
+    x, codebook = (tensor.to(dtype) for tensor in _DRAWN[name](num_vectors, num_codes, code_dim, draw))
     if name == "near-duplicates":
-        _make_twins(codebook, generator)
+        _make_twins(codebook, draw)
     return SearchData(x.to(device), codebook.to(device))
 
 
-def _make_twins(codebook: Tensor, generator: Generator) -> None:
+def _make_twins(codebook: Tensor, draw: Draw) -> None:
     """Sets code 2i + 1 to code 2i with the last bit of one coordinate flipped. In place."""
     pairs, code_dim = codebook.shape[0] // 2, codebook.shape[1]
     twins = codebook[0 : 2 * pairs : 2].clone()  # [K // 2, D]
     bits = twins.view(_SAME_SIZE_INTEGERS[codebook.dtype])
-    bits[torch.arange(pairs, device=bits.device), _randint(code_dim, pairs, generator)] ^= 1
+    bits[torch.arange(pairs, device=bits.device), torch.randint(code_dim, (pairs,), **draw)] ^= 1
     codebook[1 : 2 * pairs : 2] = twins

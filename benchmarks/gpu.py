@@ -9,10 +9,10 @@ The parts, in order. Each runs in its own process, ends at its time limit, and a
     times       searches beside the baselines: time, wrong indices, peak memory; training steps of quantizers
     train       vqae.train for 60 s, and its images per second beside plain PyTorch
     exactness   10^7 rows against float64, then as many as the time allows
-    suite       the other tests marked gpu; compute-sanitizer on small cases; times of the scan configurations
+    suite       the other tests marked gpu; compute-sanitizer on small sizes; times of the scan configurations
 
-It prints one page: a line per part, failed tests, and the tables of the results. `python -m benchmarks.tables` writes
-the tables to the documentation. The exit status is 1 if a part failed or an index was wrong.
+It prints one page: a line per part, what failed, and the tables. The exit status is 1 if a part or a test failed, or if
+an index was wrong. `python -m benchmarks.tables` writes the tables to the documentation.
 """
 
 import importlib.util
@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -34,6 +34,7 @@ from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+from xml.etree import ElementTree
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # run as a file: import the package from the checkout
@@ -55,9 +56,8 @@ from benchmarks.train import plain_images_per_s
 from benchmarks.training_runs import find_dataset
 from benchmarks.verification import checked_rows, wrong_rows
 from vq_kernels import VectorQuantizer, search_statistics
-from vq_kernels.gradient.triton_backend import codebook_gradient
 from vq_kernels.search.triton.launch import device_properties, prepare, search_with_plan
-from vq_kernels.search.triton.plan import CONFIGS, SearchPlan, pick_config, plan_search
+from vq_kernels.search.triton.plan import CONFIGS, pick_config, plan_search
 from vqae.config import Config
 from vqae.data.load import load_images
 
@@ -65,9 +65,17 @@ PartName = Literal["checks", "times", "train", "exactness", "suite"]
 
 LIMITS_S: dict[PartName, float] = {"checks": 60, "times": 150, "train": 90, "exactness": 90, "suite": 180}
 
-_CONTENDERS = (
-    *("cdist", "addmm-chunked", "flash-kmeans", "triton", "triton-prepared", "gemm", "gemm-tf32", "gemm-bfloat16"),
-)
+_CONTENDERS = [
+    "cdist",
+    "addmm-chunked",
+    "flash-kmeans",
+    "triton",
+    "triton-prepared",
+    "gemm",
+    "gemm-tf32",
+    "gemm-bfloat16",
+]
+_PYTEST = ("-q", "-m", "gpu", "-p", "no:cacheprovider")
 _CHECK_BUDGET = 1e10  # float64 subtractions per shape
 _GRACE_S = 10.0  # a part is killed this long after its limit
 _PAGE = ("bars", "gpu-search", "steps", "gpu-training", "gpu-exactness", "tiles")  # tables that are printed
@@ -89,20 +97,13 @@ class Sizes(NamedTuple):
 
 FULL = Sizes(
     tuple((1 << 20, 4096, code_dim) for code_dim in (64, 128, 256, 512)),
-    ((65_536, 1024, 64), (8192, 1024, 256), (256, 512, 512)),
-    (32_768, 8192, 256),
-    *(10**7, 10**9),
-    ("--max-minutes", "1", "--epochs", "100"),
-    (25, 15.0),
-)
+    ((65_536, 1024, 64), (8192, 1024, 256), (256, 512, 512)), (32_768, 8192, 256), 10**7, 10**9,
+    ("--max-minutes", "1", "--epochs", "100"), (25, 15.0),
+)  # fmt: skip
 DRY = Sizes(
-    ((24, 40, 16),),
-    ((8, 40, 200),),
-    (24, 40, 16),
-    *(10, 10),
-    ("--epochs", "1", "--batch-size", "4", "--num-codes", "8", "--code-dim", "8", "--hidden-dims", "8"),
-    (1, 0.0),
-)
+    ((24, 40, 16),), ((8, 40, 200),), (24, 40, 16), 10, 10,
+    ("--epochs", "1", "--batch-size", "4", "--num-codes", "8", "--code-dim", "8", "--hidden-dims", "8"), (1, 0.0),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -160,37 +161,24 @@ def checks(context: Context) -> None:
         context.add("shares", **_size(shape), **dict(zip(names, shares, strict=True)))
 
 
-class _Reports:
-    """A pytest plugin that counts outcomes, and adds a row for each failure."""
-
-    def __init__(self, context: Context) -> None:
-        self.context = context
-        self.counts = dict.fromkeys(("passed", "failed", "skipped"), 0)
-
-    def pytest_runtest_logreport(self, report: Any) -> None:
-        """Counts the outcome of a test."""
-        if report.when == "call" or not report.passed:
-            self.counts[report.outcome] += 1
-            if report.failed:
-                self.context.add("failure", test=report.nodeid, text=report.longreprtext[-1500:])
-
-    def pytest_collectreport(self, report: Any) -> None:
-        """Counts a file that cannot be imported as a failure."""
-        if report.failed:
-            self.counts["failed"] += 1
-            self.context.add("failure", test=report.nodeid, text=report.longreprtext[-1500:])
-
-
 def _run_tests(context: Context, paths: list[Path]) -> None:
     start = time.monotonic()
     # Versions that were never tested together may warn; that is not a failure of the kernels.
-    command = ["-q", "-m", "gpu", "-W", "default", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
+    command = [*_PYTEST, "-W", "default", "--continue-on-collection-errors", *map(str, paths)]
     if not context.options.dry_run and importlib.util.find_spec("xdist"):
         command += ["-n", str(min(12, os.cpu_count() or 1))]  # compile in parallel
-    reports = _Reports(context)
-    pytest.main([*command, *map(str, paths)], plugins=[reports])
+    with tempfile.TemporaryDirectory() as folder:
+        pytest.main([*command, f"--junitxml={folder}/tests.xml"])
+        cases = list(ElementTree.parse(f"{folder}/tests.xml").getroot().iter("testcase"))  # noqa: S314 - our own file
+    counts = dict.fromkeys(("passed", "failed", "skipped"), 0)
+    for case in cases:
+        failed = [*case.iter("failure"), *case.iter("error")]
+        counts["failed" if failed else "skipped" if case.find("skipped") is not None else "passed"] += 1
+        if failed:
+            name = f"{case.get('classname')}::{case.get('name')}"
+            context.add("failure", test=name, text=(failed[0].text or "")[-1500:])
     names = [str(path.relative_to(ROOT)) for path in paths]
-    context.add("tests", paths=names, seconds=_since(start), **reports.counts)
+    context.add("tests", paths=names, seconds=_since(start), **counts)
 
 
 # -- times
@@ -221,10 +209,8 @@ def _bench(context: Context, shape: Shape, graph: bool) -> None:
     contenders = [CONTENDERS[name] for name in _CONTENDERS]
     if context.options.dry_run:
         contenders = [replace(contender, devices=("cpu",)) for contender in contenders]
-    rounds = 1 if context.options.dry_run else 5
-    for row in bench(
-        contenders, context.gaussian(shape), rounds=rounds, burst_ms=50, budget=_CHECK_BUDGET, graph=graph
-    ):
+    rounds, data = 1 if context.options.dry_run else 5, context.gaussian(shape)
+    for row in bench(contenders, data, rounds=rounds, burst_ms=50, budget=_CHECK_BUDGET, graph=graph):
         context.add(**row, data="gaussian", graph=graph)
 
 
@@ -357,56 +343,23 @@ def suite(context: Context) -> None:
 
 
 def _sanitize(context: Context) -> None:
-    """Runs the small cases under memcheck and racecheck."""
+    """Runs tests/gpu at small sizes under memcheck and racecheck."""
     sanitizer = shutil.which("compute-sanitizer")
-    if context.options.dry_run:
-        run_small_cases(context.device)
     if sanitizer is None or context.options.dry_run:
         context.add("sanitizer", tool="compute-sanitizer", status="not run")
         return
     # An error that PyTorch handles, such as a query for what is there, is not one of the kernels.
     for tool, flags in {"memcheck": ["--padding", "64", "--report-api-errors", "no"], "racecheck": []}.items():
-        command = [sanitizer, "--tool", tool, *flags, "--kernel-name", "kns=_kernel"]
-        command += ["--error-exitcode", str(_SANITIZER_ERROR), sys.executable, "-c"]
-        command += ["from benchmarks.gpu import run_small_cases; run_small_cases('cuda')"]
+        command = [sanitizer, "--tool", tool, *flags, "--kernel-name", "kns=_kernel", "--target-processes", "all"]
+        command += ["--error-exitcode", str(_SANITIZER_ERROR), sys.executable, "-m", "pytest", *_PYTEST, "tests/gpu"]
         # Without PyTorch's cache every tensor is its own allocation, so that reads past its end are found.
-        environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": str(ROOT)}
+        environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "VQ_KERNELS_SMALL_TESTS": "1"}
         finished = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
         counts = [int(one or other) for one, other in _SANITIZER_SUMMARY.findall(finished.stdout)]
         found = "errors found" if any(counts) or finished.returncode == _SANITIZER_ERROR else "failed"
         status = "clean" if finished.returncode == 0 and not any(counts) else found
         output = {} if status == "clean" else {"output": (finished.stdout + finished.stderr)[-3000:]}
         context.add("sanitizer", tool=tool, status=status, errors=sum(counts), **output)
-
-
-def run_small_cases(device: torch.device | str) -> None:
-    """Runs every kernel on 24 rows and 140 codes, some of which are certified, reranked and searched exhaustively.
-
-    Raises:
-        RuntimeError: the cases do not reach all kernels.
-    """
-    for code_dim in (16, 50, 200):  # aligned, unaligned, and too long for a resident tile
-        generator = torch.Generator().manual_seed(code_dim)
-        codebook = torch.randn(140, code_dim, generator=generator)
-        codebook[3::50] = codebook[0::50]  # twins
-        codebook[10:50] = codebook[10]  # more equal codes than candidates
-        x = codebook[torch.arange(24) * 7 % 140] + 0.01 * torch.randn(24, code_dim, generator=generator)
-        x, codebook = x.to(device), codebook.to(device)
-        for plan in _small_plans(x):
-            indices, _, _, counts = search_with_plan(x, codebook, [], "exact", plan)
-            if not counts.all():
-                raise RuntimeError(f"all of certified, reranked and exhaustive must occur, got {counts.tolist()}")
-        for deterministic in (True, False):
-            codebook_gradient(x, codebook, indices, deterministic)
-
-
-def _small_plans(x: Tensor) -> Iterator[Any]:
-    """The configurations for many and for few rows, each with the codebook whole and in two parts."""
-    properties = device_properties(x.device)
-    for config in {pick_config(rows, 140, x.shape[1], x.dtype, properties) for rows in (1 << 20, 24)}:
-        tiles = -(-140 // config.block_k)
-        for splits in (1, 2):
-            yield SearchPlan(config, splits, -(-tiles // splits), rows_per_launch=config.block_n)
 
 
 def _time_configs(context: Context, shape: Shape) -> None:
@@ -440,11 +393,7 @@ def _since(start: float) -> float:
 
 
 _PARTS: dict[PartName, Callable[[Context], None]] = {
-    "checks": checks,
-    "times": times,
-    "train": train,
-    "exactness": exactness_rounds,
-    "suite": suite,
+    **{"checks": checks, "times": times, "train": train, "exactness": exactness_rounds, "suite": suite}
 }
 
 
@@ -515,8 +464,7 @@ def main(options: Options) -> int:
         print("gpu.py: PyTorch sees no GPU; --dry-run runs everything at toy sizes without one", file=sys.stderr)
         return 2
     if options.dry_run:
-        folder = Path(tempfile.mkdtemp(prefix="gpu-dry-run-")) if options.out is None else options.out.parent
-        file = options.out or folder / "gpu.jsonl"
+        file = options.out or Path(tempfile.mkdtemp(prefix="gpu-dry-run-"), "gpu.jsonl")
     else:
         found = re.search(r"[A-Z]+[0-9]+", torch.cuda.get_device_name().removeprefix("NVIDIA "))
         file = options.out or RESULTS / (found[0].lower() if found else "gpu") / "gpu.jsonl"

@@ -6,9 +6,7 @@ Prints one JSON line per kernel, configuration and architecture. The exit status
 does not compile. "bfloat16/float32" in a configuration means the dtypes of x and of the codebook, if they differ.
 
     {"kernel": "_scan_kernel", "config": "short_shared D=64 float32", "arch": 90, "registers": 124, "spill_bytes": 0,
-     "stack_bytes": 0, "shared_bytes": 40960, "mma": "HGMMA.64x64x16.F32", "instructions_per_element": 5.1}
-
-`instructions_per_element` counts the ALU instructions per score in the loop around the matrix instructions.
+     "stack_bytes": 0, "shared_bytes": 40960, "mma": "HGMMA.64x64x16.F32"}
 
 The launches are recorded, not listed by hand: the launchers run on meta tensors, and each recorded launch is compiled.
 """
@@ -42,10 +40,6 @@ from vq_kernels.search.triton.launch import search_with_plan
 from vq_kernels.search.triton.plan import DeviceProperties, pick_config, plan_search
 
 _MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}  # of the A100, H100 and B200
-_ALU_INSTRUCTIONS = {
-    *("FMNMX", "FMNMX3", "VIMNMX", "VIMNMX3", "LOP3", "IADD3", "VIADD", "ISETP", "FSETP", "SEL", "FSEL", "SHF", "LEA"),
-    *("PRMT", "IABS"),
-}
 _MATRIX_INSTRUCTION = re.compile(r"\b((?:HGMMA|HMMA|UTCHMMA)[.\w]*)")
 _STORE_WIDTHS = {"STL": 4, "STL.64": 8, "STL.128": 16}
 _F32, _F16, _BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -93,21 +87,6 @@ class Launch:
     constants: dict[str, Any]
     aligned: tuple[int, ...]
     options: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Report:
-    """One line of the output."""
-
-    kernel: str
-    config: str
-    arch: int
-    registers: int
-    spill_bytes: int
-    stack_bytes: int
-    shared_bytes: int
-    mma: str | None
-    instructions_per_element: float | None
 
 
 def _describe(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], config: str, arch: int) -> Launch:
@@ -189,8 +168,8 @@ def collect_launches(arch: int) -> list[Launch]:
     return list(launches.values())
 
 
-def compile_launch(launch: Launch) -> Report:
-    """Compiles one kernel for its architecture and reads the result."""
+def compile_launch(launch: Launch) -> dict[str, Any]:
+    """Compiles one kernel for its architecture and returns a line of the output."""
     module = sys.modules.get(launch.module) or __import__(launch.module, fromlist=["_"])
     attributes = {(position,): [["tt.divisibility", 16]] for position in launch.aligned}
     source = ASTSource(getattr(module, launch.kernel), launch.signature, launch.constants, attributes)
@@ -203,19 +182,16 @@ def compile_launch(launch: Launch) -> Report:
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     if found is None:
         raise RuntimeError(f"cuobjdump -res-usage printed no registers: {usage!r}")
-    instructions = list(_instructions(sass))
+    instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass)
     matrix = _MATRIX_INSTRUCTION.search(sass)
-    return Report(
-        kernel=launch.kernel,
-        config=launch.config,
-        arch=launch.arch,
-        registers=int(found.group(1)),
-        spill_bytes=sum(_STORE_WIDTHS.get(name, 0) for _, name, _ in instructions),
-        stack_bytes=int(found.group(2)),
-        shared_bytes=compiled.metadata.shared,
-        mma=matrix.group(1) if matrix else None,
-        instructions_per_element=_instructions_per_element(launch, instructions) if matrix else None,
-    )
+    return {
+        **{"kernel": launch.kernel, "config": launch.config, "arch": launch.arch},
+        "registers": int(found.group(1)),
+        "spill_bytes": sum(_STORE_WIDTHS.get(name, 0) for name in instructions),
+        "stack_bytes": int(found.group(2)),
+        "shared_bytes": compiled.metadata.shared,
+        "mma": matrix.group(1) if matrix else None,
+    }
 
 
 def _cuobjdump(option: str, path: str) -> str:
@@ -223,45 +199,17 @@ def _cuobjdump(option: str, path: str) -> str:
     return subprocess.run([tool, option, path], capture_output=True, text=True, check=True).stdout
 
 
-def _instructions(sass: str) -> Iterator[tuple[int, str, str]]:
-    """Yields (address, opcode with modifiers, operands) of each instruction."""
-    for match in re.finditer(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", sass):
-        yield int(match.group(1), 16), match.group(2), match.group(3)
-
-
-def _instructions_per_element(launch: Launch, instructions: list[tuple[int, str, str]]) -> float:
-    """ALU instructions per score in the innermost loop with products."""
-    loops = []
-    for address, name, operands in instructions:
-        target = re.search(r"0x([0-9a-f]+)\s*$", operands.strip())
-        if name.startswith("BRA") and target and int(target.group(1), 16) < address:
-            body = [other for place, other, _ in instructions if int(target.group(1), 16) <= place <= address]
-            if any(_MATRIX_INSTRUCTION.match(other) for other in body):
-                loops.append(body)
-    if not loops:
-        raise RuntimeError(f"no loop around the matrix instructions of {launch.kernel} ({launch.config})")
-    alu = sum(name.split(".")[0] in _ALU_INSTRUCTIONS for name in min(loops, key=len))
-    scores = launch.constants["BLOCK_N"] * launch.constants["BLOCK_K"]
-    return round(float(alu * 32 * launch.options["num_warps"] / scores), 2)
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line. The exit status says whether anything spills or fails to compile."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--arch", type=int, nargs="+", choices=sorted(_MULTIPROCESSORS), default=[80, 90, 100])
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes that compile in parallel")
-    parser.add_argument(
-        "--only", default="", help="compile only launches with this text in their kernel or configuration"
-    )
+    parser.add_argument("--only", default="", help="compile only kernels or configurations with this text")
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 is set: the interpreter compiles nothing")
-    launches = [
-        launch
-        for arch in options.arch
-        for launch in collect_launches(arch)
-        if options.only in f"{launch.kernel} {launch.config}"
-    ]
+    launches = [launch for arch in options.arch for launch in collect_launches(arch)]
+    launches = [launch for launch in launches if options.only in f"{launch.kernel} {launch.config}"]
     spilled, failed = [], []
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
         futures = [pool.submit(compile_launch, launch) for launch in launches]
@@ -273,8 +221,8 @@ def main(arguments: list[str] | None = None) -> int:
                 print(f"{name} does not compile: {error}", file=sys.stderr)
                 continue
             report = future.result()
-            print(json.dumps(asdict(report)), flush=True)
-            if report.spill_bytes:
+            print(json.dumps(report), flush=True)
+            if report["spill_bytes"]:
                 spilled.append(name)
     print(f"{len(launches)} compiled, {len(spilled)} spill, {len(failed)} fail", file=sys.stderr)
     for name in spilled:

@@ -1,8 +1,7 @@
 """K-means of the pixels. On the training images, no model with one code per image beats an optimal k-means.
 
-A model with K codes can output at most K images. The best K outputs are the means of the best partition of the training
-images into K parts. Finding that partition is NP-hard; this module finds a local optimum, and seeds show how much
-local optima differ.
+A model with K codes can output at most K images, at best the means of the best partition of the training images into K
+parts. Finding that partition is NP-hard; this module finds a local optimum.
 
 Source: Lloyd 1982, "Least squares quantization in PCM"; Arthur and Vassilvitskii 2007, "k-means++: the advantages of
 careful seeding", with several candidates per draw, as in their section 7; Halko et al. 2011, arXiv:0909.4061, for the
@@ -24,12 +23,7 @@ _CHUNK = 4096  # rows at a time
 
 
 class Assignment(NamedTuple):
-    """The nearest centroid of each row.
-
-    Attributes:
-        indices: [N] int64.
-        sq_distances: [N] float32.
-    """
+    """The nearest centroid of each row: indices [N] int64, sq_distances [N] float32."""
 
     indices: Tensor
     sq_distances: Tensor
@@ -45,16 +39,7 @@ def fit_kmeans(x: Tensor, num_codes: int, *, starts: int = 3, rounds: int = 12, 
 
     Each start runs k-means++ and then Lloyd's algorithm in the principal components, until it converges. The best start
     continues with Lloyd's algorithm on all P values.
-
-    Args:
-        x: [N, P] float32.
-        num_codes: K, 1 to N.
-        starts: at least 1.
-        rounds: most rounds of Lloyd's algorithm on all values.
-        seed: seed of the draws.
-
-    Raises:
-        ValueError: num_codes, starts or rounds out of range.
+    x is [N, P] float32. Raises ValueError for num_codes, starts or rounds out of range.
     """
     if not 1 <= num_codes <= x.shape[0]:
         raise ValueError(f"num_codes must be 1 to {x.shape[0]}, the number of rows, got {num_codes}")
@@ -70,12 +55,8 @@ def fit_kmeans(x: Tensor, num_codes: int, *, starts: int = 3, rounds: int = 12, 
 def assign(x: Tensor, centroids: Tensor) -> Assignment:
     """Finds the nearest of the centroids [K, P] for each row of x [N, P]."""
     prepared = PreparedCodebook.from_codebook(centroids)
-    indices = torch.empty(x.shape[0], dtype=torch.int64, device=x.device)
-    sq_distances = torch.empty(x.shape[0], device=x.device)
-    for part in _chunks(x):
-        found = nearest_code(x[part], prepared)
-        indices[part], sq_distances[part] = found.indices, found.sq_distances
-    return Assignment(indices, sq_distances)
+    found = [nearest_code(part, prepared) for part in torch.split(x, _CHUNK)]  # only x itself is as large as x
+    return Assignment(torch.cat([one.indices for one in found]), torch.cat([one.sq_distances for one in found]))
 
 
 def lloyd(x: Tensor, centroids: Tensor, rounds: int) -> tuple[Tensor, Assignment]:
@@ -120,18 +101,13 @@ def draw_starts(x: Tensor, num_codes: int, generator: Generator) -> Tensor:
 def _means(x: Tensor, found: Assignment, num_codes: int) -> Tensor:
     """The mean of each centroid's rows, [K, P]. A centroid without rows moves to a row far from its own centroid."""
     sums = torch.zeros(num_codes, x.shape[1], dtype=torch.float64, device=x.device)
-    for part in _chunks(x):
-        sums.index_add_(0, found.indices[part], x[part].double())
+    for indices, part in zip(torch.split(found.indices, _CHUNK), torch.split(x, _CHUNK), strict=True):
+        sums.index_add_(0, indices, part.double())
     counts = torch.bincount(found.indices, minlength=num_codes)
     means = (sums / counts.clamp(min=1)[:, None]).to(x.dtype)
     empty = (counts == 0).nonzero().flatten()
     means[empty] = x[found.sq_distances.topk(empty.numel()).indices]
     return means
-
-
-def _chunks(x: Tensor) -> list[slice]:
-    """Slices of x's rows, so that only x itself is as large as x."""
-    return [slice(start, start + _CHUNK) for start in range(0, x.shape[0], _CHUNK)]
 
 
 def _project(x: Tensor, num_components: int, generator: Generator) -> Tensor:

@@ -3,10 +3,9 @@
     python benchmarks/quantizer_step.py --out results/quantizer_step.jsonl
 
 Both layers have the same codebook and get the same normally distributed x. One step is checked first: our indices
-against float64 brute force (all rows, or a random subset of at least 4,096), our loss and gradient against theirs on
-the rows where both chose the same code. If one is wrong, nothing is timed and the exit status is 1. Then both take
-steps in turns in one process. The time ratio is the median of the turns' ratios; memory is the most that a step holds
-beyond what was held before it. It prints one JSON line, such as
+against float64 brute force, our loss and gradient against theirs on the rows where both chose the same code. If one is
+wrong, nothing is timed and the exit status is 1. Then both take steps in turns in one process. The time ratio is the
+median of the turns' ratios; memory is what a step holds beyond what was held before. It prints one JSON line, such as
 
     {"op": "VectorQuantize step", "status": "ok", "time_ratio": 0.18, "memory_ratio": 0.08, "ours_ms": 300.1, ...}
 """
@@ -16,7 +15,6 @@ import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,8 +31,7 @@ from benchmarks.timing import TIMING, peak_mib, time_in_turn
 from benchmarks.verification import checked_rows, wrong_rows
 from vq_kernels import VectorQuantize
 
-ROUNDING = 2e-5
-"""How much loss and gradient may differ from theirs, relative to the largest number: the rounding of float32."""
+ROUNDING = 2e-5  # how much loss and gradient may differ from theirs, relative to the largest number
 
 
 @dataclass(frozen=True)
@@ -53,8 +50,6 @@ class Options:
     """Timed steps of each."""
     device: str = "cpu"
     """cpu, or a GPU such as cuda."""
-    threads: int | None = None
-    """CPU threads. Default: PyTorch's choice."""
     seed: int = 0
     """Seed of x, of the codebook and of the choice of checked rows."""
     out: Path | None = None
@@ -62,11 +57,11 @@ class Options:
 
 
 class Answer(NamedTuple):
-    """The result of one training step: indices [N], loss [], the gradient of x [N, dim]."""
+    """The result of one training step."""
 
-    indices: Tensor
-    loss: Tensor
-    gradient: Tensor
+    indices: Tensor  # [N]
+    loss: Tensor  # []
+    gradient: Tensor  # of x, [N, dim]
 
 
 @dataclass(frozen=True)
@@ -87,18 +82,11 @@ class Stepper:
 def run(options: Options) -> Row:
     """Verifies, times and weighs both layers."""
     device = torch.device(options.device)
-    if options.threads:
-        torch.set_num_threads(options.threads)
     ours, theirs = make_pair(options, device)
     checks = verify(ours, theirs, options.seed)
-    row = {
-        "op": "VectorQuantize step",
-        "status": "WRONG" if checks["wrong_rows"] or not checks["same_loss_and_gradient"] else "ok",
-        **{name: getattr(options, name) for name in ("batch", "length", "dim", "num_codes")},
-        "vector_quantize_pytorch": version("vector-quantize-pytorch"),
-        **environment(device),
-        **checks,
-    }
+    status = "WRONG" if checks["wrong_rows"] or not checks["same_loss_and_gradient"] else "ok"
+    sizes = {name: getattr(options, name) for name in ("batch", "length", "dim", "num_codes")}
+    row = {"op": "VectorQuantize step", "status": status, **sizes, **environment(device), **checks}
     return row | compare(ours.step, theirs.step, options.turns, device) if row["status"] == "ok" else row
 
 
@@ -125,16 +113,13 @@ def verify(ours: Stepper, theirs: Stepper, seed: int) -> Row:
     x = ours.x.detach().flatten(0, 1)
     rows = checked_rows(x.shape[0], *codes.shape, seed=seed).to(x.device)
     same = found.indices == expected.indices
-    differences = {
-        "loss_difference": _relative_difference(found.loss, expected.loss),
-        "gradient_difference": _relative_difference(found.gradient[same], expected.gradient[same]),
-    }
+    loss_difference = _relative_difference(found.loss, expected.loss)
+    gradient_difference = _relative_difference(found.gradient[same], expected.gradient[same])
+    wrong, theirs_wrong = (int(wrong_rows(x[rows], codes, one.indices[rows]).sum()) for one in (found, expected))
     return {
-        "checked_rows": rows.numel(),
-        "wrong_rows": int(wrong_rows(x[rows], codes, found.indices[rows]).sum()),
-        "wrong_rows_theirs": int(wrong_rows(x[rows], codes, expected.indices[rows]).sum()),
-        **differences,
-        "same_loss_and_gradient": max(differences.values()) <= ROUNDING,
+        **{"checked_rows": rows.numel(), "wrong_rows": wrong, "wrong_rows_theirs": theirs_wrong},
+        **{"loss_difference": loss_difference, "gradient_difference": gradient_difference},
+        "same_loss_and_gradient": max(loss_difference, gradient_difference) <= ROUNDING,
     }
 
 
@@ -143,15 +128,11 @@ def compare(ours: Callable[[], object], theirs: Callable[[], object], turns: int
     elapsed_ms = time_in_turn({"ours": ours, "theirs": theirs}, device, rounds=turns, burst_ms=0)
     ratios = [one / other for one, other in zip(elapsed_ms["ours"], elapsed_ms["theirs"], strict=True)]
     ours_mib, theirs_mib = (peak_mib(call, device) for call in (ours, theirs))
+    memory_ratio = ours_mib / theirs_mib if ours_mib is not None and theirs_mib else None
     return {
-        "time_ratio": statistics.median(ratios),
-        "time_ratios": ratios,
-        "ours_ms": statistics.median(elapsed_ms["ours"]),
-        "theirs_ms": statistics.median(elapsed_ms["theirs"]),
-        "timing": TIMING[device.type],
-        "memory_ratio": ours_mib / theirs_mib if ours_mib is not None and theirs_mib else None,
-        "ours_peak_mib": ours_mib,
-        "theirs_peak_mib": theirs_mib,
+        **{"time_ratio": statistics.median(ratios), "time_ratios": ratios, "timing": TIMING[device.type]},
+        **{f"{name}_ms": statistics.median(values) for name, values in elapsed_ms.items()},
+        **{"memory_ratio": memory_ratio, "ours_peak_mib": ours_mib, "theirs_peak_mib": theirs_mib},
     }
 
 

@@ -4,7 +4,7 @@
     python benchmarks/rate_distortion.py --data-dir DIR --out FOLDER --max-minutes 10 --epochs 100
 
 Unknown flags are passed to `python -m vqae.train`. FOLDER gets results.jsonl, with a line for each finished k-means and
-each finished run, rate_distortion.png, and the runs themselves. The same command resumes where it stopped, even within
+each finished run, and the runs themselves. The same command resumes where it stopped, even within
 a run. It ends with a table, such as this one of 3-minute runs:
 
     | K  | by      | train MSE         | test MSE          | train ratio | test ratio | perplexity | codes used |
@@ -12,10 +12,9 @@ a run. It ends with a table, such as this one of 3-minute runs:
     | 64 | K-means | 0.03282 ± 0.00001 | 0.03311 ± 0.00005 |             |            | 61 ± 0     | 64 ± 0     |
     | 64 | model   | 0.03353 ± 0.00018 | 0.03367 ± 0.00025 | 1.022       | 1.017      | 57 ± 2     | 64 ± 1     |
 
-Both use the same images. K-means is fitted to all training images (the first --limit of them), and "train" is measured
-on all of these, although the model holds out --val-fraction of them to choose its best epoch. So k-means has slightly
-more training data. MSE is per pixel value, with pixels in [0, 1]. Perplexity and codes used are those on the test
-images.
+Both use the same images. K-means is fitted to all training images (the first --limit of them); the model holds out
+--val-fraction of them to choose its best epoch. "train" is measured on all of them, perplexity and codes used on the
+test images. MSE is per pixel value, with pixels in [0, 1].
 """
 
 from __future__ import annotations
@@ -30,21 +29,17 @@ if __name__ == "__main__":
     run_command("benchmarks.rate_distortion")  # installs the signal handlers, then imports this module again
 
 import dataclasses
-import io
-import math
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import tyro
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from benchmarks.pixel_kmeans import NUM_CANDIDATES, NUM_COMPONENTS, assign, fit_kmeans
 from benchmarks.results import Row, aligned, append_row, environment, is_finished, markdown, read_rows
-from benchmarks.tables import METHODS, over_seeds, rate_distortion_cells
+from benchmarks.tables import rate_distortion_cells
 from benchmarks.training_runs import Dataset, compared_settings, find_dataset, measure_run, run_minutes, run_training
 from vq_kernels import perplexity
 from vqae.config import Config, find_device
@@ -52,7 +47,6 @@ from vqae.data.load import load_images, split_train
 from vqae.runtime.errors import UsageError
 from vqae.runtime.process import SignalHandler
 from vqae.train import parse
-from vqae.training.checkpoint import atomic_write
 
 Method = Literal["kmeans", "model"]
 
@@ -68,7 +62,7 @@ class Options:
     seeds: tuple[int, ...] = (0, 1, 2)
     """Every K is run with each seed."""
     methods: tuple[Method, ...] = ("kmeans", "model")
-    """Methods to run. The table and the plot show all finished ones."""
+    """Methods to run. The table shows all finished ones."""
     data_dir: Path | None = None
     """Folder of the images."""
     dataset: Dataset | None = None
@@ -78,54 +72,45 @@ class Options:
     rounds: int = 12
     """Rounds of Lloyd's algorithm on all pixel values."""
     out: Path = Path("runs/rate_distortion")
-    """Folder for the results, the plot and the runs."""
+    """Folder for the results and the runs."""
 
 
-@dataclass(frozen=True)
-class Piece:
-    """One method at one K and seed, with the settings of its run."""
-
-    method: Method
-    config: Config
-    options: Options
-
-    def name(self) -> Row:
-        """The entries that name it in the results."""
-        return {"method": self.method, "num_codes": self.config.num_codes, "seed": self.config.seed}
-
-    def settings(self) -> dict[str, Any]:
-        """What it is made with, beyond its name."""
-        if self.method == "model":
-            return compared_settings(self.config)
-        shared = {name: getattr(self.config, name) for name in ("dataset", "image_size", "limit")}
-        shared |= {name: getattr(self.options, name) for name in ("starts", "rounds")}
-        return {**shared, "components": NUM_COMPONENTS, "candidates": NUM_CANDIDATES}
+Piece = tuple[Method, Config]
+"""One method at one K and seed."""
 
 
-def main(arguments: list[str], _signals: SignalHandler) -> None:
+def name_of(piece: Piece) -> Row:
+    """The entries that name a piece in the results."""
+    return {"method": piece[0], "num_codes": piece[1].num_codes, "seed": piece[1].seed}
+
+
+def settings_of(piece: Piece, options: Options) -> dict[str, Any]:
+    """What a piece is made with, beyond its name."""
+    if piece[0] == "model":
+        return compared_settings(piece[1])
+    shared = {name: getattr(piece[1], name) for name in ("dataset", "image_size", "limit")}
+    shared |= {name: getattr(options, name) for name in ("starts", "rounds")}
+    return {**shared, "components": NUM_COMPONENTS, "candidates": NUM_CANDIDATES}
+
+
+def main(arguments: list[str], signals: SignalHandler) -> None:
     """Runs the command line. `run_command` turns its exceptions into exit codes."""
     options, config = parse_options(arguments)
-    file = options.out / "results.jsonl"
+    file, folder = options.out / "results.jsonl", options.out / "runs"
     for seed in dict.fromkeys(options.seeds):
-        pieces = [
-            Piece(method, _config_of(options, config, num_codes, seed), options)
-            for num_codes in dict.fromkeys(options.num_codes)
-            for method in dict.fromkeys(options.methods)
-        ]
-        missing = [piece for piece in pieces if not is_finished(file, piece.name(), piece.settings())]
+        pieces: list[Piece] = []
+        for k in dict.fromkeys(options.num_codes):
+            own = dataclasses.replace(config, num_codes=k, seed=seed, out=folder / f"codes-{k}-seed-{seed}")
+            pieces += [(method, own) for method in dict.fromkeys(options.methods)]
+        missing = [piece for piece in pieces if not is_finished(file, name_of(piece), settings_of(piece, options))]
         if missing:
-            _run(missing, file)
+            _run(missing, options, file, signals)
     print(aligned(markdown(rate_distortion_cells(read_rows(file)))))
-    plot_curves(read_rows(file), options.out / "rate_distortion.png")
-    print(f"results in {options.out}: results.jsonl, rate_distortion.png")
+    print(f"results in {file}")
 
 
 def parse_options(arguments: list[str]) -> tuple[Options, Config]:
-    """Parses the command line into the options and the settings that all runs share.
-
-    Raises:
-        UsageError: a value out of range, or a flag that this program sets itself.
-    """
+    """Parses the options, and the settings that all runs share. Raises UsageError for an invalid one."""
     prog = "python benchmarks/rate_distortion.py"
     options, others = tyro.cli(Options, args=arguments, prog=prog, return_unknown_args=True)
     for flag in others:
@@ -142,27 +127,26 @@ def parse_options(arguments: list[str]) -> tuple[Options, Config]:
     return options, config
 
 
-def _config_of(options: Options, config: Config, num_codes: int, seed: int) -> Config:
-    folder = options.out / "runs" / f"codes-{num_codes}-seed-{seed}"
-    return dataclasses.replace(config, num_codes=num_codes, seed=seed, out=folder)
-
-
-def _run(pieces: list[Piece], file: Path) -> None:
+def _run(pieces: list[Piece], options: Options, file: Path, signals: SignalHandler) -> None:
     """Runs the pieces of one seed, and appends each row at once."""
-    config = pieces[0].config
+    config = pieces[0][1]
     device = find_device(config.device)
     read = load_images(config.dataset, config.data_dir, image_size=config.image_size, seed=config.seed)
     train = read.train if config.limit is None else split_train(read.train, config.limit, 0.0, config.seed)[0]
-    most = max(piece.config.num_codes for piece in pieces)
+    most = max(config.num_codes for _, config in pieces)
     if most > train.shape[0]:
         raise UsageError(f"--num-codes must be at most {train.shape[0]}, the training images, got {most}")
     images = {"train": train, "test": read.test}
     sizes = {f"num_{split}": part.shape[0] for split, part in images.items()}
     for piece in pieces:
-        name = piece.name()
+        name = name_of(piece)
         print(", ".join(f"{key} {value}" for key, value in name.items()), flush=True)
-        figures = (kmeans_figures if piece.method == "kmeans" else model_figures)(piece, images, device)
-        append_row(file, {**name, **figures, **sizes, "settings": piece.settings(), **environment(device)})
+        if piece[0] == "model":
+            run_training(piece[1], signals)
+            figures = model_figures(piece[1], images, device)
+        else:
+            figures = kmeans_figures(piece[1], options, images, device)
+        append_row(file, {**name, **figures, **sizes, "settings": settings_of(piece, options), **environment(device)})
 
 
 def _figures(found: dict[str, tuple[float, Tensor]], minutes: float) -> Row:
@@ -175,52 +159,20 @@ def _figures(found: dict[str, tuple[float, Tensor]], minutes: float) -> Row:
     return {**figures, "minutes": minutes}
 
 
-def kmeans_figures(piece: Piece, images: dict[str, Tensor], device: torch.device) -> Row:
+def kmeans_figures(config: Config, options: Options, images: dict[str, Tensor], device: torch.device) -> Row:
     """Fits k-means and measures it on every set of images [N, 3, H, W] uint8."""
     start = time.monotonic()
     rows = {split: part.flatten(1).to(device).float() / 255 for split, part in images.items()}  # [N, P]
-    options, num_codes = piece.options, piece.config.num_codes
-    centroids = fit_kmeans(
-        rows["train"], num_codes, starts=options.starts, rounds=options.rounds, seed=piece.config.seed
-    )
-    found = {split: assign(x, centroids) for split, x in rows.items()}
-    measured = {
-        split: (one.sum / rows[split].numel(), torch.bincount(one.indices, minlength=num_codes))
-        for split, one in found.items()
-    }
+    num_codes = config.num_codes
+    centroids = fit_kmeans(rows["train"], num_codes, starts=options.starts, rounds=options.rounds, seed=config.seed)
+    measured = {}
+    for split, x in rows.items():
+        found = assign(x, centroids)
+        measured[split] = (found.sum / x.numel(), torch.bincount(found.indices, minlength=num_codes))
     return _figures(measured, (time.monotonic() - start) / 60)
 
 
-def model_figures(piece: Piece, images: dict[str, Tensor], device: torch.device) -> Row:
-    """Trains the model, or resumes its run, and measures it."""
-    run_training(piece.config)
-    measured = measure_run(piece.config.out, images, device)
-    return _figures({split: (one.mse, one.counts) for split, one in measured.items()}, run_minutes(piece.config.out))
-
-
-def plot_curves(rows: Sequence[Row], file: Path) -> None:
-    """Plots the MSE of both methods on train and test against log2 K, with the standard deviation over the seeds.
-
-    Raises:
-        UsageError: the file cannot be written.
-    """
-    figure = Figure(figsize=(7.0, 5.0), layout="constrained")
-    axes = figure.subplots()
-    all_num_codes = sorted({row["num_codes"] for row in rows})
-    for method, color in zip(METHODS, ("tab:gray", "tab:blue"), strict=True):
-        for split, style in (("train", "--"), ("test", "-")):
-            found = {k: over_seeds(rows, method, k, f"{split}_mse") for k in all_num_codes}
-            points = [(math.log2(k), one.mean, one.deviation) for k, one in found.items() if one is not None]
-            if points:
-                bits, means, deviations = zip(*points, strict=True)
-                label = f"{METHODS[method]}, {split}"
-                axes.errorbar(
-                    bits, means, yerr=deviations, label=label, color=color, linestyle=style, marker=".", capsize=3
-                )
-    axes.set(xlabel="bits per image, log2 K", ylabel="MSE per pixel value, pixels in [0, 1]")
-    axes.grid(alpha=0.3)
-    if rows:
-        axes.legend()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
-    atomic_write(file, buffer.getbuffer())
+def model_figures(config: Config, images: dict[str, Tensor], device: torch.device) -> Row:
+    """Measures the trained model."""
+    measured = measure_run(config.out, images, device)
+    return _figures({split: (one.mse, one.counts) for split, one in measured.items()}, run_minutes(config.out))

@@ -22,9 +22,7 @@ Row = dict[str, Any]
 # Names that recorded results have for today's.
 _RENAMED_OPTIONS = {"encoder_start": "unfreeze_encoder_at"}
 _RENAMED_VALUES = {("network_init", "pictures"): "pca", ("codebook_step", "share"): "count_normalised"}
-_PACKAGES = (
-    *("torch", "triton", "faiss-cpu", "flash-kmeans", "flashlib", "cuvs-cu12", "pykeops", "vector-quantize-pytorch"),
-)
+_PACKAGES = ("torch", "triton", "faiss-cpu", "flash-kmeans", "vector-quantize-pytorch")
 
 
 def environment(device: torch.device) -> dict[str, str]:
@@ -35,12 +33,8 @@ def environment(device: torch.device) -> dict[str, str]:
             versions.append(f"{package} {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:
             continue
-    return {
-        "device": _device_name(device),
-        "versions": ", ".join(versions),
-        "commit": _commit(),
-        "date": datetime.date.today().isoformat(),
-    }
+    date = datetime.date.today().isoformat()
+    return {"device": _device_name(device), "versions": ", ".join(versions), "commit": _commit(), "date": date}
 
 
 def _device_name(device: torch.device) -> str:
@@ -75,11 +69,7 @@ def with_current_names(row: Row) -> Row:
 
 
 def read_rows(file: Path) -> list[Row]:
-    """The rows of a file; none if it does not exist.
-
-    Raises:
-        UsageError: the file cannot be read, or a line is no JSON object.
-    """
+    """The rows of a file; none if it does not exist. Raises UsageError if a line is no JSON object."""
     try:
         lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
         return [with_current_names(json.loads(line)) for line in lines]
@@ -88,11 +78,7 @@ def read_rows(file: Path) -> list[Row]:
 
 
 def append_row(file: Path, row: Row) -> None:
-    """Appends a row, in one write. Creates the file and its folder if necessary.
-
-    Raises:
-        UsageError: the file cannot be written.
-    """
+    """Appends a row, in one write. Creates the file and its folder. Raises UsageError if it cannot be written."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("a") as stream:
@@ -129,23 +115,14 @@ def number(value: float | None) -> str:
 def is_finished(file: Path, piece: Row, settings: dict[str, Any]) -> bool:
     """Whether a file holds a row for a piece of work, so that the work can resume where it stopped.
 
-    Args:
-        file: each of its rows has "settings": what it was made with, beyond the entries that name it.
-        piece: the entries that name it, such as a method and a seed.
-        settings: what it would be made with now.
-
-    Raises:
-        UsageError: the piece was made with other settings, or the file cannot be read.
+    `piece` has the entries that name it, such as a method and a seed; `settings` is what it would be made with now.
+    Raises UsageError if the row's "settings" differ, or if the file cannot be read.
     """
     for row in read_rows(file):
         if all(row.get(name) == value for name, value in piece.items()):
             before = row["settings"]
-            names = {**before, **settings}
-            differences = [
-                f"{name} was {before.get(name)}, now {settings.get(name)}"
-                for name in names
-                if before.get(name) != settings.get(name)
-            ]
+            changed = [name for name in {**before, **settings} if before.get(name) != settings.get(name)]
+            differences = [f"{name} was {before.get(name)}, now {settings.get(name)}" for name in changed]
             if differences:
                 raise UsageError(
                     f"{file} holds {', '.join(f'{name} {value}' for name, value in piece.items())} with other settings "

@@ -29,15 +29,12 @@ from benchmarks.verification import checked_rows, wrong_rows
 from vq_kernels import search_statistics
 from vq_kernels.search.reference import brute_force_nearest
 
-Shape = tuple[int, int, int]
-"""N, K, D."""
+Shape = tuple[int, int, int]  # N, K, D
 
-GRAPH_ROWS = 4096
-"""Up to this many rows a CUDA call is timed as a graph's replay: launching it takes longer than its work."""
-
-CLASSES = ("float32", "exact", "TF32", "16 bits")
-"""The classes of precision, in the order in which tables show them."""
-
+GRAPH_ROWS = (
+    4096  # up to so many rows a CUDA call is timed as a graph's replay: launching it takes longer than its work
+)
+CLASSES = ("float32", "exact", "TF32", "16 bits")  # of precision, in the order in which tables show them
 _MEASURED = (
     *("p20_ms", "p50_ms", "p80_ms", "timing", "ratio_to_cdist", "tflops", "peak_mib"),
     *("checked_rows", "wrong_percent", "uncertified_percent"),
@@ -64,18 +61,11 @@ def bench(
     seed: int = 0,
     graph: bool | None = None,
 ) -> list[Row]:
-    """Verifies, times and weighs every contender on one data set.
+    """Verifies, times and weighs every contender. Returns a row for each, without data set and environment.
 
-    Args:
-        contenders: who takes part.
-        data: x [N, D] and codebook [K, D].
-        rounds, burst_ms: see `timing.time_in_turn`.
-        budget: float64 subtractions that the check may take; see `verification.checked_rows`.
-        seed: seed of the choice of checked rows.
-        graph: time CUDA calls as replays of graphs. None: if there are at most `GRAPH_ROWS` rows.
-
-    Returns:
-        One row per contender, without data set and environment.
+    `rounds` and `burst_ms` are those of `timing.time_in_turn`; `budget` and `seed` those of
+    `verification.checked_rows`. With `graph`, CUDA calls are timed as replays of graphs; None: if there are at most
+    `GRAPH_ROWS` rows.
     """
     (num_vectors, code_dim), num_codes = data.x.shape, data.codebook.shape[0]
     shape = (num_vectors, num_codes, code_dim)
@@ -84,20 +74,16 @@ def bench(
     _time(entries, shape, data.x.device, rounds, burst_ms, num_vectors <= GRAPH_ROWS if graph is None else graph)
     for entry in entries:
         if entry.search is not None:
-            entry.measured["peak_mib"] = _peak(entry, data)
-    return [
-        {
-            "op": "nearest_code",
-            "contender": entry.contender.name,
-            "precision": entry.contender.precision_for(data.x.dtype),
-            **dict(zip("NKD", shape, strict=True)),
-            "dtype": str(data.x.dtype).removeprefix("torch."),
-            "status": entry.status,
-            **dict.fromkeys(_MEASURED),
-            **entry.measured,
-        }
-        for entry in entries
-    ]
+            # A bare product keeps its scores between calls, so it is built anew.
+            call = (lambda entry=entry: entry.contender.build(*data)()) if entry.contender.is_product else entry.search
+            entry.measured["peak_mib"] = peak_mib(call, data.x.device)
+    size = dict(zip("NKD", shape, strict=True)) | {"dtype": str(data.x.dtype).removeprefix("torch.")}
+    rows = []
+    for entry in entries:
+        name, precision = entry.contender.name, entry.contender.precision_for(data.x.dtype)
+        row = {"op": "nearest_code", "contender": name, "precision": precision, **size, "status": entry.status}
+        rows.append({**row, **dict.fromkeys(_MEASURED), **entry.measured})
+    return rows
 
 
 def _verify(entries: list[Entry], data: SearchData, rows: Tensor) -> None:
@@ -151,14 +137,6 @@ def _time(entries: list[Entry], shape: Shape, device: torch.device, rounds: int,
                 "tflops": 2e-9 * shape[0] * shape[1] * shape[2] / found["p50_ms"],
                 "ratio_to_cdist": found["p50_ms"] / cdist_ms if cdist_ms else None,
             }
-
-
-def _peak(entry: Entry, data: SearchData) -> float | None:
-    """The memory of one call. A bare product keeps its scores between calls, so it is built anew."""
-    assert entry.search is not None
-    if entry.contender.is_product:
-        return peak_mib(lambda: entry.contender.build(*data)(), data.x.device)
-    return peak_mib(entry.search, data.x.device)
 
 
 def format_rows(rows: Sequence[Row]) -> str:

@@ -19,9 +19,11 @@ import math
 import re
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # run as a file: import the package from the checkout
@@ -31,8 +33,7 @@ from benchmarks.results import RESULTS, ROOT, Row, markdown, number, read_rows
 
 NOT_MEASURED = "Not measured on a GPU yet."
 NO_RESULTS = "No results are committed yet."
-METHODS = {"kmeans": "K-means", "model": "model"}
-"""The methods of a rate_distortion.py row, as tables show them."""
+METHODS = {"kmeans": "K-means", "model": "model"}  # of a rate_distortion.py row, as tables show them
 
 _CPU_CONTENDERS = {
     "torch": "this library",
@@ -61,36 +62,18 @@ _ABLATION_COLUMNS = (  # heading, entry, digits after the point
 )
 
 
-class Spread(NamedTuple):
-    """A figure over several seeds.
-
-    Attributes:
-        mean: the mean over the seeds.
-        deviation: the sample standard deviation; 0 for a single seed.
-        seeds: the number of seeds.
-    """
-
-    mean: float
-    deviation: float
-    seeds: int
-
-    def text(self, digits: int) -> str:
-        """Mean ± deviation; only the mean for a single seed."""
-        mean = f"{self.mean:.{digits}f}"
-        return f"{mean} ± {self.deviation:.{digits}f}" if self.seeds > 1 else mean
+def spread(values: Sequence[float], digits: int) -> str:
+    """Mean ± sample standard deviation over seeds; only the mean for a single seed, nothing for none."""
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{deviation}" if values else ""
 
 
-def spread(values: Sequence[float]) -> Spread:
-    """Mean and deviation of at least one value."""
-    return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0, len(values))
-
-
-def over_seeds(rows: Sequence[Row], method: str, num_codes: int, name: str) -> Spread | None:
-    """A figure of one method at one K; None without rows. Exits if the rows differ in their settings."""
+def over_seeds(rows: Sequence[Row], method: str, num_codes: int, name: str) -> list[float]:
+    """A figure of one method at one K, for each seed. Exits if the rows differ in their settings."""
     runs = [row for row in rows if (row["method"], row["num_codes"]) == (method, num_codes)]
     if any(run["settings"] != runs[0]["settings"] for run in runs):
         raise SystemExit(f"the results of {METHODS[method]} at K = {num_codes} differ in their settings: repeat some")
-    return spread([run[name] for run in runs]) if runs else None
+    return [run[name] for run in runs]
 
 
 def _where(rows: Sequence[Row]) -> str:
@@ -112,25 +95,23 @@ def _cpu(name: str) -> list[Row]:
 def model_table() -> str:
     """What the autoencoder reaches."""
     rows = _cpu("rate_distortion")
-    found = {name: over_seeds(rows, "model", 512, name) for name in ("test_mse", "test_codes_used", "test_perplexity")}
-    mse, codes_used, perplexity = (one for one in found.values() if one is not None)
+    names = ("test_mse", "test_codes_used", "test_perplexity")
+    mse, codes_used, perplexity = (over_seeds(rows, "model", 512, name) for name in names)
     bound = over_seeds(rows, "kmeans", 512, "test_mse")
     first = next(row for row in rows if (row["method"], row["num_codes"]) == ("model", 512))
     settings, bench, soak = first["settings"], _cpu("train_bench")[-1], _cpu("exactness_soak")[-1]
+    psnr = f"{-10 * math.log10(statistics.fmean(mse)):.2f} dB"
     cells = [
         ("", "measured"),
         ("Indices that differ from float64 brute force", f"{soak['wrong']} of {soak['rows']:,}"),
-        (
-            "Test MSE per pixel value (pixels in [0, 1]), K = 512",
-            f"{mse.text(5)} ({-10 * math.log10(mse.mean):.2f} dB)",
-        ),
-        ("K-means of the pixels, on the same images", bound.text(5) if bound else "-"),
-        ("Codes used on the test images", f"{codes_used.text(0)} of 512, perplexity {perplexity.text(0)}"),
+        ("Test MSE per pixel value (pixels in [0, 1]), K = 512", f"{spread(mse, 5)} ({psnr})"),
+        ("K-means of the pixels, on the same images", spread(bound, 5)),
+        ("Codes used on the test images", f"{spread(codes_used, 0)} of 512, perplexity {spread(perplexity, 0)}"),
         ("Training time, start to exit", f"{settings['max_minutes']:g} minutes"),
         ("Images per second, relative to a bare loop without quantizer or data", f"{bench['ratio']:.2f}"),
     ]
     images = f"{first['num_train']:,} training images (2 % of them held out) and {first['num_test']:,} test images"
-    what = f"CIFAR-10 (JPEG copy), {images}; mean ± standard deviation over {mse.seeds} seeds"
+    what = f"CIFAR-10 (JPEG copy), {images}; mean ± standard deviation over {len(mse)} seeds"
     length = f"--max-minutes {settings['max_minutes']:g} --epochs {settings['epochs']}"
     command = f"python -m vqae.train --dataset imagefolder --data-dir DIR {length}"
     others = f"Brute force: {soak['device']}, {soak['date']}. Bare loop: {bench['device']}, {bench['date']}"
@@ -175,11 +156,7 @@ def step_table() -> str:
 
 
 def ablation_table(rows: Sequence[Row]) -> str:
-    """One line per variant, in order of first appearance: mean ± deviation over its seeds.
-
-    Raises:
-        SystemExit: two rows differ in a setting that no variant overrides, or two rows of one variant in any.
-    """
+    """One line per variant. Exits if two rows differ in a setting that neither's variant overrides."""
     if not rows:
         return NO_RESULTS
     names = {json.dumps(overrides, sort_keys=True): name for name, overrides in VARIANTS.items()}
@@ -194,7 +171,7 @@ def ablation_table(rows: Sequence[Row]) -> str:
         line = [variant, f"{len(runs)}{lost}"]
         for _, name, digits in _ABLATION_COLUMNS:
             values = [row[name] for row in finished if name in row]
-            line.append(spread(values).text(digits) if values else "-")
+            line.append(spread(values, digits) or "-")
         cells.append(line)
     settings = rows[0]["settings"]
     images = "all training images" if settings["limit"] is None else f"{settings['limit']:,} training images"
@@ -228,41 +205,34 @@ def rate_distortion_cells(rows: Sequence[Row]) -> list[list[str]]:
             mse = [over_seeds(rows, method, num_codes, name) for name in ("train_mse", "test_mse")]
             codes = [over_seeds(rows, method, num_codes, name) for name in ("test_perplexity", "test_codes_used")]
             ratios = [
-                f"{found.mean / bound.mean:.3f}" if found and bound and method == "model" else ""
+                f"{statistics.fmean(found) / statistics.fmean(bound):.3f}"
+                if found and bound and method == "model"
+                else ""
                 for found, bound in zip(mse, bounds, strict=True)
             ]
-            line = [*(_spread_cell(found, 5) for found in mse), *ratios, *(_spread_cell(found, 0) for found in codes)]
+            line = [*(spread(found, 5) for found in mse), *ratios, *(spread(found, 0) for found in codes)]
             if any(line):
                 cells.append([f"{num_codes:,}", shown, *line])
     return cells
 
 
-def _spread_cell(found: Spread | None, digits: int) -> str:
-    return "" if found is None else found.text(digits)
-
-
 def use_table(rows: Sequence[Row]) -> str:
     """How many codes the model uses: a line for each K, batch size, D and length of run in rate_distortion.py rows."""
-    runs = [row for row in rows if row["method"] == "model"]
-    if not runs:
+    alike: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        if row["method"] == "model":
+            kind = (row["settings"][name] for name in ("batch_size", "code_dim", "max_minutes"))
+            alike.setdefault((row["num_codes"], *kind), []).append(row)
+    if not alike:
         return NO_RESULTS
     cells = [
         ["K", "batch size", "D", "minutes", "seeds", "test MSE", "codes used, fewest", "perplexity on test, least"]
     ]
-    kinds = {_kind(row) for row in runs}
-    for num_codes in sorted({row["num_codes"] for row in runs}):
-        for kind in sorted(kinds, key=str):
-            alike = [row for row in runs if row["num_codes"] == num_codes and _kind(row) == kind]
-            if alike:
-                sizes = [f"{size:,}" if size is not None else "-" for size in (num_codes, *kind)]
-                mse = spread([row["test_mse"] for row in alike]).text(5)
-                least = [f"{min(row[f'test_{name}'] for row in alike):.0f}" for name in ("codes_used", "perplexity")]
-                cells.append([*sizes, str(len(alike)), mse, *least])
-    return f"{markdown(cells)}\n\n{_where(runs)}."
-
-
-def _kind(row: Row) -> tuple[Any, ...]:
-    return tuple(row["settings"][name] for name in ("batch_size", "code_dim", "max_minutes"))
+    for sizes, runs in sorted(alike.items(), key=lambda item: (item[0][0], str(item[0][1:]))):
+        mse = spread([row["test_mse"] for row in runs], 5)
+        least = [f"{min(row[f'test_{name}'] for row in runs):.0f}" for name in ("codes_used", "perplexity")]
+        cells.append([*(f"{size:,}" if size is not None else "-" for size in sizes), str(len(runs)), mse, *least])
+    return f"{markdown(cells)}\n\n{_where([row for runs in alike.values() for row in runs])}."
 
 
 # -- GPU: tables of the rows of gpu.py, which prints them too
@@ -302,44 +272,41 @@ def throughput_table(rows: Sequence[Row]) -> str:
     return f"{markdown(cells)}\n\n2·N·K·D over the median time, float32 input."
 
 
-Columns = dict[str, Callable[[Row], object]]
-"""How to make the cells of each column, by its heading."""
-
-_SIZE: Columns = {"N × K × D": _size}
-_TIMES: Columns = {
+_COLUMNS: dict[str, Callable[[Row], object]] = {  # how to make a cell, by the column's heading
+    "N × K × D": _size,
+    "search": lambda row: _GPU_CONTENDERS[row["contender"]] + (", CUDA graph" if row["graph"] else ""),
+    "dtype": lambda row: row["dtype"],
+    "what": lambda row: row["contender"],
+    "configuration": lambda row: row["config"],
+    "chosen": lambda row: "yes" if row["chosen"] else "",
     "ms": lambda row: number(row.get("p50_ms")),
     "20-80 %": lambda row: f"{number(row['p20_ms'])} - {number(row['p80_ms'])}" if row.get("p50_ms") else "",
     "TFLOP/s": lambda row: number(row.get("tflops")),
     "peak MiB": lambda row: number(row.get("peak_mib")),
     "wrong %": lambda row: number(row.get("wrong_percent")),
     "status": lambda row: row["status"],
-}
-_STEP_KEY = (*"NKD", "dtype", "contender")
-_SEARCH: Columns = {"search": lambda row: _GPU_CONTENDERS[row["contender"]]}
-_STEP: Columns = {"dtype": lambda row: row["dtype"], "quantizer": lambda row: row["contender"]}
-_CONFIG: Columns = {"configuration": lambda row: row["config"], "chosen": lambda row: "yes" if row["chosen"] else ""}
-_TRAINING: Columns = {
-    "": lambda row: row["contender"],
     "data set": lambda row: row["dataset"],
     "seconds": lambda row: number(row["seconds"]),
     "test MSE": lambda row: f"{row['test_mse']:.5f}" if "test_mse" in row else "",
     "images/s": lambda row: number(row["images_per_s"]),
 }
-
-
-def _lines(rows: Sequence[Row], *groups: Columns) -> str:
-    columns = {heading: make for group in groups for heading, make in group.items()}
-    return markdown([list(columns), *([make(row) for make in columns.values()] for row in rows)])
+_TIME_COLUMNS = ("ms", "20-80 %", "peak MiB", "wrong %", "status")
+_LISTS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {  # op, what tells its rows apart, columns
+    "contenders": (
+        "nearest_code", (*"NKD", "graph", "contender"), ("N × K × D", "search", "TFLOP/s", *_TIME_COLUMNS),
+    ),
+    "steps": ("training_step", (*"NKD", "dtype", "contender"), ("N × K × D", "dtype", "what", *_TIME_COLUMNS)),
+    "gpu-training": ("training", ("contender",), ("what", "data set", "seconds", "test MSE", "images/s")),
+    "tiles": ("config", (*"NKD", "config"), ("N × K × D", "configuration", "ms", "chosen", "status")),
+}  # fmt: skip
 
 
 def gpu_exactness_table(rows: Sequence[Row]) -> str:
     """Rows compared with float64, by data set, and how they were decided."""
-    totals: dict[str, dict[str, int]] = {}
+    totals: dict[str, Counter[str]] = {}
     for row in _latest(rows, "exactness", "seed"):
         for name, count in row["data"].items():
-            total = totals.setdefault(name, dict.fromkeys(count, 0))
-            for key, value in count.items():
-                total[key] += value
+            totals.setdefault(name, Counter()).update(count)
     steps = ("certified", "reranked", "exhaustive")
     cells = [["data set", "rows", "wrong", *(f"{step} %" for step in steps)]]
     for name, total in totals.items():
@@ -360,36 +327,35 @@ def target_table(rows: Sequence[Row]) -> str:
     wrong = f"{sum(row['wrong'] for row in exact)} of {sum(row['rows'] for row in exact):,}" if exact else "-"
     cells.append(["0 wrong of 10⁹ rows", wrong])
     graphs = {_size(row): row for row in _searches(rows, graph=True) if row["contender"] == "triton"}
-    small = graphs.get("256 × 512 × 512")
-    cells.append(["256 × 512 × 512 as a CUDA graph: below 10 µs", f"{1e3 * small['p50_ms']:.1f} µs" if small else "-"])
+    small = graphs.get("256 × 512 × 512", {}).get("p50_ms")
+    cells.append(["256 × 512 × 512 as a CUDA graph: below 10 µs", f"{1e3 * small:.1f} µs" if small else "-"])
     rates = {row["contender"]: row["images_per_s"] for row in _latest(rows, "training", "contender")}
     ratio = f"{rates['vqae.train'] / rates['plain PyTorch']:.2f} ×" if len(rates) == 2 else "-"
     cells.append(["images/s of vqae.train: 3 × plain PyTorch", ratio])
     return markdown(cells)
 
 
-GPU_TABLES: dict[str, tuple[str, Callable[[Sequence[Row]], str]]] = {
-    "bars": ("", target_table),
-    "gpu-search": ("nearest_code", throughput_table),
-    "contenders": ("nearest_code", lambda rows: _lines(_searches(rows, graph=False), _SIZE, _SEARCH, _TIMES)),
-    "replays": ("nearest_code", lambda rows: _lines(_searches(rows, graph=True), _SIZE, _SEARCH, _TIMES)),
-    "steps": ("training_step", lambda rows: _lines(_latest(rows, "training_step", *_STEP_KEY), _SIZE, _STEP, _TIMES)),
-    "gpu-training": ("training", lambda rows: _lines(_latest(rows, "training", "contender"), _TRAINING)),
-    "gpu-exactness": ("exactness", gpu_exactness_table),
-    "tiles": ("config", lambda rows: _lines(_latest(rows, "config", *"NKD", "config"), _SIZE, _CONFIG, _TIMES)),
-}
-"""For each table, the op that it shows (empty: several) and the function that makes it."""
+_MADE = {"bars": target_table, "gpu-search": throughput_table, "gpu-exactness": gpu_exactness_table}
+GPU_TABLES = (*_MADE, *_LISTS)
 
 
 def gpu_table(name: str, rows: Sequence[Row]) -> str:
     """A table of rows of gpu.py, or the sentence that there are none."""
-    op, make = GPU_TABLES[name]
-    used = [row for row in rows if op in ("", row["op"])]
-    return f"{make(used)}\n\n{_where(used)}." if used else NOT_MEASURED
+    ops = {"gpu-search": "nearest_code", "gpu-exactness": "exactness", **{key: op for key, (op, *_) in _LISTS.items()}}
+    used = [row for row in rows if ops.get(name) in (None, row["op"])]
+    if not used:
+        return NOT_MEASURED
+    if name in _MADE:
+        table = _MADE[name](used)
+    else:
+        op, names, columns = _LISTS[name]
+        lines = ([_COLUMNS[column](row) for column in columns] for row in _latest(used, op, *names))
+        table = markdown([columns, *lines])
+    return f"{table}\n\n{_where(used)}."
 
 
-def _of_gpu(name: str) -> Callable[[], str]:
-    return lambda: gpu_table(name, gpu_rows())
+def _committed_gpu_table(name: str) -> str:
+    return gpu_table(name, gpu_rows())
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -399,17 +365,13 @@ TABLES: dict[str, Callable[[], str]] = {
     "ablation": lambda: ablation_table(_cpu("ablation")),
     "rate-distortion": lambda: rate_distortion_table(_cpu("rate_distortion")),
     "use": lambda: use_table([*_cpu("rate_distortion"), *_cpu("batch_sizes")]),
-    **{name: _of_gpu(name) for name in GPU_TABLES},
+    **{name: partial(_committed_gpu_table, name) for name in GPU_TABLES},
 }
 """All tables, by the name in their markers."""
 
 
 def with_tables(text: str, file: str) -> str:
-    """Replaces the tables in a text.
-
-    Raises:
-        SystemExit: a marker has an unknown name, or no end.
-    """
+    """Replaces the tables in a text. Exits if a marker has an unknown name, or no end."""
     for name in re.findall(r"<!-- begin ([\w-]+) -->", text):
         begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
         before, _, rest = text.partition(begin)

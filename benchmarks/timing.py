@@ -20,11 +20,7 @@ _MIB = 1 << 20
 
 
 def burst(call: Callable[[], object], count: int, device: torch.device) -> list[float]:
-    """Milliseconds of each of `count` calls.
-
-    On a CPU by the wall clock. On a GPU by events around each call, with the L2 cache flushed before it, as
-    `triton.testing.do_bench` does.
-    """
+    """Milliseconds of each of `count` calls. On a GPU the L2 cache is flushed before each, as by triton's do_bench."""
     if device.type != "cuda":
         elapsed_ms = []
         for _ in range(count):
@@ -49,14 +45,8 @@ def time_in_turn(
 ) -> dict[str, list[float]]:
     """Times calls in turn, round after round, so that a slow minute of the machine affects all of them.
 
-    Args:
-        calls: the calls by name. Each has run once before.
-        device: where they run.
-        rounds: turns of each call.
-        burst_ms: about how long a turn takes. A turn has 1 to 50 calls.
-
-    Returns:
-        The milliseconds of every call, by name.
+    Each call has run once before. A turn takes about burst_ms and has 1 to 50 calls. Returns the milliseconds of every
+    call, by name.
     """
     elapsed_ms: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
@@ -74,11 +64,7 @@ def quantiles(elapsed_ms: Sequence[float]) -> dict[str, float]:
 
 
 def captured(call: Callable[[], object]) -> Callable[[], object]:
-    """Captures `call` as a CUDA graph and returns the graph's replay.
-
-    Raises:
-        RuntimeError: the call cannot be captured, for example because it waits for the GPU.
-    """
+    """Captures a call as a CUDA graph and returns its replay. Raises RuntimeError if the call waits for the GPU."""
     side_stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side_stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side_stream):
@@ -92,10 +78,9 @@ def captured(call: Callable[[], object]) -> Callable[[], object]:
 
 
 def peak_mib(call: Callable[[], object], device: torch.device) -> float | None:
-    """The most memory in MiB that a call holds beyond what was held before it, outputs included.
+    """The most memory in MiB that a call holds beyond what was held before it, outputs included. It has run before.
 
-    On CUDA the allocator counts. On a Linux CPU it is the growth of the peak resident set (VmHWM), which is reset
-    before the call. None elsewhere. The call must have run before, so that what libraries keep is not counted.
+    On CUDA the allocator counts. On a Linux CPU it is the growth of the peak resident set (VmHWM). None elsewhere.
     """
     if device.type == "cuda":
         torch.cuda.synchronize()

@@ -12,12 +12,9 @@ MINIMUM_CHECKED_ROWS = 4096
 
 
 def checked_rows(num_vectors: int, num_codes: int, code_dim: int, *, budget: float = 4e9, seed: int = 0) -> Tensor:
-    """Selects the rows to check against float64.
+    """Selects rows to check against float64: all if N·K·D is within `budget` subtractions, otherwise a random subset.
 
-    Takes all rows if N·K·D is within `budget` subtractions, otherwise a random subset.
-
-    Returns:
-        [M] int64, sorted, M >= min(N, 4096).
+    Returns [M] int64, sorted, M >= min(N, 4096).
     """
     affordable = max(MINIMUM_CHECKED_ROWS, int(budget // (num_codes * code_dim)))
     if num_vectors <= affordable:
@@ -38,16 +35,8 @@ def wrong_rows(x: Tensor, codebook: Tensor, indices: Tensor, reference: Tensor |
     """Marks the indices that break the contract of `nearest_code`.
 
     An index is right if float64 brute force returns it too, or if its distance ties with that one's to within
-    `TIE_TOLERANCE` and no lower index holds an identical code.
-
-    Args:
-        x: [N, D], finite.
-        codebook: [K, D], finite.
-        indices: [N], any integer dtype.
-        reference: [N] int64, the result of `brute_force_nearest(x, codebook)`. Computed if None.
-
-    Returns:
-        [N] bool.
+    `TIE_TOLERANCE` and no lower index holds an identical code. x [N, D] and codebook [K, D] are finite; indices [N]
+    have any integer dtype; `reference` is what `brute_force_nearest(x, codebook)` returns. Returns [N] bool.
     """
     reference = brute_force_nearest(x, codebook) if reference is None else reference
     indices = indices.to(torch.int64)

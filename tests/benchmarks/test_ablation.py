@@ -21,12 +21,9 @@ SMALL = {"num_codes": 4, "code_dim": 8, "hidden_dims": (8,), "batch_size": 8, "v
 
 
 @pytest.fixture
-def run(
-    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train_here: Callable[[Config], None]
-) -> Callable[..., list[dict[str, Any]]]:
+def run(image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[dict[str, Any]]]:
     """Run the command with these arguments; the lines of its results."""
     monkeypatch.setattr(ablation, "Config", lambda **settings: Config(**SMALL, **settings))
-    monkeypatch.setattr(ablation, "run_training", train_here)
 
     def main(*arguments: str) -> list[dict[str, Any]]:
         out = tmp_path / "ablation.jsonl"
@@ -78,7 +75,7 @@ def test_what_is_finished_is_not_done_again(
     run("--variants", "default")
     before = (tmp_path / "ablation.jsonl").read_text()
     train_whole, done = ablation.run_training, []
-    monkeypatch.setattr(ablation, "run_training", lambda config: (done.append(config), train_whole(config)))
+    monkeypatch.setattr(ablation, "run_training", lambda *run: (done.append(run[0]), train_whole(*run)))
     lines = run("--variants", "default", "no horizontal flips", "default")
     assert [config.flip for config in done] == [False]
     assert len(lines) == 2
@@ -92,7 +89,7 @@ def test_what_is_finished_is_not_done_again(
 def test_a_variant_that_diverges_is_a_line_too(
     run: Callable[..., list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def diverge(_config: Config) -> None:
+    def diverge(_config: Config, _signals: SignalHandler) -> None:
         raise DivergedError("a loss was not finite at step 2")
 
     monkeypatch.setattr(ablation, "run_training", diverge)

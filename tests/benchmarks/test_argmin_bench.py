@@ -149,8 +149,6 @@ def test_contenders_that_cannot_run_are_named_with_the_reason(
         (("--data", "mine"), "--data must be of gaussian, "),
         (("--rounds", "0"), "--rounds must be at least 1, got 0"),
         (("--rounds", "-3"), "--rounds must be at least 1, got -3"),
-        (("--threads", "0"), "--threads must be at least 1, got 0"),
-        (("--threads", "-1"), "--threads must be at least 1, got -1"),
     ],
 )
 def test_bad_options(

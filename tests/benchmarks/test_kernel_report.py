@@ -74,19 +74,18 @@ def test_what_a_launch_is_specialised_for_is_collected(arch: int):
 )
 def test_scans_use_the_matrix_units_and_do_not_spill(arch: int, config: str, mma: str):
     report = kernel_report.compile_launch(scan(arch, config))
-    assert report.mma == mma
-    assert report.spill_bytes == 0
-    assert report.registers <= (128 if config.startswith("short_shared") else 255)
-    assert report.shared_bytes <= 227 * 1024
-    assert 4.0 <= (report.instructions_per_element or 0) <= 6.0
+    assert report["mma"] == mma
+    assert report["spill_bytes"] == 0
+    assert report["registers"] <= (128 if config.startswith("short_shared") else 255)
+    assert report["shared_bytes"] <= 227 * 1024
 
 
 def test_a_line_and_the_exit_code(capsys: pytest.CaptureFixture[str]):
     assert kernel_report.main(["--arch", "90", "--jobs", "1", "--only", "_combine_kernel"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    keys = "kernel config arch registers spill_bytes stack_bytes shared_bytes mma instructions_per_element"
+    keys = "kernel config arch registers spill_bytes stack_bytes shared_bytes mma"
     assert [list(json.loads(line)) for line in lines] == [keys.split()] * len(lines)
-    assert {json.loads(line)["instructions_per_element"] for line in lines} == {None}
+    assert {json.loads(line)["mma"] for line in lines} == {None}
 
 
 def test_a_spill_is_an_error(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):

@@ -1,17 +1,14 @@
 """The model beside K-means: what is written, that nothing is done twice, and what is refused."""
 
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 
 from benchmarks import rate_distortion
-from benchmarks.rate_distortion import plot_curves
 from vqae.config import Config
 from vqae.data.load import load_images
 from vqae.runtime.errors import UsageError
@@ -21,11 +18,8 @@ TINY = ("--code-dim", "8", "--hidden-dims", "8", "--batch-size", "8", "--epochs"
 
 
 @pytest.fixture
-def run(
-    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train_here: Callable[[Config], None]
-) -> Callable[..., list[dict[str, Any]]]:
+def run(image_folder: Path, tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
     """Run the command with these arguments; the lines of its results."""
-    monkeypatch.setattr(rate_distortion, "run_training", train_here)
 
     def main(*arguments: str) -> list[dict[str, Any]]:
         shared = ["--data-dir", str(image_folder), "--out", str(tmp_path), *TINY]
@@ -58,8 +52,6 @@ def test_both_methods_for_every_k_and_seed(
         for num_codes in (1, 4):  # the bound, which holds since both are measured on the same images
             assert by_name["kmeans", num_codes, seed] <= by_name["model", num_codes, seed]
     assert "| K-means |" in capsys.readouterr().out
-    with Image.open(tmp_path / "rate_distortion.png") as image:
-        assert image.size == (1050, 750)
 
 
 def test_one_centroid_is_the_mean_image(
@@ -78,10 +70,10 @@ def test_it_goes_on_where_it_stopped(
 ) -> None:
     train_whole = rate_distortion.run_training
 
-    def stop(config: Config) -> None:
+    def stop(config: Config, signals: SignalHandler) -> None:
         if config.num_codes == 3:
             raise KeyboardInterrupt
-        train_whole(config)
+        train_whole(config, signals)
 
     monkeypatch.setattr(rate_distortion, "run_training", stop)
     arguments = ("--num-codes", "2", "3", "--seeds", "0")
@@ -92,7 +84,9 @@ def test_it_goes_on_where_it_stopped(
 
     done = []
     monkeypatch.setattr(
-        rate_distortion, "run_training", lambda config: (done.append(config.num_codes), train_whole(config))
+        rate_distortion,
+        "run_training",
+        lambda *run: (done.append(run[0].num_codes), train_whole(*run)),
     )
     monkeypatch.setattr(rate_distortion, "fit_kmeans", None)  # would fail
     assert len(run(*arguments)) == 4
@@ -160,30 +154,6 @@ def test_the_images_of_a_config_file_are_the_default(tmp_path: Path) -> None:
     assert (config.dataset, config.data_dir) == ("imagefolder", Path("some/images"))
     _, config = rate_distortion.parse_options(["--config", str(file), "--dataset", "cifar10", "--data-dir", "others"])
     assert (config.dataset, config.data_dir) == ("cifar10", Path("others"))
-
-
-def test_a_plot_of_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plot_curves([], tmp_path / "empty.png")
-    drawn: dict[str, Any] = {}
-
-    def errorbar(_axes: object, bits: Any, means: Any, *, yerr: Any, label: str, **_style: object) -> None:
-        drawn[label] = (list(bits), list(means), list(yerr))
-
-    monkeypatch.setattr("matplotlib.axes.Axes.errorbar", errorbar)
-    monkeypatch.setattr("matplotlib.axes.Axes.legend", lambda _axes: None)
-    lines = [
-        {"method": method, "num_codes": num_codes, "settings": {}, "train_mse": mse, "test_mse": 2 * mse}
-        for method, num_codes, mse in (("kmeans", 8, 1.0), ("kmeans", 1, 4.0), ("kmeans", 8, 3.0), ("model", 2, 5.0))
-    ]
-    plot_curves(lines, tmp_path / "some.png")
-    assert drawn == {
-        "K-means, train": ([0, 3], [4.0, 2.0], [0, pytest.approx(math.sqrt(2))]),
-        "K-means, test": ([0, 3], [8.0, 4.0], [0, pytest.approx(math.sqrt(8))]),
-        "model, train": ([1], [5.0], [0]),
-        "model, test": ([1], [10.0], [0]),
-    }
-    assert (tmp_path / "empty.png").exists()
-    assert (tmp_path / "some.png").exists()
 
 
 def test_kmeans_sees_pixels_in_0_to_1(image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,10 +38,9 @@ def point(method: str, num_codes: int, seed: int, mse: float) -> dict[str, Any]:
 
 
 def test_spread() -> None:
-    assert spread([1.0, 2.0, 3.0]) == (2.0, 1.0, 3)
-    assert spread([1.0, 2.0, 3.0]).text(2) == "2.00 ± 1.00"
-    assert spread([0.03]) == (0.03, 0.0, 1)
-    assert spread([0.03]).text(4) == "0.0300"
+    assert spread([1.0, 2.0, 3.0], 2) == "2.00 ± 1.00"
+    assert spread([0.03], 4) == "0.0300"
+    assert spread([], 4) == ""
 
 
 def test_variants_stand_in_the_order_of_their_first_lines() -> None:
@@ -122,8 +121,8 @@ def test_ratios_are_of_the_means_over_seeds() -> None:
 def test_figures_of_a_method_at_one_k() -> None:
     lines = [point("kmeans", 2, 0, 1.0), point("kmeans", 4, 0, 3.0), point("model", 2, 0, 4.0)]
     assert list(METHODS) == ["kmeans", "model"]
-    assert over_seeds(lines, "kmeans", 4, "test_mse") == (3.0, 0.0, 1)
-    assert over_seeds(lines, "model", 4, "test_mse") is None
+    assert over_seeds(lines, "kmeans", 4, "test_mse") == [3.0]
+    assert over_seeds(lines, "model", 4, "test_mse") == []
 
 
 def test_the_codes_in_use_are_those_of_the_worst_seed() -> None:

@@ -1,4 +1,7 @@
-"""Where the first checks for a GPU run: on the GPU, or, with TRITON_INTERPRET=1, at small sizes in the interpreter."""
+"""Where the first checks for a GPU run: on the GPU, or, with TRITON_INTERPRET=1, at small sizes in the interpreter.
+
+VQ_KERNELS_SMALL_TESTS=1 takes the small sizes on a GPU too, for compute-sanitizer.
+"""
 
 import os
 
@@ -6,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-SMALL = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if torch.cuda.is_available() and not SMALL else "cpu"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+SMALL = INTERPRETED or os.environ.get("VQ_KERNELS_SMALL_TESTS") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 MARKS = [
     pytest.mark.gpu,
-    pytest.mark.skipif(DEVICE == "cpu" and not SMALL, reason="no CUDA device"),
+    pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="no CUDA device"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # the interpreter computes in numpy, which warns of Inf
 ]
 
