@@ -5,7 +5,7 @@ from __future__ import annotations
 if __name__ == "__main__":
     from vqae.runtime.process import run_command
 
-    run_command("vqae.evaluate")  # loads this module again, once the signal handlers stand
+    run_command("vqae.evaluate")  # imports this module again, after the signal handlers are installed
 
 import hashlib
 from dataclasses import dataclass
@@ -27,25 +27,25 @@ from vqae.training.metrics import evaluate
 
 @dataclass(frozen=True)
 class Command:
-    """Print one JSON line: mse, psnr_db, perplexity, codes_used, images, and what they were measured on. Under torchrun
-    the processes share the images."""
+    """Print one JSON line with mse, psnr_db, perplexity, codes_used, images, dataset and split. Under torchrun, the
+    processes share the images."""
 
     checkpoint: Path
     """best.pt or last.pt of a run."""
     dataset: Literal["cifar10", "imagefolder", "synthetic"] | None = None
-    """Images to measure on; by default those of the checkpoint's own kind."""
+    """Data set to evaluate on (default: that of the run)."""
     data_dir: Path | None = None
-    """Where they are; by default where the checkpoint's own were."""
+    """Folder of the images (default: that of the run)."""
     split: Literal["train", "test"] = "test"
-    """Which of them."""
+    """Split to evaluate on."""
     batch_size: int = 256
-    """Images at a time."""
+    """Images per batch."""
     device: str = "auto"
-    """auto, cpu, cuda, or one GPU such as cuda:1."""
+    """auto, cpu, cuda, or a GPU such as cuda:1."""
 
 
 def main(arguments: list[str], signals: SignalHandler) -> None:
-    """Run the command line; raises what `run_command` turns into exit codes."""
+    """Run the command line. Raises the exceptions that `run_command` turns into exit codes."""
     command = tyro.cli(Command, args=arguments, prog="python -m vqae.evaluate")
     if command.batch_size < 1:
         raise UsageError(f"--batch-size must be at least 1, got {command.batch_size}")
@@ -58,7 +58,7 @@ def main(arguments: list[str], signals: SignalHandler) -> None:
 
 
 def _load(command: Command) -> tuple[VQAE, Tensor, str]:
-    """The model in eval mode, the images [N, 3, H, W] uint8, and the data set that they are of."""
+    """The model in eval mode, the images [N, 3, H, W] uint8, and the name of their data set."""
     state = on_all_ranks(lambda: load_checkpoint(command.checkpoint))
     model = on_all_ranks(lambda: model_from_checkpoint(state)).eval()
     check_same("the checkpoint", hashlib.sha256(command.checkpoint.read_bytes()).hexdigest()[:16])
@@ -66,9 +66,9 @@ def _load(command: Command) -> tuple[VQAE, Tensor, str]:
     dataset, data_dir = command.dataset or state["dataset"], command.data_dir
     if data_dir is None and dataset == state["dataset"]:
         data_dir = config.data_dir
-    images, name = local_rank0_first(
-        lambda: load_split(dataset, data_dir, command.split, image_size=config.image_size, seed=config.seed),
-        may_download=dataset == "cifar10",
+    load = local_rank0_first if dataset == "cifar10" else on_all_ranks  # CIFAR-10 may have to be downloaded
+    images, name = load(
+        lambda: load_split(dataset, data_dir, command.split, image_size=config.image_size, seed=config.seed)
     )
     check_same("the images", fingerprints(images))
     if tuple(images.shape[2:]) != model.image_size:

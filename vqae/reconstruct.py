@@ -1,11 +1,11 @@
-"""Show what a model makes of images: `python -m vqae.reconstruct --help`."""
+"""Reconstruct images: `python -m vqae.reconstruct --help`."""
 
 from __future__ import annotations
 
 if __name__ == "__main__":
     from vqae.runtime.process import run_command
 
-    run_command("vqae.reconstruct")  # loads this module again, once the signal handlers stand
+    run_command("vqae.reconstruct")  # imports this module again, after the signal handlers are installed
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,20 +25,20 @@ from vqae.training.report import plot_reconstructions
 
 @dataclass(frozen=True)
 class Command:
-    """Write an image of originals over their reconstructions."""
+    """Plot images above their reconstructions."""
 
     checkpoint: Path
     """best.pt or last.pt of a run."""
     images: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Image files; another size than the model's is scaled and cropped to it."""
+    """Image files. They are scaled and cropped to the size of the model's images."""
     out: Path = Path("reconstructions.png")
-    """The PNG to write."""
+    """PNG file to write."""
     device: str = "auto"
-    """auto, cpu, cuda, or one GPU such as cuda:1."""
+    """auto, cpu, cuda, or a GPU such as cuda:1."""
 
 
 def main(arguments: list[str], signals: SignalHandler) -> None:
-    """Run the command line; raises what `run_command` turns into exit codes."""
+    """Run the command line. Raises the exceptions that `run_command` turns into exit codes."""
     command = tyro.cli(Command, args=arguments, prog="python -m vqae.reconstruct")
     if not command.images:
         raise UsageError("at least one image must be given, got none")
@@ -48,6 +48,6 @@ def main(arguments: list[str], signals: SignalHandler) -> None:
     state = load_checkpoint(command.checkpoint)
     model = model_from_checkpoint(state).to(device).eval()
     originals = torch.stack([read_image(file, model.image_size) for file in command.images])
-    title = f"originals over reconstructions by {command.checkpoint.name}, trained on {state['dataset']}"
+    title = f"originals above reconstructions by {command.checkpoint.name}, trained on {state['dataset']}"
     plot_reconstructions(model, originals.to(device), command.out, title, columns=min(16, len(originals)))
     print(f"{len(originals)} images in {command.out}")

@@ -1,11 +1,11 @@
-"""Train the auto-encoder: `python -m vqae.train --help`."""
+"""Train the autoencoder: `python -m vqae.train --help`."""
 
 from __future__ import annotations
 
 if __name__ == "__main__":
     from vqae.runtime.process import run_command
 
-    run_command("vqae.train")  # loads this module again, once the signal handlers stand
+    run_command("vqae.train")  # imports this module again, after the signal handlers are installed
 
 import dataclasses
 import sys
@@ -21,11 +21,12 @@ from vqae.data.load import Images, fingerprints, load_images, split_train
 from vqae.model.pca_init import init_by_pca
 from vqae.model.vqae import VQAE, build_model
 from vqae.runtime.distributed import (
-    any_rank,
     broadcast_from_rank0,
     check_same,
     is_rank0,
     local_rank0_first,
+    max_over_ranks,
+    on_all_ranks,
     process_group,
     world_size,
 )
@@ -34,29 +35,27 @@ from vqae.runtime.process import Launch, SignalHandler
 from vqae.training.checkpoint import RunFolder, load_checkpoint
 from vqae.training.trainer import Trainer
 
-_MAY_CHANGE = ("out", "data_dir", "device", "dataset", "checkpoint_minutes")  # between a run and its continuation
+_MAY_CHANGE = ("out", "data_dir", "device", "dataset", "checkpoint_minutes")  # when a run is resumed
 
 
 @dataclass(frozen=True)
 class Command:
-    """Train the vector-quantized auto-encoder."""
+    """Train the vector-quantized autoencoder."""
 
     run: tyro.conf.OmitArgPrefixes[Config]
     config: Path | None = None
-    """Take the settings of this JSON file (a run's config.json, say) as defaults; flags go before them."""
+    """JSON file of default settings, for example the config.json of a run. Command-line flags override them."""
     recipe: Literal["plain"] | None = None
-    """plain: the specification as written, which collapses: all at random, codes N(0, 1), SGD at 0.1 for all, with
-    momentum and weight decay for encoder and decoder, no warm-up, no restarts, no mirrored images. Sets these
-    settings at once, over those of --config; flags go before them."""
+    """plain: random initialisation, SGD with a single learning rate of 0.1, momentum and weight decay, no warm-up, no
+    dead-code resets, no flips. With it, the codebook collapses. Overrides --config; command-line flags override it."""
     resume: bool = False
-    """Go on with the run in --out, with its settings; begin it where there is none."""
+    """Resume the run in --out. Starts a new run if there is none."""
     overwrite: bool = False
     """Replace the run in --out."""
 
 
 def parse(arguments: list[str]) -> Command:
-    """The command line as settings; what it leaves out comes from --recipe, then from --config, or, with --resume, from
-    the run's own."""
+    """Parse the command line. Defaults come from --recipe, then from --config or, with --resume, from the run's own."""
     command = _parse(arguments, Config())
     folder = RunFolder(command.run.out)
     source = command.config
@@ -67,10 +66,10 @@ def parse(arguments: list[str]) -> Command:
         defaults = dataclasses.replace(defaults, **RECIPES[command.recipe])
     if defaults != Config():
         command = _parse(arguments, defaults)
-    if source is not None and command.config is None:  # the folder may have been renamed since it was written
+    if source is not None and command.config is None:  # the folder may have been renamed since
         command = dataclasses.replace(command, run=dataclasses.replace(command.run, out=folder.path))
     if command.resume and command.overwrite:
-        raise UsageError("--resume and --overwrite contradict each other: give one")
+        raise UsageError("--resume and --overwrite exclude each other")
     command.run.check()
     return command
 
@@ -80,35 +79,34 @@ def _parse(arguments: list[str], defaults: Config) -> Command:
 
 
 def main(arguments: list[str], signals: SignalHandler) -> None:
-    """Run the command line; raises what `run_command` turns into exit codes."""
-    command = parse(arguments)
-    num_processes = Launch.from_environment().world_size
-    if command.run.batch_size < num_processes:
+    """Run the command line. Raises the exceptions that `run_command` turns into exit codes."""
+    command, launch = parse(arguments), Launch.from_environment()
+    if command.run.batch_size < launch.world_size:
         raise UsageError(
-            f"--batch-size must be at least {num_processes}, an image for each process, got {command.run.batch_size}"
+            f"--batch-size must be at least {launch.world_size}, one image per process, got {command.run.batch_size}"
         )
     try:
         with process_group(command.run.device) as device:
             _train(broadcast_from_rank0(lambda: command), device, signals)
     except LostProcessError as error:
-        raise LostProcessError(f"{error}; {Launch.from_environment().how_to_go_on(command.run.out)}") from error
+        raise LostProcessError(f"{error}; {launch.resume_advice(command.run.out)}") from error
 
 
 def _train(command: Command, device: torch.device, signals: SignalHandler) -> None:
-    """Read the images, and train on them, alone or together with the other processes of the group."""
+    """Load the images and train, in a single process or as one of the process group."""
     config, folder = command.run, RunFolder(command.run.out)
-    begun_anew = any_rank(Launch.from_environment().restarts > 0)  # each machine counts what died there alone
-    state = broadcast_from_rank0(lambda: _claim(folder, command, begun_anew))
+    (restarts,) = max_over_ranks(Launch.from_environment().restarts)  # each machine counts only its own
+    state = broadcast_from_rank0(lambda: _checkpoint_to_resume(folder, command, restarted=restarts > 0))
     if state is not None and state["finished"]:
-        _say(f"{folder.path} holds a finished run: nothing to do")
+        _print(f"the run in {folder.path} is finished: nothing to do")
         return
 
-    images = _read_images(config, config.dataset if state is None else state["dataset"])
+    images = _load_images(config, config.dataset if state is None else state["dataset"])
     config = dataclasses.replace(config, dataset=cast(Dataset, images.dataset))
     train, val = split_train(images.train, config.limit, config.val_fraction, config.seed)
     if train.shape[0] < world_size():
-        raise UsageError(f"{world_size()} processes need an image each to train on, got {train.shape[0]}")
-    image_size = (images.train.shape[2], images.train.shape[3])
+        raise UsageError(f"{world_size()} processes need one training image each, got {train.shape[0]}")
+    image_size = (train.shape[2], train.shape[3])
     if state is not None and tuple(state["image_size"]) != image_size:
         raise UsageError(f"the images must be {tuple(state['image_size'])} as in the checkpoint, got {image_size}")
 
@@ -118,78 +116,73 @@ def _train(command: Command, device: torch.device, signals: SignalHandler) -> No
     _set_pixel_statistics(model, train)
     broadcast_from_rank0(lambda: folder.begin(config) if state is None else folder.write_config(config))
     where = str(device) if world_size() == 1 else f"{world_size()} processes, this one on {device}"
-    _say(
-        f"{images.dataset}: {train.shape[0]} images to train on, {val.shape[0]} to validate, "
-        f"{images.test.shape[0]} to test, {image_size[0]} x {image_size[1]}, on {where}"
-    )
+    sizes = f"{train.shape[0]} training, {val.shape[0]} validation, {images.test.shape[0]} test"
+    _print(f"{images.dataset}: {sizes} images of {image_size[0]} x {image_size[1]}, on {where}")
     if state is None:
         if config.network_init == "pca":
-            _say("encoder and decoder begin from the images ...")
+            _print("initialising encoder and decoder by PCA ...")
             init_by_pca(model, train)
-        model.load_state_dict(broadcast_from_rank0(model.state_dict))  # unlike machines do not round alike
+        model.load_state_dict(broadcast_from_rank0(model.state_dict))  # other machines may round differently
     Trainer(config, model.to(device), train, val, images.test, images.dataset, device, signals, state).run()
     names = dict.fromkeys(file.relative_to(folder.path).parts[0] for file in folder.files())
-    _say(f"results in {folder.path}: {', '.join(names)}")
+    _print(f"results in {folder.path}: {', '.join(names)}")
 
 
-def _say(text: str) -> None:
-    """Print a line, once for all processes."""
+def _print(text: str) -> None:
     if is_rank0():
         print(text, flush=True)
 
 
-def _read_images(config: Config, dataset: Dataset) -> Images:
-    """The images, the same in all processes."""
-    images = local_rank0_first(
-        lambda: load_images(dataset, config.data_dir, image_size=config.image_size, seed=config.seed),
-        may_download=dataset in ("auto", "cifar10"),
-    )
+def _load_images(config: Config, dataset: Dataset) -> Images:
+    """Load the images on all ranks, and check that they are the same."""
+    load = local_rank0_first if dataset in ("auto", "cifar10") else on_all_ranks  # CIFAR-10 may have to be downloaded
+    images = load(lambda: load_images(dataset, config.data_dir, image_size=config.image_size, seed=config.seed))
     check_same("the images", (images.dataset, *fingerprints(images.train, images.test)))
     return images
 
 
-def _claim(folder: RunFolder, command: Command, begun_anew: bool) -> dict[str, Any] | None:
-    """Raise UsageError if the folder may not be written to; the checkpoint in it to go on from, if there is one.
+def _checkpoint_to_resume(folder: RunFolder, command: Command, *, restarted: bool) -> dict[str, Any] | None:
+    """The checkpoint to resume from, or None for a new run. Raises UsageError if the folder must not be written to.
 
-    A job that torchrun began anew goes on by itself with its own run, and with no other.
+    A job that torchrun restarted resumes its own run without --resume, but no other run.
     """
-    goes_on = command.resume or begun_anew
-    if not goes_on or not folder.last.exists():
-        folder.check(may_be_taken=command.overwrite or (goes_on and not folder.holds_results()))
-        if goes_on:
+    resume = command.resume or restarted
+    if not resume or not folder.last.exists():
+        folder.check(may_replace=command.overwrite or (resume and not folder.holds_results()))
+        if resume:
             own = command.resume and command.config is None and folder.config.exists()
             source = f"the settings of {folder.config}" if own else "the settings given here"
-            print(f"no checkpoint in {folder.path}: the run starts anew, with {source}", file=sys.stderr)
+            print(f"no checkpoint in {folder.path}: starting a new run with {source}", file=sys.stderr)
         return None
     state = load_checkpoint(folder.last)
     if not command.resume and state.get("job") != Launch.from_environment().job:
-        folder.check(may_be_taken=command.overwrite)
+        folder.check(may_replace=command.overwrite)
         return None
-    _check_settings(state, folder, command.run)
+    _check_settings(state, folder.last, command.run)
     return state
 
 
-def _check_settings(state: dict[str, Any], folder: RunFolder, config: Config) -> None:
-    """Raise UsageError where a run cannot go on from a checkpoint with these settings."""
+def _check_settings(state: dict[str, Any], file: Path, config: Config) -> None:
+    """Raise UsageError if the run of a checkpoint cannot be resumed with these settings."""
     if "optimizer" not in state:
-        raise UsageError(f"{folder.last} holds a model alone, as best.pt does: there is nothing to go on from")
+        raise UsageError(f"{file} holds a model alone, like best.pt: it cannot be resumed")
     if "images" not in state:
-        raise UsageError(f"{folder.last} is of an earlier version of this program, which alone can go on with it")
-    before, now = Config.from_dict(state["config"], str(folder.last)).to_dict(), config.to_dict()
-    contradicting = [name for name, value in now.items() if name not in _MAY_CHANGE and before.get(name) != value]
+        raise UsageError(f"{file} was written by an older version of this program, which alone can resume it")
+    before, now = Config.from_dict(state["config"], str(file)).to_dict(), config.to_dict()
+    changed = [name for name, value in now.items() if name not in _MAY_CHANGE and before[name] != value]
     if config.dataset not in ("auto", state["dataset"]):
-        contradicting.append("dataset")
-    if contradicting:
-        differences = ", ".join(f"{flag(name)} was {before.get(name)}, got {now[name]}" for name in contradicting)
-        raise UsageError(f"--resume: the settings contradict those of {folder.last}: {differences}")
+        changed.append("dataset")
+    if changed:
+        differences = ", ".join(f"{flag(name)} was {before[name]}, got {now[name]}" for name in changed)
+        raise UsageError(f"--resume: the settings differ from those of {file}: {differences}")
 
 
 def _set_pixel_statistics(model: VQAE, images: torch.Tensor) -> None:
-    """Mean of each channel, and one standard deviation around them, of images [N, 3, H, W] uint8, in [0, 1]."""
+    """Set pixel_mean and pixel_std to those of images [N, 3, H, W] uint8: a mean per channel, one deviation for all."""
     counts = torch.stack([channel.flatten().bincount(minlength=256) for channel in images.unbind(1)]).double()
+    frequencies = counts / counts.sum(dim=1, keepdim=True)  # [3, 256]
     levels = torch.arange(256, dtype=torch.float64) / 255
-    shares = counts / counts.sum(dim=1, keepdim=True)  # [3, 256]
-    mean = shares @ levels
-    std = (shares @ levels.square() - mean.square()).mean().clamp(min=0).sqrt()
+    mean = frequencies @ levels
+    std = (frequencies @ levels.square() - mean.square()).mean().clamp(min=0).sqrt()
     model.pixel_mean.copy_(mean[:, None, None])
     model.pixel_std.copy_(std.clamp(min=1 / 255))

@@ -261,7 +261,7 @@ def test_a_flag_of_the_wrong_type_exits_with_2(command: Callable[..., Outcome], 
 
 
 def test_resume_and_overwrite_contradict_each_other() -> None:
-    with pytest.raises(UsageError, match="--resume and --overwrite contradict"):
+    with pytest.raises(UsageError, match="--resume and --overwrite exclude each other"):
         parse(["--resume", "--overwrite"])
 
 

@@ -51,7 +51,7 @@ def test_other_images(command: Command, finished_run: Path, images: Path, tmp_pa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--checkpoint", "none.pt"), "checkpoint none.pt does not exist"),
+        (("--checkpoint", "none.pt"), "checkpoint none.pt cannot be read: No such file"),
         (("--dataset", "imagefolder", "--data-dir", "none"), "none does not exist"),
         (("--batch-size", "0"), "--batch-size must be at least 1, got 0"),
         (("--device", "cuda:99"), "--device cuda:99 does not exist"),

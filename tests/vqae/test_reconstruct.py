@@ -24,7 +24,7 @@ def test_a_image_of_originals_over_reconstructions(
     with Image.open(out) as image:
         assert image.format == "PNG"
         assert image.size == (16 * 66 + 2, 4 * 66 + 2 + 40)
-        assert image.info["Title"] == "originals over reconstructions by best.pt, trained on imagefolder"
+        assert image.info["Title"] == "originals above reconstructions by best.pt, trained on imagefolder"
         pixels = np.asarray(image.convert("RGB"))
     with Image.open(files[0]) as original:
         np.testing.assert_array_equal(pixels[42 : 42 + 64 : 2, 2 : 2 + 64 : 2], np.asarray(original))
@@ -60,7 +60,7 @@ def test_bad_input_exits_with_2_and_writes_nothing(command: Command, finished_ru
     best, out = finished_run / "best.pt", tmp_path / "out.png"
     for arguments, message in (
         ((tmp_path / "none.png", "--checkpoint", best), "none.png"),
-        ((tmp_path / "notes.txt", "--checkpoint", best), "notes.txt is no image"),
+        ((tmp_path / "notes.txt", "--checkpoint", best), "notes.txt is damaged, not an image"),
         ((tmp_path / "notes.txt", "--checkpoint", tmp_path / "notes.txt"), "notes.txt is not a checkpoint"),
         (("--checkpoint", best), "at least one image must be given, got none"),
         ((tmp_path / "none.png", "--checkpoint", best, "--device", "cuda:99"), "--device cuda:99 does not exist"),

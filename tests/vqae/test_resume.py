@@ -65,7 +65,7 @@ def test_sigterm_in_the_middle(
     assert 1 <= state["epoch"] * 3 + state["step"] < 6
     steps = state["epoch"] * 3 + state["step"]
     assert err == (
-        f"saved at step {steps}; go on with: python -m vqae.train --out {out} --resume\nstopped by SIGTERM\n"
+        f"saved at step {steps}; resume with: python -m vqae.train --out {out} --resume\nstopped by SIGTERM\n"
     )
     outcome = command("vqae.train", "--out", out, "--resume")  # just as the message says
     assert outcome.exit_code == 0, outcome.err
@@ -92,7 +92,7 @@ def test_a_run_stopped_wherever_it_can_be(
             patch.setattr(owner, name, stopping)
             outcome = command("vqae.train", *tiny, "--out", out, "--resume")
         assert outcome.exit_code == 130
-        assert f"go on with: python -m vqae.train --out {out} --resume\nstopped by SIGINT\n" in outcome.err
+        assert f"resume with: python -m vqae.train --out {out} --resume\nstopped by SIGINT\n" in outcome.err
         assert "Traceback" not in outcome.err
         return outcome
 
@@ -102,7 +102,7 @@ def test_a_run_stopped_wherever_it_can_be(
         return state["epoch"], state["step"]
 
     first = stop_at(Trainer, "_train_step", 2)
-    assert f"no checkpoint in {out}: the run starts anew" in first.err
+    assert f"no checkpoint in {out}: starting a new run" in first.err
     assert position() == (0, 2)
     stop_at(trainer, "evaluate", 2)
     assert position() == (0, 3)
@@ -189,7 +189,7 @@ def test_runs_killed_at_random_moments_resume(
 def test_a_finished_run_says_so_and_is_left_alone(command: Command, finished_run: Path) -> None:
     before = {file: file.stat().st_mtime_ns for file in finished_run.rglob("*")}
     outcome = command("vqae.train", "--out", finished_run, "--resume")
-    assert (outcome.exit_code, outcome.out) == (0, f"{finished_run} holds a finished run: nothing to do\n")
+    assert (outcome.exit_code, outcome.out) == (0, f"the run in {finished_run} is finished: nothing to do\n")
     assert {file: file.stat().st_mtime_ns for file in finished_run.rglob("*")} == before
 
 
@@ -231,7 +231,7 @@ def test_other_images_contradict(command: Command, stopped_run: Path, images: Pa
     before = (stopped_run / "last.pt").read_bytes()
     outcome = command("vqae.train", "--out", stopped_run, "--resume", "--data-dir", tmp_path / "fewer")
     assert outcome.exit_code == 2
-    assert "--resume: the run trained on 51 images, but now there are 43" in outcome.err
+    assert "got others (51 training images then, 43 now)" in outcome.err
     assert (stopped_run / "last.pt").read_bytes() == before
 
 
@@ -271,7 +271,7 @@ def test_a_checkpoint_that_is_cut_short_is_named_and_kept(command: Command, stop
     last.write_bytes(half)
     outcome = command("vqae.train", "--out", stopped_run, "--resume")
     assert outcome.exit_code == 2
-    assert f"{last} is not a checkpoint, or it is cut short or damaged" in outcome.err
+    assert f"{last} is not a checkpoint, or it is truncated or damaged" in outcome.err
     assert last.read_bytes() == half
 
 
@@ -289,7 +289,7 @@ def test_a_run_of_an_earlier_version_is_refused(command: Command, stopped_run: P
     torch.save(state, stopped_run / "last.pt")
     outcome = command("vqae.train", "--out", stopped_run, "--resume")
     assert outcome.exit_code == 2
-    assert "last.pt is of an earlier version of this program" in outcome.err
+    assert "last.pt was written by an older version of this program" in outcome.err
 
 
 def test_a_run_may_move_to_another_folder(command: Command, stopped_run: Path, tmp_path: Path) -> None:

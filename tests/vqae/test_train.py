@@ -45,8 +45,9 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_every_file_is_there_and_nothing_else(finished_run: Path) -> None:
-    events = {"events", *(f"events/events.out.tfevents.{step:010}" for step in (3, 6))}
-    assert files_in(finished_run) == FILES | events
+    events = {name for name in files_in(finished_run) if name.startswith("events/events.out.tfevents.")}
+    assert len(events) == 2
+    assert files_in(finished_run) == FILES | events | {"events"}
 
 
 def test_config_json_repeats_the_run(finished_run: Path, images: Path) -> None:
@@ -175,8 +176,8 @@ def test_auto_falls_back_aloud_and_every_output_says_synthetic(
     assert outcome.exit_code == 0, outcome.err
     assert "THE IMAGES ARE SYNTHETIC" in caplog.text
     first, beginning, epoch, *_ = outcome.out.splitlines()
-    assert first.startswith("synthetic: 32 images to train on, 8 to validate, 20 to test, 32 x 32")
-    assert beginning == "encoder and decoder begin from the images ..."
+    assert first.startswith("synthetic: 32 training, 8 validation, 20 test images of 32 x 32")
+    assert beginning == "initialising encoder and decoder by PCA ..."
     assert epoch.startswith("epoch 1/1 (synthetic)")
     assert Config.read(out / "config.json").dataset == "synthetic"
     assert all(line["dataset"] == "synthetic" for line in metrics(out))
@@ -218,7 +219,7 @@ def test_a_collapsed_codebook_is_warned_of_once_an_epoch(
     outcome = command("vqae.train", *tiny, "--image-size", 8, "--restart-after", 0, "--out", tmp_path)
     assert outcome.exit_code == 0, outcome.err
     said = [line for line in outcome.err.splitlines() if line.startswith("warning")]
-    text = "the 45 images held out chose 7 of 16 codes, fewer than half of those they could: look at --restart-after"
+    text = "45 held-out images use 7 of 16 codes, fewer than half of those they could: try --restart-after"
     assert len(said) == (2 if codes_used == 7 else 0)  # two epochs
     assert all(text in line for line in said)
 
@@ -236,7 +237,7 @@ def test_a_run_with_every_option_turned_the_other_way(command: Command, tiny: tu
     (line,) = metrics(tmp_path / "run")
     assert line["val_mse"] is None
     assert line["step"] == 1  # a batch is never larger than the images
-    assert "20 images to train on, 0 to validate, 32 to test, 8 x 8" in outcome.out
+    assert "20 training, 0 validation, 32 test images of 8 x 8" in outcome.out
     last, best = load(tmp_path / "run" / "last.pt"), load(tmp_path / "run" / "best.pt")
     assert all(torch.equal(value, last["model"][name]) for name, value in best["model"].items())
 
@@ -313,7 +314,7 @@ REFUSED: dict[str, tuple[Callable[[Path], list[object]], str]] = {
     "missing folder": (_missing, "missing does not exist"),
     "empty folder": (_empty, "must hold the folder train/"),
     "no folder": (lambda _: ["--dataset", "imagefolder"], "needs --data-dir"),
-    "no image": (_no_image, "notes.png is no image"),
+    "no image": (_no_image, "notes.png is damaged, not an image"),
     "several sizes": (_several_sizes, "--image-size"),
     "no network": (lambda path: ["--dataset", "cifar10", "--data-dir", path / "data"], "cannot be downloaded"),
     "no device": (lambda _: ["--device", "cuda:99"], "--device cuda:99 does not exist"),
@@ -399,7 +400,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(command: Command, tiny: tuple[s
     settings = ("--image-size", 8, "--warmup", 0, "--embedding-norm", "none", "--out", out)
     outcome = command("vqae.train", *tiny, *settings, "--checkpoint-minutes", 0, "--lr", "1e30")
     assert outcome.exit_code == 1
-    assert "error: a loss was not finite at step 2; the last checkpoint is kept" in outcome.err
+    assert "error: a loss was not finite at step 2; the last checkpoint, if there is one, is kept" in outcome.err
     assert "Traceback" not in outcome.err
     state = load(out / "last.pt")
     assert state["step"] == 1
@@ -415,7 +416,7 @@ def test_a_model_whose_images_are_not_finite_is_not_saved(
     monkeypatch.setattr(trainer, "evaluate", evaluate)
     outcome = command("vqae.train", *tiny, "--image-size", 8, "--out", tmp_path / "run")
     assert outcome.exit_code == 1
-    assert "error: the model's images were not finite after step 3" in outcome.err
+    assert "error: reconstructions were not finite after step 3" in outcome.err
     assert files_in(tmp_path / "run") == {"config.json", "last.pt"}
     assert load(tmp_path / "run" / "last.pt")["step"] == 0
 
@@ -424,10 +425,10 @@ def test_events_that_cannot_be_written_are_named(tiny: tuple[str, ...], tmp_path
     (tmp_path / "events").write_text("a file where the folder should be")
     outcome = command("vqae.train", *tiny, "--image-size", 8, "--epochs", 1, "--out", tmp_path)
     assert outcome.exit_code == 2
-    assert f"{tmp_path / 'events' / 'events.out.tfevents.0000000003'} cannot be written" in outcome.err
+    assert f"{tmp_path / 'events'} cannot be written" in outcome.err
 
 
 def test_without_tensorboard_there_are_no_events(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard.summary", None)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     write_events(tmp_path, {"step": 1, "test_mse": 0.5})
     assert files_in(tmp_path) == set()

@@ -1,4 +1,4 @@
-"""CIFAR-10 as torchvision reads it, downloaded at most once and checked every time.
+"""CIFAR-10, read by torchvision. It is downloaded at most once, and its checksums are always verified.
 
 Source: Krizhevsky 2009, "Learning multiple layers of features from tiny images",
 https://www.cs.toronto.edu/~kriz/cifar.html
@@ -21,47 +21,44 @@ from torchvision.datasets.utils import calculate_md5, check_integrity
 
 from vqae.runtime.errors import UsageError
 
-# A server that sends nothing for this long is given up.
-STALL_SECONDS = 20.0
+STALL_SECONDS = 20.0  # timeout of a server that sends nothing
 
 _logger = logging.getLogger(__name__)
 
 
 class DownloadError(UsageError):
-    """CIFAR-10 is not there and cannot be downloaded; nothing that was there is damaged."""
+    """CIFAR-10 is missing and cannot be downloaded."""
 
 
 def read_cifar10(data_dir: Path, splits: Sequence[str]) -> list[Tensor]:
-    """The splits that are asked for, from data_dir/cifar-10-batches-py, in the order of the official files.
+    """Read splits from data_dir/cifar-10-batches-py, in the order of the official files.
 
-    What is missing is unpacked from data_dir/cifar-10-python.tar.gz, or downloaded where that is missing as well.
-    Where all is there, the network is not touched. What is damaged and cannot be unpacked anew is an error and is left
-    as it is: it is the user's, and may be of use.
+    If files are missing, data_dir/cifar-10-python.tar.gz is unpacked; if that is missing too, it is downloaded. The
+    network is not used if the files are complete. Damaged files are an error, and are not changed.
 
     Args:
-        data_dir: created where it does not exist.
-        splits: each "train" or "test".
+        data_dir: created if it does not exist.
+        splits: "train", "test" or both.
 
     Returns:
-        For each split [N, 3, 32, 32] uint8: 50,000 images to train, 10,000 to test.
+        For each split [N, 3, 32, 32] uint8: 50,000 training images, 10,000 test images.
 
     Raises:
-        DownloadError: nothing of CIFAR-10 is there, and it cannot be downloaded.
-        UsageError: data_dir is not a folder, or what lies there is cut short or damaged.
+        DownloadError: CIFAR-10 is missing and cannot be downloaded.
+        UsageError: data_dir is not a folder, or its files are truncated or damaged.
     """
     if data_dir.exists() and not data_dir.is_dir():
         raise UsageError(f"--data-dir must be a folder, but {data_dir} is a file")
     try:
-        _make_complete(data_dir)
-        return [_read_batches(data_dir, split) for split in splits]
+        _complete(data_dir)
+        return [_read_split(data_dir, split) for split in splits]
     except OSError as error:
         raise UsageError(f"CIFAR-10 in {data_dir} cannot be read: {error}") from error
 
 
-def _make_complete(data_dir: Path) -> None:
-    """See to it that every official file is there with its checksum, or raise UsageError."""
-    folder = data_dir / CIFAR10.base_folder
-    archive = data_dir / CIFAR10.filename
+def _complete(data_dir: Path) -> None:
+    """Unpack or download what is missing, and raise UsageError if a file has another checksum than the official one."""
+    folder, archive = data_dir / CIFAR10.base_folder, data_dir / CIFAR10.filename
     checksums = dict([*CIFAR10.train_list, *CIFAR10.test_list, (CIFAR10.meta["filename"], CIFAR10.meta["md5"])])
     damaged = [name for name, md5 in checksums.items() if not check_integrity(folder / name, md5)]
     if not damaged:
@@ -69,66 +66,61 @@ def _make_complete(data_dir: Path) -> None:
     if archive.exists():
         if not check_integrity(archive, CIFAR10.tgz_md5):
             raise UsageError(
-                f"{archive} is cut short or damaged: {archive.stat().st_size:,} bytes with MD5 "
-                f"{calculate_md5(archive)}, where CIFAR-10's is {CIFAR10.tgz_md5}. "
-                "Delete it to have it downloaded again, or put the whole archive in its place."
+                f"{archive} is truncated or damaged: {archive.stat().st_size:,} bytes with MD5 "
+                f"{calculate_md5(archive)}, but CIFAR-10 has {CIFAR10.tgz_md5}. Replace it, or delete it to download "
+                "it again."
             )
         _logger.info("unpacking %s", archive)
-        CIFAR10(data_dir, download=True)  # unpacks alone: the archive is there
+        CIFAR10(data_dir, download=True)  # unpacks only, since the archive exists
     elif folder.exists():
         raise UsageError(
             f"{folder} is incomplete or damaged: {', '.join(damaged)} missing or with a wrong MD5 checksum. "
-            "Delete the folder to have it downloaded again."
+            "Delete the folder to download it again."
         )
     else:
         _download(data_dir)
 
 
 def _download(data_dir: Path) -> None:
-    """Download and unpack into data_dir all at once: an interruption leaves no half of it behind."""
+    """Download to a temporary folder, unpack and rename, so that an interruption leaves nothing behind."""
     _logger.info("downloading CIFAR-10 (170 MB) from %s into %s", CIFAR10.url, data_dir)
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix=".cifar10-", dir=data_dir) as temporary_dir, _stalls_end():
+        with TemporaryDirectory(prefix=".cifar10-", dir=data_dir) as temporary_dir, _socket_timeout(STALL_SECONDS):
             CIFAR10(temporary_dir, download=True)
             folder = data_dir / CIFAR10.base_folder
             try:
                 Path(temporary_dir, CIFAR10.base_folder).rename(folder)
             except OSError:
-                if not folder.is_dir():  # else another process was faster, and its copy serves as well
+                if not folder.is_dir():  # otherwise another process was faster
                     raise
-    except (OSError, HTTPException) as error:
+    except (OSError, HTTPException, RuntimeError) as error:
         if isinstance(error, HTTPError):
-            error.close()  # it holds the connection
-        reason = str(error.reason) if type(error) is URLError else str(error)
-        raise DownloadError(_download_advice(data_dir, reason or type(error).__name__)) from error
-    except RuntimeError as error:  # torchvision's word for a checksum that does not fit
-        reason = "what arrived is cut short or damaged (its MD5 checksum is wrong)"
-        raise DownloadError(_download_advice(data_dir, reason)) from error
+            error.close()  # close the connection
+        reason = str(error.reason) if type(error) is URLError else str(error) or type(error).__name__
+        if isinstance(error, RuntimeError):  # torchvision raises it for a wrong checksum
+            reason = "the downloaded file is truncated or damaged (wrong MD5 checksum)"
+        raise DownloadError(
+            f"CIFAR-10 is not in {data_dir} and cannot be downloaded from {CIFAR10.url}: {reason}. "
+            f"Put {CIFAR10.filename} into {data_dir}, or use --data-dir with the folder that holds it."
+        ) from error
 
 
 @contextmanager
-def _stalls_end() -> Iterator[None]:
-    """Give every connection opened inside a time limit; torchvision sets none, and would wait for ever."""
+def _socket_timeout(seconds: float) -> Iterator[None]:
+    """Set the timeout of connections that are opened in the block. torchvision sets none."""
     timeout_before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(STALL_SECONDS)
+    socket.setdefaulttimeout(seconds)
     try:
         yield
     finally:
         socket.setdefaulttimeout(timeout_before)
 
 
-def _download_advice(data_dir: Path, reason: str) -> str:
-    return (
-        f"CIFAR-10 is not in {data_dir} and cannot be downloaded from {CIFAR10.url}: {reason}. "
-        f"Put {CIFAR10.filename} into {data_dir}, or name the folder that holds it with --data-dir."
-    )
-
-
-def _read_batches(data_dir: Path, split: str) -> Tensor:
-    """The images of one split, [N, 3, 32, 32] uint8."""
+def _read_split(data_dir: Path, split: str) -> Tensor:
+    """The images of a split, [N, 3, 32, 32] uint8."""
     with warnings.catch_warnings():
-        # The official files are pickles of 2009, written with a spelling that NumPy 2.4 no longer likes.
+        # The official files are pickles of 2009 that NumPy 2.4 warns of.
         warnings.filterwarnings("ignore", message=r"dtype\(\): align should be passed")
         images = CIFAR10(data_dir, train=split == "train").data  # [N, 32, 32, 3], a view of [N, 3, 32, 32]
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()

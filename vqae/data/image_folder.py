@@ -1,14 +1,13 @@
-"""Anyone's images, in the layout of torchvision's ImageFolder: DIR/train/<class>/* and DIR/test/<class>/*.
+"""Image folders in the layout of torchvision's ImageFolder: DIR/train/<class>/* and DIR/test/<class>/*.
 
-One thread decodes with Pillow: 55,000 JPEG images of 32 x 32 take some 12 s. Two threads were no faster, for most of
-that time is Python's own, and a loop ends at once when it is interrupted.
+Images are decoded in one thread: 55,000 JPEG files of 32 x 32 take about 12 s. Two threads are not faster, because most
+of that time is spent in Python.
 """
 
 import struct
 import warnings
 import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,141 +20,114 @@ from tqdm import tqdm
 
 from vqae.runtime.errors import UsageError
 
-# What Pillow raises at files that are no image, are cut short or damaged. Not Exception: an exception that a signal
-# handler raises while an image is being read must pass.
+# What Pillow raises for files that are damaged or not images. Not Exception, so that an exception raised by a signal
+# handler passes.
 _IMAGE_ERRORS = (
-    OSError,
-    RuntimeError,
-    MemoryError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    IndexError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
+    *(OSError, RuntimeError, MemoryError, SyntaxError, ValueError, EOFError, IndexError),
+    *(struct.error, zlib.error, Image.DecompressionBombError),
 )
 
 
 def read_image_folder(data_dir: Path, splits: Sequence[str], image_size: int | None) -> list[Tensor]:
-    """The splits that are asked for, each in the order of its sorted paths. Hidden files and folders are left out.
+    """Read splits of an image folder, each sorted by path. Hidden files and folders are ignored.
 
-    Grey, palette and transparent images become RGB. All splits are looked through before an image is decoded.
+    Greyscale, palette and transparent images are converted to RGB. All splits are listed before any image is decoded.
 
     Args:
-        data_dir: holds a folder for each split, which holds a folder for each class.
-        splits: each "train" or "test".
-        image_size: resize the shorter side to this, antialiased, and cut out the centre; None keeps the images as
-            they are.
+        data_dir: a folder with a folder per split, which has a folder per class.
+        splits: "train", "test" or both.
+        image_size: resize the shorter side to this, antialiased, and crop the centre. None keeps the images.
 
     Returns:
-        For each split [N, 3, H, W] uint8; H and W are the same for all.
+        For each split [N, 3, H, W] uint8, with H and W the same for all.
 
     Raises:
-        UsageError: a folder is missing or empty, a file is no image or is damaged, or the images have several
-            sizes and image_size is None.
+        UsageError: a folder is missing or empty, a file is damaged or not an image, or the images differ in size and
+            image_size is None.
     """
-    if not data_dir.exists():
-        raise UsageError(f"--data-dir must be a folder, but {data_dir} does not exist")
     if not data_dir.is_dir():
-        raise UsageError(f"--data-dir must be a folder, but {data_dir} is a file")
+        problem = "is a file" if data_dir.exists() else "does not exist"
+        raise UsageError(f"--data-dir must be a folder, but {data_dir} {problem}")
     try:
-        paths = {split: _list_images(data_dir / split) for split in splits}
+        paths = [_list_images(data_dir / split) for split in splits]
     except OSError as error:
         raise UsageError(f"{data_dir} cannot be read: {error}") from error
-    first_path = paths[splits[0]][0]
     size = None if image_size is None else (image_size, image_size)
-    with _quiet_pillow():
-        first_shape = _decode(first_path, size).shape
-        return [_read_images(paths[split], split, size, first_path, first_shape) for split in splits]
+    first = paths[0][0]
+    shape = _decode(first, size).shape
+    images = [np.empty((len(files), 3, *shape[:2]), dtype=np.uint8) for files in paths]
+    for split, files, decoded in zip(splits, paths, images, strict=True):
+        # disable=None: no progress bar if stderr is not a terminal
+        for index, path in enumerate(tqdm(files, desc=f"reading {split}", unit=" images", leave=False, disable=None)):
+            pixels = _decode(path, size)
+            if pixels.shape != shape:
+                raise UsageError(
+                    f"the images differ in size, but --image-size is not given: {first} is {shape[1]} x {shape[0]}, "
+                    f"{path} is {pixels.shape[1]} x {pixels.shape[0]}"
+                )
+            decoded[index] = pixels.transpose(2, 0, 1)
+    return [torch.from_numpy(decoded) for decoded in images]
 
 
 def read_image(path: Path, size: tuple[int, int] | None = None) -> Tensor:
-    """One image file, read as those of an image folder are.
+    """Read one image file as RGB.
 
     Args:
         path: a file in any format that Pillow reads.
-        size: (H, W) to scale and crop it to; None keeps it as it is.
+        size: (H, W) to scale and crop it to, None to keep it.
 
     Returns:
         [3, H, W] uint8.
 
     Raises:
-        UsageError: the file is missing, is no image or is damaged.
+        UsageError: the file is missing, damaged or not an image.
     """
-    with _quiet_pillow():
-        return torch.from_numpy(_decode(str(path), size).transpose(2, 0, 1).copy())
-
-
-@contextmanager
-def _quiet_pillow() -> Iterator[None]:
-    """Pillow warns of odd metadata, which nothing here reads; odd pixels it raises at."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
-        yield
+    return torch.from_numpy(_decode(str(path), size).transpose(2, 0, 1).copy())
 
 
 def _list_images(folder: Path) -> list[str]:
-    """The paths of folder/<class>/*, sorted by class and then by path; every file there is taken for an image."""
+    """The paths folder/<class>/*, sorted by class and path. Every file that is not hidden must be an image."""
     if not folder.is_dir():
-        raise UsageError(f"{folder.parent} must hold the folder {folder.name}/, with one folder for each class in it")
-    visible = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
-    for entry in visible:
+        raise UsageError(f"{folder.parent} must hold the folder {folder.name}/, with one folder per class")
+    classes = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    for entry in classes:
         if not entry.is_dir():
-            raise UsageError(f"{entry} lies outside a class's folder: images belong into {folder}/<class>/")
-    if not visible:
-        raise UsageError(f"{folder} is empty: it must hold one folder for each class, with images in it")
+            raise UsageError(f"{entry} is not in the folder of a class: images must be in {folder}/<class>/")
+    if not classes:
+        raise UsageError(f"{folder} is empty: it must hold one folder per class, with images")
 
     def is_visible(path: str) -> bool:
         return not any(part.startswith(".") for part in Path(path).relative_to(folder).parts)
 
-    class_to_index = {entry.name: index for index, entry in enumerate(visible)}
-    samples = make_dataset(str(folder), class_to_index, is_valid_file=is_visible, allow_empty=True)
-    classes_found = {index for _, index in samples}
-    for name, index in class_to_index.items():
-        if index not in classes_found:
-            raise UsageError(f"{folder / name} is empty: every class's folder must hold at least one image")
+    indices = {entry.name: index for index, entry in enumerate(classes)}
+    samples = make_dataset(str(folder), indices, is_valid_file=is_visible, allow_empty=True)
+    empty = set(indices.values()) - {index for _, index in samples}
+    if empty:
+        raise UsageError(f"{classes[min(empty)]} is empty: the folder of a class must hold at least one image")
     return [path for path, _ in samples]
 
 
-def _read_images(
-    paths: list[str], split: str, size: tuple[int, int] | None, first_path: str, first_shape: tuple[int, ...]
-) -> Tensor:
-    """All images of a split, [N, 3, H, W] uint8, each of first_shape [H, W, 3]."""
-    height, width, channels = first_shape
-    images = np.empty((len(paths), channels, height, width), dtype=np.uint8)
-    # disable=None: no bar where stderr is no terminal
-    for index, path in enumerate(tqdm(paths, desc=f"reading {split}", unit=" images", leave=False, disable=None)):
-        pixels = _decode(path, size)
-        if pixels.shape != first_shape:
-            raise UsageError(
-                f"the images have several sizes, and --image-size is not given: {first_path} is "
-                f"{width} x {height}, {path} is {pixels.shape[1]} x {pixels.shape[0]}"
-            )
-        images[index] = pixels.transpose(2, 0, 1)
-    return torch.from_numpy(images)
-
-
 def _decode(path: str, size: tuple[int, int] | None) -> npt.NDArray[np.uint8]:
-    """One image, [H, W, 3]; scaled to cover (H, W) and cropped to it, where a size is given."""
+    """Decode an image to RGB [H, W, 3], scaled to cover `size` and cropped to it if given."""
     try:
-        with Image.open(path) as image:
+        with warnings.catch_warnings(), Image.open(path) as image:
+            warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # about metadata
             image.load()
             rgb = _to_rgb(image)
     except _IMAGE_ERRORS as error:
         reason = str(error) or type(error).__name__
-        raise UsageError(f"{path} is no image, is damaged or cannot be read: {reason}") from error
+        raise UsageError(f"{path} is damaged, not an image or not readable: {reason}") from error
     if size is not None:
         rgb = ImageOps.fit(rgb, (size[1], size[0]), method=Image.Resampling.BICUBIC)
     return np.asarray(rgb)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Any image in 8-bit RGB; transparency is dropped."""
-    if image.mode.startswith("I;16"):  # Pillow would clip its 65,536 greys to 255 instead of scaling them
+    """Convert to 8-bit RGB. Transparency is dropped."""
+    if image.mode.startswith("I;16"):  # Pillow would clip 16-bit values at 255
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
-        raise ValueError(f"its pixels are 32-bit numbers of no known range (mode {image.mode})")
+        raise ValueError(f"its pixels are 32-bit numbers of unknown range (mode {image.mode})")
     if image.mode == "P" and "transparency" in image.info:
-        return image.convert("RGBA").convert("RGB")  # straight to RGB, Pillow warns
+        return image.convert("RGBA").convert("RGB")  # Pillow warns of a direct conversion
     return image if image.mode == "RGB" else image.convert("RGB")

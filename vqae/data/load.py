@@ -173,7 +173,7 @@ def to_device(images: Tensor, device: torch.device) -> Tensor:
 
 
 def training_batches(
-    images: Tensor, batch_size: int, device: torch.device, *, flip: bool, seed: int, epoch: int, first_step: int = 0
+    images: Tensor, batch_size: int, device: torch.device, first_step: int = 0, *, flip: bool, seed: int, epoch: int
 ) -> Iterator[Tensor]:
     """Yield the batches of a training epoch, [B, 3, H, W] uint8 on the device: of each this process's share.
 
@@ -184,10 +184,10 @@ def training_batches(
         images: [N, 3, H, W] uint8.
         batch_size: images per batch over all processes, at most N.
         device: where to put the batches.
+        first_step: number of batches to skip.
         flip: flip each image with probability 1/2.
         seed: seed of the run.
         epoch: number of the epoch.
-        first_step: number of batches to skip.
     """
     num_images = images.shape[0]
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)

@@ -1,4 +1,7 @@
-"""What every command of this package does around its work: signals, messages, exit codes."""
+"""What a command does around its work: signals, error messages, exit codes, and the environment set by torchrun.
+
+This module must not import torch, so that signals are handled before torch is loaded, which takes seconds.
+"""
 
 import logging
 import os
@@ -16,45 +19,58 @@ from typing import Literal, NoReturn
 
 from vqae.runtime.errors import DivergedError, LostProcessError, UsageError
 
+PROCESS_START = time.monotonic()
+
+
+def elapsed_s() -> float:
+    """Seconds since the process started."""
+    return time.monotonic() - PROCESS_START
+
 
 def run_command(module_name: str) -> NoReturn:
-    """Call the main(arguments, signals) of a module and exit: 0; 2 for bad input; 1 for a loss that is not finite; 130
-    after SIGINT, 143 after SIGTERM; of several processes, 1 for those that lost another.
+    """Call main(arguments, signals) of a module and exit.
 
-    The module is named, not given, so that it is loaded, and torch with it, after the signal handlers stand. Of the
-    processes of one machine, which fail alike, one says why.
+    The exit code is 0, 2 for a usage error, 1 for a loss that is not finite or a lost process, 130 after SIGINT and 143
+    after SIGTERM. One process of each machine prints the error. The module is given by name, so that it and torch are
+    imported after the signal handlers are installed.
     """
     signals = SignalHandler()
     signals.install()
     main = import_module(module_name).main
     logging.basicConfig(format="%(message)s")
-    logging.getLogger("vqae").setLevel(logging.INFO if speaks_for_its_machine() else logging.ERROR)
+    logging.getLogger("vqae").setLevel(logging.INFO if _is_local_rank0() else logging.ERROR)
     try:
         with signals.raising():
             main(sys.argv[1:], signals)
             sys.stdout.flush()
     except UsageError as error:
-        _say(f"error: {error}")
-        sys.exit(2)
+        _exit(2, f"error: {error}")
     except DivergedError as error:
-        _say(f"error: {error}; the last checkpoint is kept, if there is one\na lower --lr may help")
-        sys.exit(1)
+        _exit(1, f"error: {error}; the last checkpoint, if there is one, is kept\ntry a lower --lr")
     except LostProcessError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)  # each on its own: any of them may be the only one left
-        os._exit(1)  # at once: what the lost one still owes would be waited for
+        print(f"error: {error}", file=sys.stderr, flush=True)  # on every rank: any of them may be the only survivor
+        os._exit(1)  # a regular exit would wait for the lost process
     except Interrupted as interrupted:
-        _say(f"stopped by {interrupted}")
-        sys.exit(interrupted.exit_code)
+        _exit(interrupted.exit_code, f"stopped by {interrupted}")
     sys.exit(0)
 
 
-def _say(text: str) -> None:
-    if speaks_for_its_machine():
-        print(text, file=sys.stderr)
+def _exit(code: int, message: str) -> NoReturn:
+    if _is_local_rank0():
+        print(message, file=sys.stderr)
+    sys.exit(code)
+
+
+def _is_local_rank0() -> bool:
+    local_rank = os.environ.get("LOCAL_RANK", "0")
+    return not (local_rank.isdecimal() and int(local_rank))
+
+
+# -- signals
 
 
 class Interrupted(BaseException):
-    """The user asked the program to stop. No Exception: no library's `except Exception` may swallow it."""
+    """SIGINT or SIGTERM arrived. Not an Exception, so that no library's `except Exception` catches it."""
 
     def __init__(self, signal_number: int) -> None:
         super().__init__(signal.Signals(signal_number).name)
@@ -62,42 +78,40 @@ class Interrupted(BaseException):
 
 
 class SignalHandler:
-    """Turns the first SIGINT or SIGTERM into `Interrupted`, and the second into an exit on the spot.
+    """Handles SIGINT and SIGTERM. The second signal exits immediately.
 
-    Inside `raising()` the exception is raised where the signal arrives; inside `deferred()` it waits for `poll()`.
-    Elsewhere, while modules load and while the interpreter shuts down, the first signal exits on the spot as well:
-    nothing is to be saved then, and an exception would end in somebody else's traceback.
+    The first signal raises `Interrupted` where it arrives inside `raising()`, and at the next `poll()` inside
+    `deferred()`. Elsewhere, while modules are imported and the interpreter shuts down, it exits immediately: there is
+    nothing to save, and an exception would end as a traceback of other code.
+
+    Attributes:
+        received: the number of the signal that arrived, 0 before any.
     """
 
     def __init__(self) -> None:
-        self._received = 0
+        self.received = 0
         self._response: Literal["exit", "raise", "defer"] = "exit"
 
     def install(self) -> None:
-        """Begin to handle both signals."""
+        """Install the handler for both signals."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
-        if self._received or self._response == "exit":
+        if self.received or self._response == "exit":
             os._exit(128 + number)
-        self._received = number
+        self.received = number
         if self._response == "raise":
             raise Interrupted(number)
 
-    @property
-    def received(self) -> int:
-        """The number of the signal that has come; 0 before any."""
-        return self._received
-
     def poll(self) -> None:
-        """Raise `Interrupted` if a signal has come."""
-        if self._received:
-            raise Interrupted(self._received)
+        """Raise `Interrupted` if a signal has arrived."""
+        if self.received:
+            raise Interrupted(self.received)
 
     @contextmanager
     def raising(self) -> Iterator[None]:
-        """A block in which nothing is half done: a first signal raises `Interrupted` at once."""
+        """In this block the first signal raises `Interrupted` immediately."""
         self._response = "raise"
         try:
             yield
@@ -106,7 +120,7 @@ class SignalHandler:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """A part of a `raising()` block in which a first signal waits for `poll()`."""
+        """In this part of a `raising()` block the first signal waits for `poll()`."""
         self._response = "defer"
         try:
             yield
@@ -114,28 +128,22 @@ class SignalHandler:
             self._response = "raise"
 
 
-PROCESS_START = time.monotonic()
+# -- torchrun
 
-
-def elapsed_s() -> float:
-    """Seconds since the process began."""
-    return time.monotonic() - PROCESS_START
-
-
-_NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_REQUIRED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
 class Launch:
-    """What torchrun tells a process by its environment; the defaults are those of a process alone.
+    """The environment variables of torchrun. The defaults are those of a single process.
 
     Attributes:
-        rank: of this process among all, from 0.
-        world_size: how many there are.
-        local_rank: of this process among those of its machine, from 0.
-        local_world_size: how many of them are on this machine.
-        restarts: how often torchrun has begun the job anew, after a process of it had died.
-        job: the job's name, the same after such a restart; empty where there is none.
+        rank: rank of this process, from 0.
+        world_size: number of processes.
+        local_rank: rank of this process on its machine, from 0.
+        local_world_size: number of processes on this machine.
+        restarts: how many times torchrun has restarted the job after a process died.
+        job: name of the job, which restarts keep. Empty without a job.
     """
 
     rank: int = 0
@@ -147,16 +155,15 @@ class Launch:
 
     @classmethod
     def from_environment(cls) -> "Launch":
-        """This process's; raises UsageError where a part of it is missing or makes no sense."""
+        """Read the environment. Raises UsageError if it is incomplete or inconsistent."""
         if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
             return cls()
-        if os.environ.get("WORLD_SIZE") != "1":
-            missing = [name for name in _NEEDED if not os.environ.get(name)]
-            if missing:
-                raise UsageError(
-                    f"the environment says that this is one of several processes, but not {', '.join(missing)}: start "
-                    "them with torchrun, or unset RANK and WORLD_SIZE for a process alone"
-                )
+        missing = [name for name in _REQUIRED if not os.environ.get(name)]
+        if missing and os.environ.get("WORLD_SIZE") != "1":
+            raise UsageError(
+                f"the environment describes one of several processes, but {', '.join(missing)} is not set: start them "
+                "with torchrun, or unset RANK and WORLD_SIZE to run a single process"
+            )
         rank, world_size = _number("RANK", 0), _number("WORLD_SIZE", 1)
         local_rank, local_world_size = _number("LOCAL_RANK", 0), _number("LOCAL_WORLD_SIZE", 1)
         if not (rank < world_size and local_rank < local_world_size <= world_size):
@@ -164,28 +171,19 @@ class Launch:
                 f"RANK must be below WORLD_SIZE, and LOCAL_RANK below LOCAL_WORLD_SIZE, got {rank} of {world_size} and "
                 f"{local_rank} of {local_world_size}"
             )
+        # Without --rdzv-id the name is "none". The folder of the job's logs then identifies it.
+        job, error_file = (os.environ.get(f"TORCHELASTIC_{name}", "") for name in ("RUN_ID", "ERROR_FILE"))
+        job = error_file.partition("/attempt_")[0] if job == "none" else job
         restarts = _number("TORCHELASTIC_RESTART_COUNT", 0)
-        return cls(rank, world_size, local_rank, local_world_size, restarts, _job())
+        return cls(rank, world_size, local_rank, local_world_size, restarts, job)
 
-    def how_to_go_on(self, folder: Path) -> str:
-        """What to type to go on with the run in a folder."""
+    def resume_advice(self, folder: Path) -> str:
+        """The command that resumes the run in a folder."""
         program = "python"
         if self.world_size > 1:
-            alone = f"--standalone --nproc-per-node {self.world_size}"
-            program = f"torchrun {alone if self.local_world_size == self.world_size else '[its options]'}"
-        return f"go on with: {program} -m vqae.train --out {shlex.quote(str(folder))} --resume"
-
-
-def speaks_for_its_machine() -> bool:
-    """Whether this process is the one of its machine that prints: the others would say the same."""
-    local_rank = os.environ.get("LOCAL_RANK", "0")
-    return not (local_rank.isdecimal() and int(local_rank))
-
-
-def _job() -> str:
-    """--rdzv-id; where it was left out ("none"), the folder that torchrun made for the logs of this job alone."""
-    job, error_file = os.environ.get("TORCHELASTIC_RUN_ID", ""), os.environ.get("TORCHELASTIC_ERROR_FILE", "")
-    return error_file.partition("/attempt_")[0] if job == "none" else job
+            one_machine = self.local_world_size == self.world_size
+            program = f"torchrun {f'--standalone --nproc-per-node {self.world_size}' if one_machine else '[options]'}"
+        return f"resume with: {program} -m vqae.train --out {shlex.quote(str(folder))} --resume"
 
 
 def _number(name: str, default: int) -> int:

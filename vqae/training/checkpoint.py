@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, and read with suspicion."""
+"""Checkpoints and the folder of a run. Files are replaced atomically."""
 
 import contextlib
 import errno
@@ -15,16 +15,16 @@ from vqae.config import Config
 from vqae.runtime.errors import UsageError
 
 FORMAT = "vqae checkpoint 1"
-_MODEL_KEYS = ("config", "dataset", "image_size", "model")  # what a model is used by
+_MODEL_KEYS = {"config", "dataset", "image_size", "model"}  # what the model alone needs
 
 
 def atomic_write(file: Path, data: bytes | memoryview) -> None:
-    """Replace `file` by `data`, or leave it as it was: temporary file, fsync, rename.
+    """Replace `file` by `data` or leave it unchanged: write a temporary file, fsync, rename.
 
     Raises:
-        UsageError: the disk is full, or the folder cannot be written to.
+        UsageError: the disk is full, or the folder is not writable.
     """
-    temporary = file.with_name(f".{file.name}.part")  # of a process that was killed, the next write takes it over
+    temporary = file.with_name(f".{file.name}.part")  # a killed process may leave it; the next write overwrites it
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as stream:
@@ -33,52 +33,52 @@ def atomic_write(file: Path, data: bytes | memoryview) -> None:
             os.fsync(stream.fileno())
         os.replace(temporary, file)
     except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise UsageError(
-                f"no space left on the disk for {file} ({len(data)} bytes); what was there is kept"
-            ) from None
-        raise UsageError(f"{file} cannot be written: {error.strerror}") from None
+        raise write_error(file, error) from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
 
 
+def write_error(file: Path, error: OSError) -> UsageError:
+    """The message for a file that cannot be written."""
+    if error.errno == errno.ENOSPC:
+        return UsageError(f"no space left on the disk for {file}; existing files are kept")
+    return UsageError(f"{file} cannot be written: {error.strerror}")
+
+
 def save_checkpoint(file: Path, state: dict[str, Any]) -> None:
-    """Write a dict of tensors and plain values; raises UsageError as `atomic_write` does."""
+    """Write a dict of tensors and plain values. Raises UsageError as `atomic_write` does."""
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **state}, buffer)
     atomic_write(file, buffer.getbuffer())
 
 
 def load_checkpoint(file: Path) -> dict[str, Any]:
-    """The dict that `save_checkpoint` wrote, on the CPU.
+    """Read the dict that `save_checkpoint` wrote, to the CPU.
 
     Raises:
-        UsageError: the file is missing, cut short, or not a checkpoint of this program.
+        UsageError: the file is missing, truncated, or not a checkpoint of this program.
     """
     try:
-        if not file.is_file():
-            raise UsageError(f"checkpoint {file} {'is no file' if file.exists() else 'does not exist'}")
+        file.open("rb").close()
     except OSError as error:
         raise UsageError(f"checkpoint {file} cannot be read: {error.strerror}") from None
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-    except PermissionError as error:
-        raise UsageError(f"checkpoint {file} cannot be read: {error.strerror}") from None
-    except Exception:  # torch.load fails in a dozen ways on bytes that it did not write
-        raise UsageError(f"{file} is not a checkpoint, or it is cut short or damaged") from None
-    if not isinstance(state, dict) or state.get("format") != FORMAT or not state.keys() >= set(_MODEL_KEYS):
+    except Exception:  # torch.load fails in many ways on other files
+        raise UsageError(f"{file} is not a checkpoint, or it is truncated or damaged") from None
+    if not isinstance(state, dict) or state.get("format") != FORMAT or not state.keys() >= _MODEL_KEYS:
         raise UsageError(f"{file} is not a checkpoint of this program ({FORMAT!r})")
-    if "pictures" in state:  # the name in version 0.1; to be removed after one release
+    if "pictures" in state:  # the key of version 0.1, to be removed after one release
         state["images"] = state.pop("pictures")
     return state
 
 
 class RunFolder:
-    """Where a run writes: one attribute a file.
+    """The output folder of a run, with one attribute for each file.
 
     Args:
-        path: the folder; made when the first file is written.
+        path: the folder. It is created when the first file is written.
     """
 
     def __init__(self, path: Path) -> None:
@@ -93,53 +93,51 @@ class RunFolder:
         self.events = path / "events"
 
     def files(self) -> list[Path]:
-        """The run's files that are there."""
+        """The files of the run that exist."""
         own = (self.config, self.metrics, self.last, self.best, self.reconstructions, self.codebook, self.curves)
         return [file for file in (*own, *self.events.glob("events.out.tfevents.*")) if file.is_file()]
 
-    def check(self, *, may_be_taken: bool) -> None:
-        """Raise UsageError if this is no folder, or if it holds a run that may not be touched."""
+    def check(self, *, may_replace: bool) -> None:
+        """Raise UsageError if the path is not a folder, or if it holds a run that must not be replaced."""
         try:
             if self.path.exists() and not self.path.is_dir():
                 raise UsageError(f"--out must be a folder, got the file {self.path}")
             names = [file.name for file in self.files()]
         except OSError as error:
             raise UsageError(f"--out {self.path} cannot be read: {error.strerror}") from None
-        if names and not may_be_taken:
-            ways = "--resume, --overwrite" if self.last.exists() else "--overwrite"
+        if names and not may_replace:
+            options = "--resume, --overwrite" if self.last.exists() else "--overwrite"
             raise UsageError(
-                f"--out {self.path} already holds a run ({', '.join(names)}): give {ways} or another folder"
+                f"--out {self.path} already holds a run ({', '.join(names)}): use {options} or another folder"
             )
 
     def holds_results(self) -> bool:
-        """Whether there is more than a run's settings."""
+        """Whether there are files besides config.json."""
         return any(file != self.config for file in self.files())
 
-    def clear(self) -> None:
-        """Remove the files of an earlier run, and nothing else."""
+    def begin(self, config: Config) -> None:
+        """Remove the files of an earlier run, and nothing else, and write config.json."""
         for file in self.files():
             try:
                 file.unlink()
             except OSError as error:
                 raise UsageError(f"{file} cannot be removed: {error.strerror}") from None
-
-    def begin(self, config: Config) -> None:
-        """Make it the folder of a new run."""
-        self.clear()
         self.write_config(config)
 
     def write_config(self, config: Config) -> None:
-        """Write config.json, for `--config`."""
+        """Write config.json, which --config reads."""
         atomic_write(self.config, (json.dumps(config.to_dict(), indent=2) + "\n").encode())
 
     def write_metrics(self, history: list[dict[str, Any]]) -> None:
-        """Write metrics.jsonl, a line an epoch."""
+        """Write metrics.jsonl, one line per epoch."""
         atomic_write(self.metrics, "".join(json_line(line) + "\n" for line in history).encode())
 
 
 def json_line(values: dict[str, Any]) -> str:
-    """The values as JSON, which has no word for a number that is not finite: null."""
-    finite = {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()
-    }
-    return json.dumps(finite)
+    """The values as JSON. Numbers that are not finite become null."""
+    return json.dumps(
+        {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in values.items()
+        }
+    )

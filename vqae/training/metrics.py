@@ -1,4 +1,4 @@
-"""How good a model is on a set of images."""
+"""Losses, evaluation, and the warning about a collapsed codebook."""
 
 import math
 from collections.abc import Callable
@@ -16,15 +16,15 @@ from vqae.runtime.errors import DivergedError
 
 
 class Evaluation(NamedTuple):
-    """What is measured on a set of images.
+    """Metrics on a set of images.
 
     Attributes:
-        mse: mean squared error of a pixel value, pixels in [0, 1].
-        psnr_db: of that mse, in dB; inf where it is 0.
-        perplexity: exp of the entropy of the codes chosen, 1 to K.
-        codes_used: how many codes were chosen at all.
-        images: how many images.
-        counts: [K] int64, the images that chose each code.
+        mse: mean squared error per pixel value, for pixels in [0, 1].
+        psnr_db: peak signal-to-noise ratio in dB, inf if the MSE is 0.
+        perplexity: exp of the entropy of the code usage, 1 to K.
+        codes_used: number of codes used at least once.
+        images: number of images.
+        counts: [K] int64, number of images per code.
     """
 
     mse: float
@@ -39,16 +39,16 @@ class Evaluation(NamedTuple):
 def evaluate(
     model: VQAE, images: Tensor, batch_size: int, device: torch.device, poll: Callable[[], None] = lambda: None
 ) -> Evaluation:
-    """Encode and decode every image in eval mode, and leave the model in the mode it was in.
+    """Reconstruct every image in eval mode. The model's mode is restored.
 
-    Several processes share the images, each taking its part of every batch, and all return the whole's figures.
+    Several processes share each batch, and all return the metrics of the whole set.
 
     Args:
         model: on `device`.
         images: [N, 3, H, W] uint8, N >= 1.
-        batch_size: images at a time, over all processes.
+        batch_size: images per batch, over all processes.
         device: where to compute.
-        poll: called before each batch, as often in every process; may raise to stop.
+        poll: called before each batch, in every process. It may raise to stop.
     """
     was_training = model.training
     model.eval()
@@ -57,11 +57,10 @@ def evaluate(
         counts = torch.zeros(model.quantizer.num_codes, dtype=torch.int64, device=device)
         for batch in evaluation_batches(images, batch_size, device):
             poll()
-            if not batch.shape[0]:
-                continue
-            indices = model.encode(batch)
-            sq_error += (model.decode(indices) - batch.float() / 255).square().sum(dtype=torch.float64)
-            counts += torch.bincount(indices, minlength=model.quantizer.num_codes)
+            if batch.shape[0]:
+                indices = model.encode(batch)
+                sq_error += (model.decode(indices) - batch.float() / 255).square().sum(dtype=torch.float64)
+                counts += torch.bincount(indices, minlength=model.quantizer.num_codes)
     finally:
         model.train(was_training)
     counts, sq_error = (sum_over_ranks(total, synchronise=True) for total in (counts, sq_error))
@@ -71,88 +70,81 @@ def evaluate(
 
 
 def psnr_db(mse: float) -> float:
-    """Peak signal-to-noise ratio in dB, of pixels in [0, 1]; inf where mse is 0."""
+    """Peak signal-to-noise ratio in dB for pixels in [0, 1], inf if `mse` is 0."""
     return -10 * math.log10(mse) if mse else math.inf
 
 
 class LossMeter:
-    """Adds up the losses of an epoch without waiting for the device.
+    """Sums the two losses of an epoch without host synchronisation.
 
     Attributes:
-        sums: [2] float64: reconstruction_loss and codebook_loss, summed over `steps` steps.
+        sums: [2] float64, sums of reconstruction_loss and codebook_loss.
+        steps: number of steps summed.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.sums = torch.zeros(2, dtype=torch.float64, device=device)
-        self._first_bad = torch.full((), -1, dtype=torch.int64, device=device)
         self.steps = 0
+        self._first_bad = torch.full((), -1, dtype=torch.int64, device=device)
 
-    def add(self, reconstruction_loss: Tensor, codebook_loss: Tensor, global_step: int) -> None:
-        """Take in one step's losses, each []."""
-        losses = torch.stack([reconstruction_loss.detach(), codebook_loss.detach()]).double()
+    def add(self, losses: Tensor, step: int) -> None:
+        """Add the losses [2] of a step."""
+        losses = losses.detach().double()
         bad = ~losses.isfinite().all() & (self._first_bad < 0)
-        self._first_bad = torch.where(bad, global_step, self._first_bad)
+        self._first_bad = torch.where(bad, step, self._first_bad)
         self.sums += losses
         self.steps += 1
 
     def check(self) -> None:
-        """Raise DivergedError if a loss was not finite. Waits for the device."""
+        """Raise DivergedError if a loss was not finite. Synchronises with the device."""
         step = int(self._first_bad)
         if step >= 0:
             raise DivergedError(f"a loss was not finite at step {step}")
 
     def means(self) -> tuple[float, float]:
-        """Mean reconstruction_loss and codebook_loss; NaN before any step."""
+        """Mean reconstruction_loss and codebook_loss, NaN before the first step."""
         reconstruction, codebook = (self.sums / self.steps if self.steps else self.sums * torch.nan).tolist()
         return reconstruction, codebook
 
     def state_dict(self) -> dict[str, Tensor | int]:
-        """For a checkpoint in the middle of an epoch."""
+        """The state for a checkpoint within an epoch."""
         return {"sums": self.sums, "steps": self.steps}
 
     def load_state_dict(self, state: dict[str, Tensor | int]) -> None:
-        """The opposite of `state_dict`."""
+        """Restore the state of `state_dict`."""
         self.sums.copy_(torch.as_tensor(state["sums"]))
         self.steps = int(state["steps"])
 
 
-def collapse_warning(config: Config, counts: Tensor, step: int) -> str | None:
-    """What to say, after an epoch, of a codebook of which fewer than half is in use; None where that is not so.
+def collapse_warning(config: Config, counts: Tensor, images_seen: int) -> str | None:
+    """A warning if held-out images use fewer than half of the codes they could use, otherwise None.
 
-    The rule, and why it is this one:
-
-    - It counts on images held out from training. A code that restarts is chosen at once by the image that it was
-      put at, so that training's own count calls a collapsed codebook well used as long as it restarts.
-    - Half means half of the codes that as many images would reach by choosing evenly: 40 images cannot choose 256.
-    - It waits until every code that began unused was restarted, and had as long again to find images of its own:
-      2·restart_steps. Without restarts there is nothing to wait for: what no image of an epoch chose got no
-      gradient, and will get none.
+    - Held-out images, because a reset code is used at once by the training image whose embedding it was given.
+    - "Could use" is the expected number of codes that as many images would use if they chose evenly.
+    - Not before 2·restart_after training images: by then every unused code has been reset, and has had as many images
+      again to be used. Without resets there is nothing to wait for, because unused codes get no gradient.
 
     Args:
-        config: the run's settings.
-        counts: [K] int64, how many images of validation and test chose each code.
-        step: training steps so far.
+        config: the options of the run.
+        counts: [K] int64, number of validation and test images per code.
+        images_seen: number of training images so far.
     """
     num_codes, num_images = counts.numel(), int(counts.sum())
     codes_used = int((counts > 0).sum())
-    expected = num_codes * (1 - (1 - 1 / num_codes) ** num_images)  # of num_images drawn evenly
-    if codes_used >= expected / 2 or step < 2 * config.restart_steps:
+    expected = num_codes * (1 - (1 - 1 / num_codes) ** num_images)
+    if codes_used >= expected / 2 or images_seen < 2 * config.restart_after:
         return None
-    return (
-        f"warning: the {num_images:,} images held out chose {codes_used} of {num_codes} codes, "
-        f"fewer than half of those they could: look at {_option_to_look_at(config)}"
-    )
-
-
-def _option_to_look_at(config: Config) -> str:
-    """The option that most likely is to blame, and what it does about it."""
     if config.restart_after == 0:
-        return f"--restart-after {Config.restart_after}, which puts codes that are never chosen at embeddings"
-    if config.codebook_step == "plain":
-        return "--codebook-step count_normalised: by plain SGD the codes hardly move"
-    if config.embedding_norm == "none":
-        return (
-            f"--encoder-lr, now {config.encoder_lr:g}: a slower encoder leaves the embeddings near the codes, "
-            "as --embedding-norm batch does"
+        advice = f"--restart-after {Config.restart_after}, to reset unused codes to embeddings"
+    elif config.codebook_step == "plain":
+        advice = "--codebook-step count_normalised, because plain SGD hardly moves the codes"
+    elif config.embedding_norm == "none":
+        advice = (
+            f"--encoder-lr below {config.encoder_lr:g} or --embedding-norm batch, so that embeddings stay near codes"
         )
-    return f"--restart-after, now {config.restart_after} images: fewer bring unused codes back sooner"
+    else:
+        advice = f"--restart-after below {config.restart_after}, to reset unused codes sooner"
+    return (
+        f"warning: {num_images:,} held-out images use {codes_used} of {num_codes} codes, "
+        f"fewer than half of those they could: try {advice}"
+    )

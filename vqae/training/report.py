@@ -1,11 +1,12 @@
-"""The images that a run leaves: reconstructions, the codebook, the curves."""
+"""What a run shows: progress, TensorBoard events, plots."""
 
 import io
 import math
 import sys
+import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import matplotlib as mpl
 import torch
@@ -14,39 +15,121 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from vqae.model.vqae import VQAE
-from vqae.training.checkpoint import atomic_write
+from vqae.training.checkpoint import atomic_write, write_error
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-_UPSCALE_TO = 64  # pixels a small image's side is shown at, at least
+_LINE_EVERY_S, _BAR_EVERY_S = 30.0, 0.5
 _DPI = 100
 _TITLE_HEIGHT, _TITLE_CHARACTER_WIDTH = 40, 9  # pixels
 
 
+class ProgressReporter:
+    """Shows losses, codes used and the time left: a progress bar on a terminal, otherwise a line now and then.
+
+    Args:
+        progress: fraction of the run that is already done, 0 to 1.
+        silent: print nothing, because another process does.
+    """
+
+    def __init__(self, progress: float, *, silent: bool = False) -> None:
+        self._silent = silent
+        self._bar = tqdm(
+            total=1.0,
+            initial=progress,
+            disable=silent or None,  # None: if stderr is not a terminal
+            bar_format="{percentage:3.0f}%|{bar}| {postfix[0]}",
+            postfix=[""],
+            dynamic_ncols=True,
+        )
+        self._every_s = _LINE_EVERY_S if self._bar.disable else _BAR_EVERY_S
+        self._start = (time.monotonic(), progress)
+        self._last = time.monotonic()
+
+    def due(self) -> bool:
+        """Whether to call `show`. Its arguments may require a host synchronisation."""
+        return not self._silent and time.monotonic() - self._last >= self._every_s
+
+    def show(self, progress: float, losses: tuple[float, float], codes_used: int) -> None:
+        """Show the state of the run."""
+        self._last = time.monotonic()
+        start_time, start_progress = self._start
+        done = progress - start_progress
+        left_s = (self._last - start_time) * (1 - progress) / done if done > 0 else 0.0
+        text = (
+            f"reconstruction {losses[0]:.4f}  codebook {losses[1]:.4f}  codes used {codes_used}  "
+            f"{int(left_s // 60)}:{int(left_s % 60):02d} left"
+        )
+        if self._bar.disable:
+            print(f"{progress:4.0%}  {text}", file=sys.stderr, flush=True)
+        else:
+            self._bar.postfix[0] = text
+            self._bar.update(progress - self._bar.n)
+
+    def line(self, text: str, file: TextIO | None = None) -> None:
+        """Print a line above the progress bar, to stdout by default."""
+        if not self._silent:
+            file = sys.stdout if file is None else file
+            self._bar.write(text, file=file)
+            file.flush()
+
+    def close(self) -> None:
+        """Close the progress bar."""
+        self._bar.close()
+
+
+def write_events(folder: Path, line: dict[str, Any]) -> None:
+    """Write the metrics of an epoch as TensorBoard events of its step. Without tensorboard, nothing is written.
+
+    Events that an interrupted process wrote for the same or a later step are hidden.
+
+    Raises:
+        UsageError: the disk is full, or the folder is not writable.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return
+    # SummaryWriter writes in a thread. close() raises the thread's OSError, so its traceback is not needed.
+    excepthook, threading.excepthook = threading.excepthook, lambda _: None
+    try:
+        with SummaryWriter(folder, purge_step=line["step"]) as writer:
+            for name, value in line.items():
+                if isinstance(value, str):
+                    writer.add_text(name, value, line["step"])
+                elif value is not None and name not in ("epoch", "step"):
+                    writer.add_scalar(name, value, line["step"])
+    except OSError as error:
+        raise write_error(folder, error) from None
+    finally:
+        threading.excepthook = excepthook
+
+
 @torch.no_grad()
 def plot_reconstructions(model: VQAE, images: Tensor, file: Path, title: str, columns: int = 16) -> None:
-    """Originals over reconstructions.
+    """Plot images above their reconstructions.
 
     Args:
         model: in eval mode.
         images: [B, 3, H, W], uint8 or floats in [0, 1], on the model's device.
-        file: the PNG to write.
-        title: above the images.
-        columns: images a row.
+        file: PNG file to write.
+        title: title of the plot.
+        columns: images per row.
     """
     originals = images.float() / 255 if images.dtype == torch.uint8 else images
     decoded = model.decode(model.encode(images))
     rows = []
     for start in range(0, originals.shape[0], columns):
-        rows += [_padded(part[start : start + columns], columns) for part in (originals, decoded)]
+        for part in (originals[start : start + columns], decoded[start : start + columns]):
+            rows += [part, part.new_ones(columns - part.shape[0], *part.shape[1:])]  # fill the row with white
     _write_grid(torch.cat(rows), columns, file, title)
 
 
 @torch.no_grad()
 def plot_codebook(model: VQAE, counts: Tensor, file: Path, title: str) -> None:
-    """Every code decoded, the most used first; a code that `counts` [K] never saw is dimmed."""
+    """Plot every code decoded, sorted by its count in `counts` [K]. Codes that were never used are dimmed."""
     order = counts.argsort(descending=True, stable=True)
     decoded = model.decode(order)
     unused = (counts[order] == 0)[:, None, None, None]
@@ -54,59 +137,54 @@ def plot_codebook(model: VQAE, counts: Tensor, file: Path, title: str) -> None:
     _write_grid(torch.where(unused, decoded * 0.25, decoded), columns, file, title, upscale_to=32)
 
 
-# The panels of curves.png, a row a line: what the axis says, and the entries of metrics.jsonl that it shows.
+# The panels of curves.png: label of the y axis, and the keys of metrics.jsonl that are plotted.
 _PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("MSE a pixel value", ("train_mse", "val_mse", "test_mse")),
+    ("MSE per pixel value", ("train_mse", "val_mse", "test_mse")),
     ("loss", ("reconstruction_loss", "codebook_loss")),
-    ("share of the loss", ("reconstruction_loss_share", "codebook_loss_share")),
+    ("fraction of the loss", ("reconstruction_loss_share", "codebook_loss_share")),
     ("codes used", ("train_codes_used", "codes_used")),
     ("perplexity", ("train_perplexity", "perplexity")),
-    ("codes restarted in the epoch", ("restarts",)),
+    ("dead-code resets per epoch", ("restarts",)),
 )
 
 
 def plot_curves(history: list[dict[str, Any]], num_codes: int, file: Path, title: str) -> None:
-    """MSE, losses, and the codebook's life against the epoch.
+    """Plot the metrics over the epochs.
 
     Args:
-        history: the lines of metrics.jsonl; what a line does not have, or has as None, leaves a gap.
-        num_codes: K, at which the panels of codes used and perplexity end.
-        file: the PNG to write.
-        title: above the panels.
+        history: the lines of metrics.jsonl. Missing values and None leave a gap.
+        num_codes: K, the limit of codes used and perplexity.
+        file: PNG file to write.
+        title: title of the plot.
     """
     epochs = [line["epoch"] for line in history]
     figure, rows = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
-    axes = dict(zip((label for label, _ in _PANELS), rows.flat, strict=True))
-    for label, names in _PANELS:
+    for axis, (label, names) in zip(rows.flat, _PANELS, strict=True):
         for name in names:
             values = [math.nan if line.get(name) is None else line[name] for line in history]
-            axes[label].plot(epochs, values, marker=".", label=name)
-        axes[label].set(xlabel="epoch", ylabel=label)
-        axes[label].grid(alpha=0.3)
-        if history:
-            axes[label].legend()
-    axes["loss"].set_yscale("symlog", linthresh=1e-3)
-    restarts = axes["codes restarted in the epoch"]
-    restarts.set_yscale("symlog", linthresh=1)  # thousands at first, then hardly any
-    restarts.set_ylim(0, max(1, restarts.get_ylim()[1]))
-    axes["share of the loss"].set_ylim(0, 1)
-    for label in ("codes used", "perplexity"):
-        axes[label].set_ylim(0, 1.05 * num_codes)
-        axes[label].axhline(num_codes, color="gray", linestyle="--", linewidth=1)
+            axis.plot(epochs, values, marker=".", label=name)
+        axis.set(xlabel="epoch", ylabel=label)
+        axis.grid(alpha=0.3)
+        axis.legend()
+        if label == "loss":
+            axis.set_yscale("symlog", linthresh=1e-3)
+        elif names == ("restarts",):
+            axis.set_yscale("symlog", linthresh=1)  # thousands in the first epoch, then hardly any
+            axis.set_ylim(0, max(1, axis.get_ylim()[1]))
+        elif label.startswith("fraction"):
+            axis.set_ylim(0, 1)
+        elif label in ("codes used", "perplexity"):
+            axis.set_ylim(0, 1.05 * num_codes)
+            axis.axhline(num_codes, color="gray", linestyle="--", linewidth=1)
     figure.suptitle(title)
     _write_figure(figure, file, title)
 
 
-def _padded(row: Tensor, columns: int) -> Tensor:
-    """[B, 3, H, W] with white images appended up to a full row."""
-    return torch.cat([row, row.new_ones(columns - row.shape[0], *row.shape[1:])])
-
-
-def _write_grid(images: Tensor, columns: int, file: Path, title: str, upscale_to: int = _UPSCALE_TO) -> None:
-    """Write images [B, 3, H, W] in [0, 1] as a titled grid, enlarged without smoothing where they are small."""
-    enlarge = max(1, upscale_to // max(images.shape[2:]))
-    shown = images.cpu().repeat_interleave(enlarge, dim=2).repeat_interleave(enlarge, dim=3)
-    grid = make_grid(shown, nrow=columns, padding=2, pad_value=1.0).permute(1, 2, 0).numpy()  # [height, width, 3]
+def _write_grid(images: Tensor, columns: int, file: Path, title: str, upscale_to: int = 64) -> None:
+    """Write images [B, 3, H, W] in [0, 1] as a grid with a title. Small images are enlarged to about `upscale_to`."""
+    factor = max(1, upscale_to // max(images.shape[2:]))
+    enlarged = images.cpu().repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3)
+    grid = make_grid(enlarged, nrow=columns, padding=2, pad_value=1.0).permute(1, 2, 0).numpy()  # [height, width, 3]
     grid_height, grid_width = grid.shape[:2]
     height, width = grid_height + _TITLE_HEIGHT, max(grid_width, _TITLE_CHARACTER_WIDTH * len(title))
     figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI)
@@ -122,94 +200,3 @@ def _write_figure(figure: Figure, file: Path, title: str) -> None:
     figure.savefig(buffer, format="png", metadata={"Title": title})
     plt.close(figure)
     atomic_write(file, buffer.getbuffer())
-
-
-_LINE_EVERY_S = 30.0
-_BAR_EVERY_S = 0.5
-
-
-class ProgressReporter:
-    """Losses, codes used and the time left.
-
-    Args:
-        progress: share of the run that is already done, 0 to 1.
-        silent: say nothing: another process does.
-    """
-
-    def __init__(self, progress: float, *, silent: bool = False) -> None:
-        self._silent = silent
-        self._bar = tqdm(
-            total=1.0,
-            initial=progress,
-            disable=silent or None,  # None: where stderr is no terminal
-            bar_format="{percentage:3.0f}%|{bar}| {postfix[0]}",
-            postfix=[""],
-            dynamic_ncols=True,
-        )
-        self._every_s = _LINE_EVERY_S if self._bar.disable else _BAR_EVERY_S
-        self._start = (time.monotonic(), progress)
-        self._last = time.monotonic()
-
-    def due(self) -> bool:
-        """Whether it is time to show something: reading the figures may mean waiting for the device."""
-        return not self._silent and time.monotonic() - self._last >= self._every_s
-
-    def show(self, progress: float, losses: tuple[float, float], codes_used: int) -> None:
-        """Show where the run is."""
-        self._last = time.monotonic()
-        start_time, start_progress = self._start
-        done = progress - start_progress
-        left_s = (self._last - start_time) * (1 - progress) / done if done > 0 else 0.0
-        text = (
-            f"reconstruction {losses[0]:.4f}  codebook {losses[1]:.4f}  codes used {codes_used}  "
-            f"{int(left_s // 60)}:{int(left_s % 60):02d} left"
-        )
-        if self._bar.disable:
-            print(f"{progress:4.0%}  {text}", file=sys.stderr, flush=True)
-        else:
-            self._bar.postfix[0] = text
-            self._bar.update(progress - self._bar.n)
-
-    def line(self, text: str) -> None:
-        """A line of its own, to stdout."""
-        if not self._silent:
-            self._bar.write(text, file=sys.stdout)
-            sys.stdout.flush()
-
-    def warn(self, text: str) -> None:
-        """A line of its own, to stderr."""
-        if not self._silent:
-            self._bar.write(text, file=sys.stderr)
-            sys.stderr.flush()
-
-    def close(self) -> None:
-        """Leave the terminal as it was."""
-        self._bar.close()
-
-
-def write_events(folder: Path, line: dict[str, Any]) -> None:
-    """Write an epoch's figures as events of its step; a file that an earlier process wrote for it is replaced.
-
-    Each file is written whole: TensorBoard's own writer has a thread, in which a full disk would end as a traceback.
-
-    Raises:
-        UsageError: as `atomic_write`.
-    """
-    try:
-        from tensorboard.compat.proto.event_pb2 import Event
-        from tensorboard.summary.writer.record_writer import RecordWriter
-        from torch.utils.tensorboard.summary import scalar, text
-    except ImportError:
-        return
-    events = [Event(file_version="brain.Event:2")]
-    for name, value in line.items():
-        if isinstance(value, str):
-            events.append(Event(step=line["step"], summary=text(name, value)))  # type: ignore[no-untyped-call]
-        elif value is not None and name not in ("epoch", "step"):
-            events.append(Event(step=line["step"], summary=scalar(name, value)))  # type: ignore[no-untyped-call]
-    buffer = io.BytesIO()
-    records = RecordWriter(buffer)
-    for event in events:
-        event.wall_time = time.time()
-        records.write(event.SerializeToString())
-    atomic_write(folder / f"events.out.tfevents.{line['step']:010d}", buffer.getbuffer())

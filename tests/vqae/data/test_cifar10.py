@@ -89,7 +89,7 @@ def _damage(server: ImageServer) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "reason"), [(_cut, "cut short"), (_damage, "MD5"), (_not_found, "404"), (_stall, "timed out")]
+    ("spoil", "reason"), [(_cut, "truncated"), (_damage, "MD5"), (_not_found, "404"), (_stall, "timed out")]
 )
 def test_failed_download_says_why_and_leaves_nothing(
     spoil: Callable[[ImageServer], None],
@@ -131,7 +131,7 @@ def test_archive_cut_short_is_reported_and_kept(
     num_bytes: int, tiny_cifar10: TinyCifar10, server: ImageServer, tmp_path: Path
 ) -> None:
     archive = tiny_cifar10.write_archive(tmp_path, num_bytes)
-    with pytest.raises(UsageError, match=rf"{archive} is cut short or damaged: {num_bytes:,} bytes") as raised:
+    with pytest.raises(UsageError, match=rf"{archive} is truncated or damaged: {num_bytes:,} bytes") as raised:
         read_cifar10(tmp_path, ["train"])
     assert not isinstance(raised.value, DownloadError)
     assert archive.stat().st_size == num_bytes

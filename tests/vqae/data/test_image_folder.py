@@ -169,7 +169,7 @@ def test_data_dir_that_is_a_file(tmp_path: Path) -> None:
 
 def test_image_outside_a_class(folder: Path) -> None:
     stray = _save(folder / "train" / "stray.png")
-    with pytest.raises(UsageError, match=rf"{stray} lies outside a class's folder"):
+    with pytest.raises(UsageError, match=rf"{stray} is not in the folder of a class"):
         read_image_folder(folder, ["train"], None)
 
 
@@ -178,7 +178,7 @@ def test_image_outside_a_class(folder: Path) -> None:
 def test_file_that_is_no_image_is_named(name: str, content: bytes, folder: Path) -> None:
     path = folder / "train" / "dogs" / name
     path.write_bytes(content)
-    with pytest.raises(UsageError, match=rf"{path} is no image"):
+    with pytest.raises(UsageError, match=rf"{path} is damaged, not an image"):
         read_image_folder(folder, ["train", "test"], None)
 
 
@@ -188,7 +188,7 @@ def test_truncated_image_is_named(suffix: str, tmp_path: Path) -> None:
     content = path.read_bytes()
     for num_bytes in (1, 20, 100, len(content) // 2, len(content) * 9 // 10):
         path.write_bytes(content[:num_bytes])
-        with pytest.raises(UsageError, match=rf"{path} is no image, is damaged"):
+        with pytest.raises(UsageError, match=rf"{path} is damaged, not an image"):
             read_image_folder(tmp_path, ["test"], None)
 
 
@@ -217,7 +217,7 @@ def test_one_image(tmp_path: Path) -> None:
     assert image.dtype == torch.uint8
     assert torch.equal(image.permute(1, 2, 0), torch.from_numpy(np.array(_noise(5, 7))))
     for no_image in (tmp_path, tmp_path / "2.png"):
-        with pytest.raises(UsageError, match=rf"{no_image} is no image"):
+        with pytest.raises(UsageError, match=rf"{no_image} is damaged, not an image"):
             read_image(no_image)
 
 

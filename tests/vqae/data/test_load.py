@@ -127,7 +127,7 @@ def test_damaged_cifar10_is_an_error_even_for_auto(
     dataset: Dataset, tiny_cifar10: TinyCifar10, server: ImageServer, tmp_path: Path
 ) -> None:
     tiny_cifar10.write_archive(tmp_path, num_bytes=100)
-    with pytest.raises(UsageError, match="cut short or damaged"):
+    with pytest.raises(UsageError, match="truncated or damaged"):
         load_images(dataset, tmp_path)
 
 

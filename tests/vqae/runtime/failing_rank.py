@@ -28,7 +28,7 @@ def main() -> None:
     original = Trainer._train_step
 
     def train_step(self: Trainer, images: Tensor) -> None:
-        if self._global_step() + 1 == int(step):
+        if self.global_step + 1 == int(step):
             if what == "kill" and launch.rank == int(rank):
                 os.kill(os.getpid(), signal.SIGKILL)
             if what == "stop" and launch.rank == 0:

@@ -41,8 +41,7 @@ def fail(error: BaseException) -> Callable[[], None]:
         (
             fail(DivergedError("a loss was not finite at step 3")),
             1,
-            "error: a loss was not finite at step 3; the last checkpoint is kept, if there is one\n"
-            "a lower --lr may help\n",
+            "error: a loss was not finite at step 3; the last checkpoint, if there is one, is kept\ntry a lower --lr\n",
         ),
         (lambda: signal.raise_signal(signal.SIGINT), 130, "stopped by SIGINT\n"),
         (lambda: signal.raise_signal(signal.SIGTERM), 143, "stopped by SIGTERM\n"),

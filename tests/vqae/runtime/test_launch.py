@@ -32,7 +32,7 @@ def test_it_goes_on_with_its_own_run(
     out = shutil.copytree(finished_run, tmp_path / "run")
     torch.save({**load(out / "last.pt"), "job": "this job"}, out / "last.pt")
     outcome = command("vqae.train", *tiny, "--out", out, *flags)
-    assert (outcome.exit_code, outcome.out) == (0, f"{out} holds a finished run: nothing to do\n")
+    assert (outcome.exit_code, outcome.out) == (0, f"the run in {out} is finished: nothing to do\n")
 
 
 @pytest.mark.usefixtures("begun_anew")
@@ -72,7 +72,7 @@ def test_a_job_without_a_name_is_told_by_its_logs(monkeypatch: pytest.MonkeyPatc
 def test_without_a_checkpoint_it_starts_anew(command: Command, tiny: tuple[str, ...], tmp_path: Path) -> None:
     outcome = command("vqae.train", *tiny, "--image-size", 8, "--epochs", 1, "--out", tmp_path / "run")
     assert outcome.exit_code == 0, outcome.err
-    assert "the run starts anew, with the settings given here" in outcome.err
+    assert "starting a new run with the settings given here" in outcome.err
 
 
 # -- refused before anything is computed
@@ -81,12 +81,12 @@ def test_without_a_checkpoint_it_starts_anew(command: Command, tiny: tuple[str, 
 @pytest.mark.parametrize(
     ("changes", "arguments", "message"),
     [
-        ({"MASTER_ADDR": None}, (), "one of several processes, but not MASTER_ADDR: start them with torchrun"),
+        ({"MASTER_ADDR": None}, (), "one of several processes, but MASTER_ADDR is not set: start them with torchrun"),
         ({"LOCAL_RANK": "two"}, (), "LOCAL_RANK must be a number, got 'two'"),
         ({"RANK": "2"}, (), "RANK must be below WORLD_SIZE"),
-        ({"WORLD_SIZE": "32"}, (), "--batch-size must be at least 32, an image for each process, got 16"),
-        ({}, ("--device", "cuda:0"), "--device cuda:0 is one GPU for 2 processes: give --device cuda"),
-        ({}, ("--device", "cuda"), "2 processes need a GPU each, but this machine has 1: give --nproc-per-node 1"),
+        ({"WORLD_SIZE": "32"}, (), "--batch-size must be at least 32, one image per process, got 16"),
+        ({}, ("--device", "cuda:0"), "--device cuda:0 is one GPU for 2 processes: use --device cuda"),
+        ({}, ("--device", "cuda"), "2 processes need a GPU each, but this machine has 1: use --nproc-per-node 1"),
         ({}, (), "2 processes need gloo, which this torch does not have"),
     ],
 )

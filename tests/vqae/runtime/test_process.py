@@ -87,7 +87,7 @@ signals = SignalHandler()
 signals.install()
 with signals.raising(), signals.deferred():
     print("ready", flush=True)
-    while not signals._received:
+    while not signals.received:
         time.sleep(0.01)
     print("received", flush=True)
     time.sleep(60)

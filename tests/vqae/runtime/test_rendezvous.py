@@ -24,7 +24,7 @@ def test_each_life_has_a_part_of_the_store_to_itself() -> None:
 def test_who_died_while_the_others_were_met_is_not_taken_for_alive() -> None:
     job = HashStore()
     job.set("name/1", "of one that is dead")
-    with pytest.raises(RuntimeError, match=r"rank 1, 2 did not come within 0:00:00\.1"):
+    with pytest.raises(RuntimeError, match=r"rank 1, 2 did not arrive within 0:00:00\.1"):
         store_of_this_attempt(job, 0, WORLD, timedelta(milliseconds=100))
     with ThreadPoolExecutor(WORLD) as pool:
         stores = list(pool.map(lambda rank: store_of_this_attempt(job, rank, WORLD), range(WORLD)))

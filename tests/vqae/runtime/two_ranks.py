@@ -18,7 +18,7 @@ from vqae import train
 from vqae.config import Config
 from vqae.data.load import evaluation_batches, training_batches
 from vqae.model.vqae import VQAE, build_model
-from vqae.runtime.distributed import Agreement, any_rank, broadcast_from_rank0, check_same, is_rank0, on_all_ranks
+from vqae.runtime.distributed import broadcast_from_rank0, check_same, is_rank0, max_over_ranks, on_all_ranks
 from vqae.runtime.errors import UsageError
 from vqae.runtime.process import Interrupted, SignalHandler
 from vqae.training.metrics import Evaluation, evaluate
@@ -121,25 +121,14 @@ def agreements(rank: int) -> dict[str, Any]:
 
         return do
 
-    signals = SignalHandler()
-    signals._received = signal.SIGTERM if rank == 1 else 0
-    agreement = Agreement(signals)
-    share = agreement.exchange(0.25 * rank)
-    try:
-        agreement.poll()
-        stopped_by = ""
-    except Interrupted as interrupted:
-        stopped_by = str(interrupted)
     return {
-        "from first": broadcast_from_rank0(lambda: rank),
-        "first fails": complaint(lambda: broadcast_from_rank0(fails_on(0))),
-        "in all": on_all_ranks(lambda: rank),
-        "second fails": complaint(lambda: on_all_ranks(fails_on(1))),
-        "in any": (any_rank(False), any_rank(rank == 1)),
+        "from rank 0": broadcast_from_rank0(lambda: rank),
+        "rank 0 fails": complaint(lambda: broadcast_from_rank0(fails_on(0))),
+        "on all ranks": on_all_ranks(lambda: rank),
+        "rank 1 fails": complaint(lambda: on_all_ranks(fails_on(1))),
+        "maxima": max_over_ranks(0.25 * rank, -rank),
         "same": complaint(lambda: check_same("seven", 7)),
         "not the same": complaint(lambda: check_same("the rank", rank)),
-        "share": share,
-        "stopped by": stopped_by,
     }
 
 
@@ -168,7 +157,7 @@ def stopped_run(rank: int, arguments: list[str]) -> dict[str, Any]:
         return trainer(config, model, *arguments)
 
     def train_step(self: Trainer, images: Tensor) -> None:
-        if self._global_step() + 1 == STOP_AFTER and rank == WORLD - 1:
+        if self.global_step + 1 == STOP_AFTER and rank == WORLD - 1:
             signal.raise_signal(signal.SIGTERM)
         train_step_of(self, images)
 

@@ -63,7 +63,7 @@ def test_originals_stand_over_their_reconstructions(tmp_path: Path) -> None:
 
 
 def test_a_narrow_image_leaves_room_for_its_title(tmp_path: Path) -> None:
-    title = "originals over reconstructions of one image"
+    title = "originals above reconstructions of one image"
     plot_reconstructions(build((32, 32)), torch.zeros(1, 3, 32, 32), tmp_path / "out.png", title, columns=1)
     pixels, _ = opened(tmp_path / "out.png")
     assert pixels.shape[1] == 9 * len(title)
@@ -123,6 +123,6 @@ def test_curves_show_the_codebooks_life(tmp_path: Path, monkeypatch: pytest.Monk
         np.testing.assert_equal(lines[name], [first, index / len(NAMES)])
     ends = {axis.get_ylabel(): axis.get_ylim()[1] for axis in figure.axes}
     assert ends["codes used"] == ends["perplexity"] == pytest.approx(1.05 * 18)
-    assert ends["share of the loss"] == 1
-    assert ends["codes restarted in the epoch"] >= 4000
+    assert ends["fraction of the loss"] == 1
+    assert ends["dead-code resets per epoch"] >= 4000
     report.plt.close(figure)

@@ -55,7 +55,7 @@ def test_warnings_go_to_stderr_on_a_line_of_their_own(
     shown = stream()
     monkeypatch.setattr(sys, "stderr", shown)
     reporter = ProgressReporter(0.5)
-    reporter.warn("warning: few codes")
+    reporter.line("warning: few codes", sys.stderr)
     reporter.close()
     assert "warning: few codes" in re.split(r"[\r\n]", shown.getvalue())
     assert capsys.readouterr().out == ""
