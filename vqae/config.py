@@ -142,14 +142,8 @@ class Config:
     def from_dict(cls, values: dict[str, Any], source: str) -> Config:
         """The inverse of `to_dict`. Missing options get their defaults, renamed ones a DeprecationWarning.
 
-        It does not check whether values exclude each other, because flags may still override them: see `check`.
-
-        Args:
-            values: options by name.
-            source: where they come from, for messages.
-
-        Raises:
-            UsageError: an option is unknown, has the wrong type or is out of range.
+        Raises UsageError, naming the `source`, if an option is unknown, has the wrong type or is out of range. Whether
+        two values exclude each other is left to `check`, because flags may still override them.
         """
         if not isinstance(values, dict):
             raise UsageError(f"{source} must hold an object of settings, got {type(values).__name__}")

@@ -20,16 +20,8 @@ from vqae.config import RECIPES, Config, Dataset, flag
 from vqae.data.load import Images, fingerprints, load_images, split_train
 from vqae.model.pca_init import init_by_pca
 from vqae.model.vqae import VQAE, build_model
-from vqae.runtime.distributed import (
-    broadcast_from_rank0,
-    check_same,
-    is_rank0,
-    local_rank0_first,
-    max_over_ranks,
-    on_all_ranks,
-    process_group,
-    world_size,
-)
+from vqae.runtime import distributed as dist
+from vqae.runtime.distributed import world_size
 from vqae.runtime.errors import LostProcessError, UsageError
 from vqae.runtime.process import Launch, SignalHandler
 from vqae.training.checkpoint import RunFolder, load_checkpoint
@@ -86,8 +78,8 @@ def main(arguments: list[str], signals: SignalHandler) -> None:
             f"--batch-size must be at least {launch.world_size}, one image per process, got {command.run.batch_size}"
         )
     try:
-        with process_group(command.run.device) as device:
-            _train(broadcast_from_rank0(lambda: command), device, signals)
+        with dist.process_group(command.run.device) as device:
+            _train(dist.broadcast_from_rank0(lambda: command), device, signals)
     except LostProcessError as error:
         raise LostProcessError(f"{error}; {launch.resume_advice(command.run.out)}") from error
 
@@ -95,8 +87,8 @@ def main(arguments: list[str], signals: SignalHandler) -> None:
 def _train(command: Command, device: torch.device, signals: SignalHandler) -> None:
     """Load the images and train, in a single process or as one of the process group."""
     config, folder = command.run, RunFolder(command.run.out)
-    (restarts,) = max_over_ranks(Launch.from_environment().restarts)  # each machine counts only its own
-    state = broadcast_from_rank0(lambda: _checkpoint_to_resume(folder, command, restarted=restarts > 0))
+    (restarts,) = dist.max_over_ranks(Launch.from_environment().restarts)  # each machine counts only its own
+    state = dist.broadcast_from_rank0(lambda: _checkpoint_to_resume(folder, command, restarted=restarts > 0))
     if state is not None and state["finished"]:
         _print(f"the run in {folder.path} is finished: nothing to do")
         return
@@ -107,14 +99,12 @@ def _train(command: Command, device: torch.device, signals: SignalHandler) -> No
     if train.shape[0] < world_size():
         raise UsageError(f"{world_size()} processes need one training image each, got {train.shape[0]}")
     image_size = (train.shape[2], train.shape[3])
-    if state is not None and tuple(state["image_size"]) != image_size:
-        raise UsageError(f"the images must be {tuple(state['image_size'])} as in the checkpoint, got {image_size}")
 
     torch.manual_seed(config.seed)
     batch_size = min(config.batch_size, train.shape[0])
     model = build_model(dataclasses.replace(config, batch_size=batch_size), image_size)
     _set_pixel_statistics(model, train)
-    broadcast_from_rank0(lambda: folder.begin(config) if state is None else folder.write_config(config))
+    dist.broadcast_from_rank0(lambda: folder.begin(config) if state is None else folder.write_config(config))
     where = str(device) if world_size() == 1 else f"{world_size()} processes, this one on {device}"
     sizes = f"{train.shape[0]} training, {val.shape[0]} validation, {images.test.shape[0]} test"
     _print(f"{images.dataset}: {sizes} images of {image_size[0]} x {image_size[1]}, on {where}")
@@ -122,22 +112,23 @@ def _train(command: Command, device: torch.device, signals: SignalHandler) -> No
         if config.network_init == "pca":
             _print("initialising encoder and decoder by PCA ...")
             init_by_pca(model, train)
-        model.load_state_dict(broadcast_from_rank0(model.state_dict))  # other machines may round differently
+        model.load_state_dict(dist.broadcast_from_rank0(model.state_dict))  # other machines may round differently
     Trainer(config, model.to(device), train, val, images.test, images.dataset, device, signals, state).run()
     names = dict.fromkeys(file.relative_to(folder.path).parts[0] for file in folder.files())
     _print(f"results in {folder.path}: {', '.join(names)}")
 
 
 def _print(text: str) -> None:
-    if is_rank0():
+    if dist.is_rank0():
         print(text, flush=True)
 
 
 def _load_images(config: Config, dataset: Dataset) -> Images:
     """Load the images on all ranks, and check that they are the same."""
-    load = local_rank0_first if dataset in ("auto", "cifar10") else on_all_ranks  # CIFAR-10 may have to be downloaded
+    downloads = dataset in ("auto", "cifar10")
+    load = dist.local_rank0_first if downloads else dist.on_all_ranks
     images = load(lambda: load_images(dataset, config.data_dir, image_size=config.image_size, seed=config.seed))
-    check_same("the images", (images.dataset, *fingerprints(images.train, images.test)))
+    dist.check_same("the images", (images.dataset, *fingerprints(images.train, images.test)))
     return images
 
 
@@ -148,7 +139,8 @@ def _checkpoint_to_resume(folder: RunFolder, command: Command, *, restarted: boo
     """
     resume = command.resume or restarted
     if not resume or not folder.last.exists():
-        folder.check(may_replace=command.overwrite or (resume and not folder.holds_results()))
+        # A run that was interrupted before its first checkpoint has written config.json alone.
+        folder.check(may_replace=command.overwrite or (resume and folder.files() in ([], [folder.config])))
         if resume:
             own = command.resume and command.config is None and folder.config.exists()
             source = f"the settings of {folder.config}" if own else "the settings given here"

@@ -118,6 +118,19 @@ def test_resume_takes_the_settings_of_the_run_wherever_it_lies_now(tmp_path: Pat
         assert parse(arguments).run == Config(out=tmp_path)
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_options_and_values_of_version_0_1_load_with_a_warning(tmp_path: Path, resume: bool) -> None:
+    old = {"encoder_start": 0.5, "network_init": "pictures", "codebook_step": "share", "num_codes": 64}
+    file = write(tmp_path / "config.json", old)
+    with pytest.warns(DeprecationWarning, match="is deprecated, use") as warned:
+        run = parse(["--out", str(tmp_path), "--resume"] if resume else ["--config", str(file)]).run
+    new = {"unfreeze_encoder_at": 0.5, "network_init": "pca", "codebook_step": "count_normalised", "num_codes": 64}
+    assert {name: run.to_dict()[name] for name in new} == new
+    messages = [str(warning.message) for warning in warned]
+    for renamed in ("unfreeze_encoder_at = 0.5", "network_init = 'pca'", "codebook_step = 'count_normalised'"):
+        assert sum(message.endswith(f"is deprecated, use {renamed}") for message in messages) == 1
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

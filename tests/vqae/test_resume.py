@@ -292,6 +292,19 @@ def test_a_run_of_an_earlier_version_is_refused(command: Command, stopped_run: P
     assert "last.pt was written by an older version of this program" in outcome.err
 
 
+def test_a_run_of_version_0_1_resumes(command: Command, stopped_run: Path) -> None:
+    state, old_values = load(stopped_run / "last.pt"), {"network_init": "pictures", "codebook_step": "share"}
+    config = {**state["config"], **old_values, "encoder_start": state["config"]["unfreeze_encoder_at"]}
+    del config["unfreeze_encoder_at"]
+    state["pictures"] = state.pop("images")
+    torch.save({**state, "config": config}, stopped_run / "last.pt")
+    (stopped_run / "config.json").write_text(json.dumps(config))
+    with pytest.warns(DeprecationWarning, match="is deprecated, use"):
+        outcome = command("vqae.train", "--out", stopped_run, "--resume")
+    assert outcome.exit_code == 0, outcome.err
+    assert "encoder_start" not in (stopped_run / "config.json").read_text()
+
+
 def test_a_run_may_move_to_another_folder(command: Command, stopped_run: Path, tmp_path: Path) -> None:
     moved = stopped_run.rename(tmp_path / "moved it")
     outcome = command("vqae.train", "--out", moved, "--resume")

@@ -16,12 +16,14 @@ import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torchvision.datasets import CIFAR10
 
 from tests.vqae.commands import TINY, Outcome, files_in, load
 from vqae import VQAE
 from vqae.config import Config
 from vqae.data import load as data_load
+from vqae.runtime.errors import UsageError
 from vqae.training import trainer
 from vqae.training.metrics import Evaluation
 from vqae.training.report import write_events
@@ -348,7 +350,7 @@ def test_a_folder_that_holds_a_run_is_refused(
     outcome = command("vqae.train", *tiny, "--out", tmp_path)
     assert outcome.exit_code == 2
     ways = "--resume, --overwrite" if name == "last.pt" else "--overwrite"
-    assert f"already holds a run ({name}): give {ways} or another folder" in outcome.err
+    assert f"already holds a run ({name}): use {ways} or another folder" in outcome.err
     assert files_in(tmp_path) == {name}
 
 
@@ -426,6 +428,16 @@ def test_events_that_cannot_be_written_are_named(tiny: tuple[str, ...], tmp_path
     outcome = command("vqae.train", *tiny, "--image-size", 8, "--epochs", 1, "--out", tmp_path)
     assert outcome.exit_code == 2
     assert f"{tmp_path / 'events'} cannot be written" in outcome.err
+
+
+def test_a_full_disk_while_events_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(RecordWriter, "write", fail)
+    with pytest.raises(UsageError, match=f"no space left on the disk for {tmp_path}"):
+        write_events(tmp_path, {"step": 1, "test_mse": 0.5})
+    assert capfd.readouterr().err == ""
 
 
 def test_without_tensorboard_there_are_no_events(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

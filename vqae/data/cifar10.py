@@ -7,8 +7,7 @@ https://www.cs.toronto.edu/~kriz/cifar.html
 import logging
 import socket
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from http.client import HTTPException
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -84,9 +83,11 @@ def _complete(data_dir: Path) -> None:
 def _download(data_dir: Path) -> None:
     """Download to a temporary folder, unpack and rename, so that an interruption leaves nothing behind."""
     _logger.info("downloading CIFAR-10 (170 MB) from %s into %s", CIFAR10.url, data_dir)
+    timeout_before = socket.getdefaulttimeout()
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix=".cifar10-", dir=data_dir) as temporary_dir, _socket_timeout(STALL_SECONDS):
+        socket.setdefaulttimeout(STALL_SECONDS)  # torchvision sets none
+        with TemporaryDirectory(prefix=".cifar10-", dir=data_dir) as temporary_dir:
             CIFAR10(temporary_dir, download=True)
             folder = data_dir / CIFAR10.base_folder
             try:
@@ -104,15 +105,6 @@ def _download(data_dir: Path) -> None:
             f"CIFAR-10 is not in {data_dir} and cannot be downloaded from {CIFAR10.url}: {reason}. "
             f"Put {CIFAR10.filename} into {data_dir}, or use --data-dir with the folder that holds it."
         ) from error
-
-
-@contextmanager
-def _socket_timeout(seconds: float) -> Iterator[None]:
-    """Set the timeout of connections that are opened in the block. torchvision sets none."""
-    timeout_before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
     finally:
         socket.setdefaulttimeout(timeout_before)
 

@@ -70,17 +70,9 @@ def read_image_folder(data_dir: Path, splits: Sequence[str], image_size: int | N
 
 
 def read_image(path: Path, size: tuple[int, int] | None = None) -> Tensor:
-    """Read one image file as RGB.
+    """Read one image file as RGB [3, H, W] uint8, scaled and cropped to `size` (H, W) if given.
 
-    Args:
-        path: a file in any format that Pillow reads.
-        size: (H, W) to scale and crop it to, None to keep it.
-
-    Returns:
-        [3, H, W] uint8.
-
-    Raises:
-        UsageError: the file is missing, damaged or not an image.
+    Raises UsageError if the file is missing, damaged or not an image.
     """
     return torch.from_numpy(_decode(str(path), size).transpose(2, 0, 1).copy())
 

@@ -33,17 +33,11 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Images:
-    """The images of a data set.
+    """The images of a data set."""
 
-    Attributes:
-        train: [N, 3, H, W] uint8.
-        test: [M, 3, H, W] uint8.
-        dataset: "cifar10", "imagefolder" or "synthetic": the data set that was read, never "auto".
-    """
-
-    train: Tensor
-    test: Tensor
-    dataset: str
+    train: Tensor  # [N, 3, H, W] uint8
+    test: Tensor  # [M, 3, H, W] uint8
+    dataset: str  # the data set that was loaded: "cifar10", "imagefolder" or "synthetic", never "auto"
 
 
 def load_images(dataset: Dataset, data_dir: Path | None, *, image_size: int | None = None, seed: int = 0) -> Images:
@@ -101,51 +95,35 @@ def _load_splits(
                 raise
             _warn_of_synthetic(error)
         else:
-            return [_resized(split, image_size) for split in images], "cifar10"
+            if image_size is not None:
+                size = [image_size, image_size]
+                images = [resize(split, size, InterpolationMode.BICUBIC, antialias=True) for split in images]
+            return images, "cifar10"
     elif dataset != "synthetic":
         raise UsageError(f"--dataset must be auto, cifar10, imagefolder or synthetic, got {dataset}")
-    size = image_size or 32
-    return [draw_images(NUM_SYNTHETIC[split], split, image_size=size, seed=seed) for split in splits], "synthetic"
-
-
-def _resized(images: Tensor, image_size: int | None) -> Tensor:
-    """Resize square images [N, 3, H, H], antialiased."""
-    if image_size is None or image_size == images.shape[-1]:
-        return images
-    resized: Tensor = resize(images, [image_size, image_size], InterpolationMode.BICUBIC, antialias=True)
-    return resized
+    side = image_size or 32
+    return [draw_images(NUM_SYNTHETIC[split], split, image_size=side, seed=seed) for split in splits], "synthetic"
 
 
 def _warn_of_synthetic(error: DownloadError) -> None:
     """Warn so clearly that nobody mistakes the results for those of CIFAR-10."""
-    rule = "!" * 100
-    reason = textwrap.fill(f"Reason: {error}", 96, break_long_words=False, break_on_hyphens=False)
-    message = (
-        "THE IMAGES ARE SYNTHETIC, because CIFAR-10 cannot be downloaded.\n"
-        "The results of this run say nothing about CIFAR-10.\n\n"
-        f"{reason}\n\n"
-        "Use --dataset cifar10 to stop with an error instead, or --dataset synthetic to suppress this warning."
+    paragraphs = (
+        "THE IMAGES ARE SYNTHETIC. The results of this run say nothing about CIFAR-10.",
+        f"Reason: {error}",
+        "Use --dataset cifar10 to stop with an error instead, or --dataset synthetic to suppress this warning.",
     )
-    _logger.warning("\n%s\n%s\n%s", rule, textwrap.indent(message, "  "), rule)
+    lines = [textwrap.fill(text, 98, break_long_words=False, break_on_hyphens=False) for text in paragraphs]
+    _logger.warning("\n".join(["", "!" * 100, *lines, "!" * 100]))
 
 
 # -- splits
 
 
 def split_train(images: Tensor, limit: int | None, val_fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Shuffle the training images, take the first `limit`, and hold out a fraction of those for validation.
+    """Shuffle images [N, 3, H, W] by seed, take the first `limit`, and hold out a fraction of those for validation.
 
-    Args:
-        images: [N, 3, H, W] uint8.
-        limit: number of images to take, None for all.
-        val_fraction: fraction to hold out, rounded to whole images.
-        seed: seed of the shuffle.
-
-    Returns:
-        The training and the validation images. The latter may be empty.
-
-    Raises:
-        UsageError: fewer than 2 training images are left.
+    Returns the training and the validation images; the latter may be empty. Raises UsageError if fewer than 2 training
+    images are left.
     """
     order = torch.randperm(images.shape[0], generator=torch.Generator().manual_seed(seed))[:limit]
     num_val = round(val_fraction * order.numel())
@@ -175,19 +153,10 @@ def to_device(images: Tensor, device: torch.device) -> Tensor:
 def training_batches(
     images: Tensor, batch_size: int, device: torch.device, first_step: int = 0, *, flip: bool, seed: int, epoch: int
 ) -> Iterator[Tensor]:
-    """Yield the batches of a training epoch, [B, 3, H, W] uint8 on the device: of each this process's share.
+    """Yield the batches of a training epoch from `first_step` on: this process's share of each, [B, 3, H, W] uint8.
 
-    Order and flips depend on (seed, epoch) alone, so a run can resume within an epoch. The last batch is dropped if it
-    is incomplete; it holds other images in every epoch.
-
-    Args:
-        images: [N, 3, H, W] uint8.
-        batch_size: images per batch over all processes, at most N.
-        device: where to put the batches.
-        first_step: number of batches to skip.
-        flip: flip each image with probability 1/2.
-        seed: seed of the run.
-        epoch: number of the epoch.
+    The order, and which half of the images is flipped, depend on (seed, epoch) alone, so a run can resume within an
+    epoch. The last batch is dropped if it is incomplete. `batch_size` counts the images of all processes.
     """
     num_images = images.shape[0]
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
@@ -202,7 +171,7 @@ def training_batches(
 
 
 def evaluation_batches(images: Tensor, batch_size: int, device: torch.device) -> Iterator[Tensor]:
-    """Yield all images in order, [B, 3, H, W] on the device: of each batch this process's share, which may be empty."""
+    """Yield all images in order: this process's share of each batch, [B, 3, H, W] on the device, perhaps empty."""
     for start in range(0, images.shape[0], batch_size):
         rows = _own_rows(start, min(batch_size, images.shape[0] - start))
         yield images[rows].to(device, non_blocking=True)

@@ -7,16 +7,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models import resnet18
 
-from vqae.model.sync_batch_norm import SyncBatchNorm
-
 FEATURE_DIM = 512  # of ResNet-18
 
 
 class Encoder(nn.Module):
     """ResNet-18 without its classifier: [B, 3, H, W] -> [B, D].
 
-    D = 512 uses the features themselves, any other D adds a linear layer. With several processes, every BatchNorm uses
-    the statistics of the whole batch.
+    D = 512 uses the features themselves, any other D adds a linear layer.
 
     Args:
         code_dim: D.
@@ -37,7 +34,6 @@ class Encoder(nn.Module):
         self.project = nn.Identity() if code_dim == FEATURE_DIM else nn.Linear(FEATURE_DIM, code_dim)
         self.norm = nn.BatchNorm1d(code_dim, affine=False) if norm == "batch" else nn.Identity()
         self.frozen = False
-        SyncBatchNorm.convert(self)
 
     def freeze(self, frozen: bool = True) -> None:
         """Freeze or unfreeze the encoder. A frozen encoder has no gradients and stays in eval mode."""

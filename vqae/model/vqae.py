@@ -29,17 +29,11 @@ class Decoder(nn.Sequential):
 
 
 class VQAEOutput(NamedTuple):
-    """Result of a training forward pass.
+    """Result of a training forward pass."""
 
-    Attributes:
-        reconstruction: [B, 3, H, W], normalised like the input.
-        indices: [B] int64.
-        codebook_loss: [], MSE between the detached embeddings and their codes.
-    """
-
-    reconstruction: Tensor
-    indices: Tensor
-    codebook_loss: Tensor
+    reconstruction: Tensor  # [B, 3, H, W], normalised like the input
+    indices: Tensor  # [B] int64
+    codebook_loss: Tensor  # [], MSE between the detached embeddings and their codes
 
 
 class VQAE(nn.Module):
@@ -102,16 +96,9 @@ class VQAE(nn.Module):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Map each image to the index of its code.
+        """Map images [B, 3, H, W], floats in [0, 1] or uint8, to the indices of their codes, [B] int64 in [0, K).
 
-        Args:
-            images: [B, 3, H, W], floats in [0, 1] or uint8.
-
-        Returns:
-            indices [B], int64 in [0, K).
-
-        Raises:
-            ValueError: images are not [B, 3, H, W] of the model's size.
+        Raises ValueError if the images do not have the model's size.
         """
         expected = (3, *self.image_size)
         if images.dim() != 4 or tuple(images.shape[1:]) != expected:
@@ -130,14 +117,9 @@ class VQAE(nn.Module):
 
     @classmethod
     def load(cls, file: str | Path, device: str | torch.device = "cpu") -> "VQAE":
-        """Load the model of a checkpoint, in eval mode.
+        """Load the model of a checkpoint, `best.pt` or `last.pt` of a run, in eval mode.
 
-        Args:
-            file: `best.pt` or `last.pt` of a run.
-            device: where to put the model.
-
-        Raises:
-            vqae.runtime.errors.UsageError: the file is missing, truncated or not a checkpoint of this program.
+        Raises vqae.runtime.errors.UsageError if the file is missing, truncated or not a checkpoint of this program.
         """
         return model_from_checkpoint(load_checkpoint(Path(file))).to(device).eval()
 

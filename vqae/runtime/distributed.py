@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from vq_kernels.distributed import rank_and_world
 from vqae.config import find_device
+from vqae.model.sync_batch_norm import SyncBatchNorm
 from vqae.runtime.errors import LostProcessError, UsageError
 from vqae.runtime.process import Launch
 
@@ -43,12 +44,8 @@ def is_rank0() -> bool:
 def process_group(device_name: str) -> Iterator[torch.device]:
     """Join the process group of torchrun, gloo for the CPU and NCCL for GPUs, and yield this process's device.
 
-    Args:
-        device_name: --device. "cuda" and "auto" give each process the GPU of its local rank.
-
-    Raises:
-        UsageError: the device or a backend is not available, or the processes do not find each other.
-        LostProcessError: in the block, a collective failed because another process died.
+    Raises UsageError if the device or a backend is not available or the processes do not find each other, and in the
+    block LostProcessError if a collective fails because another process died.
     """
     launch = Launch.from_environment()
     if launch.world_size == 1:
@@ -114,16 +111,7 @@ def store_of_this_attempt(
 
     torchrun keeps the store when it restarts a job, so it still holds the keys of dead processes. Every rank announces
     a fresh name. Rank 0 answers each announced name with the name of the attempt, until every rank has confirmed it,
-    which dead ones never do.
-
-    Args:
-        store: the store of the job.
-        rank: rank of this process.
-        world_size: number of processes.
-        timeout: how long to wait for the others.
-
-    Raises:
-        RuntimeError: a rank did not arrive in time.
+    which dead ones never do. Raises RuntimeError if a rank does not arrive in time.
     """
     name = uuid4().hex
     if rank:
@@ -145,9 +133,10 @@ def store_of_this_attempt(
 
 
 def data_parallel(model: nn.Module, device: torch.device) -> nn.Module:
-    """Wrap the model in DistributedDataParallel. A single process gets the model itself."""
+    """Wrap the model in DistributedDataParallel, with SyncBatchNorm. A single process gets the model itself."""
     if world_size() == 1:
         return model
+    SyncBatchNorm.convert(model)
     known = inspect.signature(DistributedDataParallel).parameters
     keyword = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # torch < 2.14
     # No broadcast of buffers: every rank computes the same ones, from the whole batch.

@@ -2,15 +2,21 @@
 
 
 class UsageError(Exception):
-    """The user's request cannot be fulfilled. Exit code 2.
+    """The user's request cannot be fulfilled.
 
     The message names the argument or file, the rule and the value, and says what to do.
     """
 
+    exit_code = 2
+
 
 class DivergedError(Exception):
-    """A loss or a reconstruction was NaN or Inf. The message names the step. Exit code 1."""
+    """A loss or a reconstruction was NaN or Inf. The message names the step."""
+
+    exit_code = 1
 
 
 class LostProcessError(Exception):
-    """Another process of the group died, and this one cannot continue. Exit code 1."""
+    """Another process of the group died, and this one cannot continue."""
+
+    exit_code = 1

@@ -43,22 +43,17 @@ def run_command(module_name: str) -> NoReturn:
         with signals.raising():
             main(sys.argv[1:], signals)
             sys.stdout.flush()
-    except UsageError as error:
-        _exit(2, f"error: {error}")
-    except DivergedError as error:
-        _exit(1, f"error: {error}; the last checkpoint, if there is one, is kept\ntry a lower --lr")
     except LostProcessError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)  # on every rank: any of them may be the only survivor
-        os._exit(1)  # a regular exit would wait for the lost process
-    except Interrupted as interrupted:
-        _exit(interrupted.exit_code, f"stopped by {interrupted}")
+        os._exit(error.exit_code)  # a regular exit would wait for the lost process
+    except (UsageError, DivergedError, Interrupted) as error:
+        message = f"stopped by {error}" if isinstance(error, Interrupted) else f"error: {error}"
+        if isinstance(error, DivergedError):
+            message += "; the last checkpoint, if there is one, is kept\ntry a lower --lr"
+        if _is_local_rank0():
+            print(message, file=sys.stderr)
+        sys.exit(error.exit_code)
     sys.exit(0)
-
-
-def _exit(code: int, message: str) -> NoReturn:
-    if _is_local_rank0():
-        print(message, file=sys.stderr)
-    sys.exit(code)
 
 
 def _is_local_rank0() -> bool:
@@ -135,23 +130,14 @@ _REQUIRED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADD
 
 @dataclass(frozen=True)
 class Launch:
-    """The environment variables of torchrun. The defaults are those of a single process.
-
-    Attributes:
-        rank: rank of this process, from 0.
-        world_size: number of processes.
-        local_rank: rank of this process on its machine, from 0.
-        local_world_size: number of processes on this machine.
-        restarts: how many times torchrun has restarted the job after a process died.
-        job: name of the job, which restarts keep. Empty without a job.
-    """
+    """The environment variables of torchrun. The defaults are those of a single process."""
 
     rank: int = 0
     world_size: int = 1
-    local_rank: int = 0
+    local_rank: int = 0  # on this machine
     local_world_size: int = 1
-    restarts: int = 0
-    job: str = ""
+    restarts: int = 0  # how many times torchrun has restarted the job after a process died
+    job: str = ""  # name of the job, which restarts keep
 
     @classmethod
     def from_environment(cls) -> "Launch":

@@ -21,8 +21,7 @@ _MODEL_KEYS = {"config", "dataset", "image_size", "model"}  # what the model alo
 def atomic_write(file: Path, data: bytes | memoryview) -> None:
     """Replace `file` by `data` or leave it unchanged: write a temporary file, fsync, rename.
 
-    Raises:
-        UsageError: the disk is full, or the folder is not writable.
+    Raises UsageError if the disk is full or the folder is not writable.
     """
     temporary = file.with_name(f".{file.name}.part")  # a killed process may leave it; the next write overwrites it
     try:
@@ -54,11 +53,7 @@ def save_checkpoint(file: Path, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(file: Path) -> dict[str, Any]:
-    """Read the dict that `save_checkpoint` wrote, to the CPU.
-
-    Raises:
-        UsageError: the file is missing, truncated, or not a checkpoint of this program.
-    """
+    """Read the dict that `save_checkpoint` wrote, to the CPU. Raises UsageError for any other file."""
     try:
         file.open("rb").close()
     except OSError as error:
@@ -75,11 +70,7 @@ def load_checkpoint(file: Path) -> dict[str, Any]:
 
 
 class RunFolder:
-    """The output folder of a run, with one attribute for each file.
-
-    Args:
-        path: the folder. It is created when the first file is written.
-    """
+    """The output folder of a run, with one attribute for each file. It is created with the first file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -110,10 +101,6 @@ class RunFolder:
             raise UsageError(
                 f"--out {self.path} already holds a run ({', '.join(names)}): use {options} or another folder"
             )
-
-    def holds_results(self) -> bool:
-        """Whether there are files besides config.json."""
-        return any(file != self.config for file in self.files())
 
     def begin(self, config: Config) -> None:
         """Remove the files of an earlier run, and nothing else, and write config.json."""

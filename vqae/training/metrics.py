@@ -16,23 +16,14 @@ from vqae.runtime.errors import DivergedError
 
 
 class Evaluation(NamedTuple):
-    """Metrics on a set of images.
+    """Metrics on a set of images."""
 
-    Attributes:
-        mse: mean squared error per pixel value, for pixels in [0, 1].
-        psnr_db: peak signal-to-noise ratio in dB, inf if the MSE is 0.
-        perplexity: exp of the entropy of the code usage, 1 to K.
-        codes_used: number of codes used at least once.
-        images: number of images.
-        counts: [K] int64, number of images per code.
-    """
-
-    mse: float
-    psnr_db: float
-    perplexity: float
-    codes_used: int
-    images: int
-    counts: Tensor
+    mse: float  # mean squared error per pixel value, for pixels in [0, 1]
+    psnr_db: float  # peak signal-to-noise ratio in dB, inf if the MSE is 0
+    perplexity: float  # exp of the entropy of the code usage, 1 to K
+    codes_used: int  # number of codes used at least once
+    images: int  # number of images
+    counts: Tensor  # [K] int64, number of images per code
 
 
 @torch.no_grad()
@@ -48,7 +39,7 @@ def evaluate(
         images: [N, 3, H, W] uint8, N >= 1.
         batch_size: images per batch, over all processes.
         device: where to compute.
-        poll: called before each batch, in every process. It may raise to stop.
+        poll: called before each batch on every rank. It may raise to stop.
     """
     was_training = model.training
     model.eval()
@@ -75,16 +66,11 @@ def psnr_db(mse: float) -> float:
 
 
 class LossMeter:
-    """Sums the two losses of an epoch without host synchronisation.
+    """Sums the losses (reconstruction_loss, codebook_loss) of an epoch in float64, without host synchronisation."""
 
-    Attributes:
-        sums: [2] float64, sums of reconstruction_loss and codebook_loss.
-        steps: number of steps summed.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.sums = torch.zeros(2, dtype=torch.float64, device=device)
-        self.steps = 0
+    def __init__(self, device: torch.device, sums: Tensor | None = None, steps: int = 0) -> None:
+        self.sums = torch.zeros(2, dtype=torch.float64, device=device) if sums is None else sums.to(device)
+        self.steps = steps
         self._first_bad = torch.full((), -1, dtype=torch.int64, device=device)
 
     def add(self, losses: Tensor, step: int) -> None:
@@ -106,15 +92,6 @@ class LossMeter:
         reconstruction, codebook = (self.sums / self.steps if self.steps else self.sums * torch.nan).tolist()
         return reconstruction, codebook
 
-    def state_dict(self) -> dict[str, Tensor | int]:
-        """The state for a checkpoint within an epoch."""
-        return {"sums": self.sums, "steps": self.steps}
-
-    def load_state_dict(self, state: dict[str, Tensor | int]) -> None:
-        """Restore the state of `state_dict`."""
-        self.sums.copy_(torch.as_tensor(state["sums"]))
-        self.steps = int(state["steps"])
-
 
 def collapse_warning(config: Config, counts: Tensor, images_seen: int) -> str | None:
     """A warning if held-out images use fewer than half of the codes they could use, otherwise None.
@@ -124,10 +101,7 @@ def collapse_warning(config: Config, counts: Tensor, images_seen: int) -> str | 
     - Not before 2·restart_after training images: by then every unused code has been reset, and has had as many images
       again to be used. Without resets there is nothing to wait for, because unused codes get no gradient.
 
-    Args:
-        config: the options of the run.
-        counts: [K] int64, number of validation and test images per code.
-        images_seen: number of training images so far.
+    `counts` [K] is the number of validation and test images per code, `images_seen` that of training images so far.
     """
     num_codes, num_images = counts.numel(), int(counts.sum())
     codes_used = int((counts > 0).sum())

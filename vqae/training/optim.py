@@ -33,13 +33,9 @@ def build_optimizer(model: VQAE, config: Config) -> torch.optim.SGD:
 
 
 def build_schedule(optimizer: torch.optim.SGD, config: Config, progress: Callable[[], float]) -> LambdaLR:
-    """The learning-rate schedule of `build_optimizer`'s groups.
+    """The learning-rate schedule of `build_optimizer`'s groups. That of the encoder begins when it is unfrozen.
 
-    Args:
-        optimizer: as `build_optimizer` returns it.
-        config: the options of the run.
-        progress: returns the fraction of the run that is done, 0 to 1. The schedule of the encoder begins when it is
-            unfrozen.
+    `progress` returns the fraction of the run that is done, 0 to 1.
     """
 
     def encoder_factor(_step: int) -> float:

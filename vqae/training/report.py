@@ -29,9 +29,7 @@ _TITLE_HEIGHT, _TITLE_CHARACTER_WIDTH = 40, 9  # pixels
 class ProgressReporter:
     """Shows losses, codes used and the time left: a progress bar on a terminal, otherwise a line now and then.
 
-    Args:
-        progress: fraction of the run that is already done, 0 to 1.
-        silent: print nothing, because another process does.
+    `progress` is the fraction of the run that is already done, 0 to 1. With `silent`, nothing is printed.
     """
 
     def __init__(self, progress: float, *, silent: bool = False) -> None:
@@ -109,15 +107,7 @@ def write_events(folder: Path, line: dict[str, Any]) -> None:
 
 @torch.no_grad()
 def plot_reconstructions(model: VQAE, images: Tensor, file: Path, title: str, columns: int = 16) -> None:
-    """Plot images above their reconstructions.
-
-    Args:
-        model: in eval mode.
-        images: [B, 3, H, W], uint8 or floats in [0, 1], on the model's device.
-        file: PNG file to write.
-        title: title of the plot.
-        columns: images per row.
-    """
+    """Plot images [B, 3, H, W], uint8 or floats in [0, 1], above their reconstructions by a model in eval mode."""
     originals = images.float() / 255 if images.dtype == torch.uint8 else images
     decoded = model.decode(model.encode(images))
     rows = []
@@ -149,14 +139,7 @@ _PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 
 def plot_curves(history: list[dict[str, Any]], num_codes: int, file: Path, title: str) -> None:
-    """Plot the metrics over the epochs.
-
-    Args:
-        history: the lines of metrics.jsonl. Missing values and None leave a gap.
-        num_codes: K, the limit of codes used and perplexity.
-        file: PNG file to write.
-        title: title of the plot.
-    """
+    """Plot the lines of metrics.jsonl over the epochs. Missing values and None leave a gap."""
     epochs = [line["epoch"] for line in history]
     figure, rows = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
     for axis, (label, names) in zip(rows.flat, _PANELS, strict=True):

@@ -30,19 +30,12 @@ _SAVED = ("epoch", "step", "train_s", "evaluation_s", "history", "best_val_mse",
 class Trainer:
     """Trains a model from its first step or from a checkpoint, in a single process or as one of a process group.
 
-    All ranks hold the same weights, random state and position in the run. Rank 0 writes and prints.
+    All ranks hold the same weights, random state and position in the run. Rank 0 writes and prints. A signal to one
+    process stops all.
 
     Args:
-        config: the checked options.
-        model: on `device`.
         train: [N, 3, H, W] uint8; val: [M, 3, H, W], M may be 0; test: [L, 3, H, W], L >= 1.
-        dataset: the data set that was loaded.
-        device: where to train.
-        signals: polled between steps. A signal to one process stops all.
-        state: a checkpoint of a run with the same options.
-
-    Raises:
-        UsageError: the checkpoint belongs to other images, or its weights do not fit.
+        state: a checkpoint of a run with the same options. UsageError is raised if it does not fit.
     """
 
     def __init__(
@@ -128,10 +121,8 @@ class Trainer:
     def run(self) -> None:
         """Train to the end and write every file of the run.
 
-        Raises:
-            Interrupted: a signal arrived at this or another process. The run is saved.
-            DivergedError: a loss was not finite. The last checkpoint is kept.
-            UsageError: a file cannot be written.
+        Raises Interrupted after saving if a signal arrives at any process, DivergedError if a loss is not finite, and
+        UsageError if a file cannot be written.
         """
         with self.signals.deferred():
             try:
@@ -313,7 +304,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "rng": rng,
-            "losses": self.losses.state_dict(),
+            "losses": {"sums": self.losses.sums, "steps": self.losses.steps},
             "images": self.fingerprints,
             "elapsed_s": self._elapsed_s(),
             "finished": finished,
@@ -333,7 +324,7 @@ class Trainer:
         load_weights(self.model, state)
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
-        self.losses.load_state_dict(state["losses"])
+        self.losses = LossMeter(self.device, **state["losses"])
         self.elapsed_before_s = state["elapsed_s"]
         if self.is_rank0:
             self.folder.write_metrics(self.history)  # drop what a killed process wrote after the checkpoint

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.vqae.commands import files_in
+from vqae import VQAE
 from vqae.config import Config
 from vqae.model.vqae import build_model, model_from_checkpoint
 from vqae.runtime.errors import UsageError
@@ -113,6 +114,17 @@ def test_round_trip_without_pickled_code(tmp_path: Path, state: dict[str, Any], 
     assert loaded["config"] == state["config"]
     assert all(torch.equal(loaded["model"][name], value) for name, value in state["model"].items())
     assert not any(name.startswith("module.") for name in loaded["model"])
+
+
+def test_a_checkpoint_of_version_0_1(tmp_path: Path, state: dict[str, Any]) -> None:
+    config = {name: value for name, value in state["config"].items() if name != "unfreeze_encoder_at"}
+    config |= {"encoder_start": 0.75, "network_init": "pictures", "codebook_step": "share"}
+    old = {"format": "vqae checkpoint 1", **state, "config": config, "pictures": [(51, 3, 8, 8, 7)]}
+    torch.save(old, tmp_path / "last.pt")
+    assert load_checkpoint(tmp_path / "last.pt")["images"] == [(51, 3, 8, 8, 7)]
+    with pytest.warns(DeprecationWarning, match="is deprecated, use"):
+        model = VQAE.load(tmp_path / "last.pt")
+    assert torch.equal(model.quantizer.codebook, state["model"]["quantizer.codebook"])
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.1, 0.5, 0.9, 0.999])
