@@ -55,7 +55,7 @@ def test_a_run_is_made_once_and_measured(config: Config, image_folder: Path) -> 
     assert (measured["test"].codes_used, measured["test"].images) == (line["codes_used"], 16)
     assert measured["first"].images == 3
     assert run_minutes(config.out) == line["elapsed_s"] / 60
-    with pytest.raises(UsageError, match=r"--resume: the settings contradict .* --lr was 0.3, got 0.5"):
+    with pytest.raises(UsageError, match=r"--resume: the settings differ from those .* --lr was 0.3, got 0.5"):
         run_training(dataclasses.replace(config, lr=0.5), SignalHandler())
 
 
