@@ -132,10 +132,7 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as in config.json and checkpoints."""
-        values = dataclasses.asdict(self)
-        values["hidden_dims"] = list(self.hidden_dims)
-        for name in ("out", "data_dir"):
-            values[name] = None if values[name] is None else str(values[name])
+        values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self), default=str))
         return values
 
     @classmethod

@@ -50,15 +50,14 @@ def parse(arguments: list[str]) -> Command:
     """Parse the command line. Defaults come from --recipe, then from --config or, with --resume, from the run's own."""
     command = _parse(arguments, Config())
     folder = RunFolder(command.run.out)
-    source = command.config
-    if source is None and command.resume and folder.config.exists():
-        source = folder.config
+    own_config = command.resume and command.config is None and folder.config.exists()
+    source = folder.config if own_config else command.config
     defaults = Config() if source is None else Config.read(source)
     if command.recipe is not None:
         defaults = dataclasses.replace(defaults, **RECIPES[command.recipe])
     if defaults != Config():
         command = _parse(arguments, defaults)
-    if source is not None and command.config is None:  # the folder may have been renamed since
+    if own_config:  # the folder may have been renamed since
         command = dataclasses.replace(command, run=dataclasses.replace(command.run, out=folder.path))
     if command.resume and command.overwrite:
         raise UsageError("--resume and --overwrite exclude each other")

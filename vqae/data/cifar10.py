@@ -35,12 +35,7 @@ def read_cifar10(data_dir: Path, splits: Sequence[str]) -> list[Tensor]:
     If files are missing, data_dir/cifar-10-python.tar.gz is unpacked; if that is missing too, it is downloaded. The
     network is not used if the files are complete. Damaged files are an error, and are not changed.
 
-    Args:
-        data_dir: created if it does not exist.
-        splits: "train", "test" or both.
-
-    Returns:
-        For each split [N, 3, 32, 32] uint8: 50,000 training images, 10,000 test images.
+    Returns [N, 3, 32, 32] uint8 for each split: 50,000 training images, 10,000 test images.
 
     Raises:
         DownloadError: CIFAR-10 is missing and cannot be downloaded.

@@ -1,7 +1,6 @@
 """Image folders in the layout of torchvision's ImageFolder: DIR/train/<class>/* and DIR/test/<class>/*.
 
-Images are decoded in one thread: 55,000 JPEG files of 32 x 32 take about 12 s. Two threads are not faster, because most
-of that time is spent in Python.
+Images are decoded in one thread. Two are not faster, because most of the time is spent in Python.
 """
 
 import struct
@@ -31,19 +30,11 @@ _IMAGE_ERRORS = (
 def read_image_folder(data_dir: Path, splits: Sequence[str], image_size: int | None) -> list[Tensor]:
     """Read splits of an image folder, each sorted by path. Hidden files and folders are ignored.
 
-    Greyscale, palette and transparent images are converted to RGB. All splits are listed before any image is decoded.
+    Greyscale, palette and transparent images become RGB. If `image_size` is given, the shorter side of each is resized
+    to it, antialiased, and the centre is cropped. All splits are listed before any image is decoded.
 
-    Args:
-        data_dir: a folder with a folder per split, which has a folder per class.
-        splits: "train", "test" or both.
-        image_size: resize the shorter side to this, antialiased, and crop the centre. None keeps the images.
-
-    Returns:
-        For each split [N, 3, H, W] uint8, with H and W the same for all.
-
-    Raises:
-        UsageError: a folder is missing or empty, a file is damaged or not an image, or the images differ in size and
-            image_size is None.
+    Returns [N, 3, H, W] uint8 for each split, with the same H and W. Raises UsageError if a folder is missing or empty,
+    a file is damaged or not an image, or the images differ in size and `image_size` is None.
     """
     if not data_dir.is_dir():
         problem = "is a file" if data_dir.exists() else "does not exist"

@@ -21,14 +21,9 @@ from vqae.runtime.errors import UsageError
 
 Split = Literal["train", "test"]
 
-DEFAULT_DATA_DIR = Path("data")
 NUM_SYNTHETIC = {"train": 20_000, "test": 5_000}
-_ROOM_NEEDED = 2.0  # images are held on the GPU if it has this multiple of their size free
 
 _logger = logging.getLogger(__name__)
-
-
-# -- data sets
 
 
 @dataclass(frozen=True)
@@ -52,9 +47,6 @@ def load_images(dataset: Dataset, data_dir: Path | None, *, image_size: int | No
         image_size: resize the shorter side of each image to this, antialiased, and crop the centre. None keeps the
             images (32 x 32 for synthetic ones), which must then have one size.
         seed: seed of the synthetic images.
-
-    Returns:
-        Images(train [N, 3, H, W] uint8, test [M, 3, H, W] uint8, dataset).
 
     Raises:
         UsageError: the data set is missing, damaged or not available, or an argument is out of range.
@@ -89,7 +81,7 @@ def _load_splits(
         return read_image_folder(data_dir, splits, image_size), "imagefolder"
     if dataset in ("auto", "cifar10"):
         try:
-            images = read_cifar10(data_dir or DEFAULT_DATA_DIR, splits)
+            images = read_cifar10(data_dir or Path("data"), splits)
         except DownloadError as error:
             if dataset == "cifar10":
                 raise
@@ -127,11 +119,10 @@ def split_train(images: Tensor, limit: int | None, val_fraction: float, seed: in
     """
     order = torch.randperm(images.shape[0], generator=torch.Generator().manual_seed(seed))[:limit]
     num_val = round(val_fraction * order.numel())
-    if order.numel() - num_val < 2:
-        raise UsageError(
-            f"at least 2 images are needed to train on, got {order.numel() - num_val} "
-            f"(of {images.shape[0]}, --limit {limit}, --val-fraction {val_fraction})"
-        )
+    num_train = order.numel() - num_val
+    if num_train < 2:
+        options = f"--limit {limit}, --val-fraction {val_fraction}"
+        raise UsageError(f"at least 2 images are needed to train on, got {num_train} of {images.shape[0]} ({options})")
     return images[order[num_val:]], images[order[:num_val]]
 
 
@@ -144,8 +135,8 @@ def fingerprints(*parts: Tensor) -> list[tuple[int, ...]]:
 
 
 def to_device(images: Tensor, device: torch.device) -> Tensor:
-    """Move the images to the device if it has room for them, otherwise to pinned memory."""
-    if device.type == "cuda" and images.nbytes * _ROOM_NEEDED > torch.cuda.mem_get_info(device)[0]:
+    """Move the images to the device if it has twice their size free, otherwise to pinned memory."""
+    if device.type == "cuda" and 2 * images.nbytes > torch.cuda.mem_get_info(device)[0]:
         return images.pin_memory()
     return images.to(device)
 

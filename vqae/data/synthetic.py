@@ -14,8 +14,6 @@ import torch
 from torch import Generator, Tensor
 
 _CHUNK = 64  # images drawn at once; larger chunks are limited by memory bandwidth
-_MAX_OBJECTS = 3
-_NUM_WAVES = 6  # plane waves in the clouds
 
 # Outlines as (m, n1, n2, n3) of the superformula: the symmetry, then three exponents.
 _OUTLINES = torch.tensor(
@@ -33,16 +31,10 @@ _OUTLINES = torch.tensor(
 
 
 def draw_images(num_images: int, split: str, *, image_size: int = 32, seed: int = 0) -> Tensor:
-    """Draw images. The same arguments give the same images; training and test images differ.
+    """Draw images [num_images, 3, image_size, image_size] uint8 of the split "train" or "test".
 
-    Args:
-        num_images: N. The first images of a longer draw need not be those of a shorter one.
-        split: "train" or "test".
-        image_size: height and width S.
-        seed: any integer of 62 bits.
-
-    Returns:
-        [N, 3, S, S] uint8.
+    The same arguments give the same images. Other seeds (62 bits) and the other split give other images. The first
+    images of a longer draw need not be those of a shorter one.
     """
     generator = torch.Generator().manual_seed(2 * seed + (split == "test"))
     images = torch.empty(num_images, 3, image_size, image_size, dtype=torch.uint8)
@@ -84,16 +76,16 @@ class _Scenes:
         clouds = self.clouds()
         image = self.sky(clouds)
         image, ground = self.add_ground(image, clouds)
-        for _ in range(_MAX_OBJECTS):
+        for _ in range(3):
             image = self.add_object(image, ground)
         exposure = 1.1 * torch.exp(0.2 * self.normal())
         vignette = 1 - self.uniform(0, 0.25) * (self.x * self.x + self.y * self.y)
         return (image * (exposure * vignette)[:, None]).clamp_(0, 1).mul_(255).round_()
 
     def clouds(self) -> Tensor:
-        """A rough plane around 0, [B, S, S]: waves whose amplitude falls with their frequency."""
+        """A rough plane around 0, [B, S, S]: six waves whose amplitude falls with their frequency."""
         clouds = torch.zeros(())
-        for octave in range(_NUM_WAVES):
+        for octave in range(6):
             frequency = 1.5 * 1.7**octave * torch.exp(0.2 * self.normal())
             angle = self.uniform(0, math.pi)
             phase = self.uniform(0, 2 * math.pi)

@@ -85,8 +85,7 @@ def _live_taps(size: int, kernel: int, stride: int, padding: int) -> tuple[int, 
     """
     outputs = (size + 2 * padding - kernel) // stride + 1
     live = [t for t in range(kernel) if any(0 <= i * stride - padding + t < size for i in range(outputs))]
-    if not live:
-        return 0, kernel, padding
+    live = live or list(range(kernel))
     first, last = live[0], live[-1] + 1
     trimmed = padding - first
     if trimmed < 0 or (size + 2 * trimmed - (last - first)) // stride + 1 != outputs:

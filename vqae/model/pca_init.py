@@ -37,11 +37,9 @@ _BATCH_SIZE = 256
 
 @torch.no_grad()
 def init_by_pca(model: VQAE, images: Tensor) -> None:
-    """Initialise encoder and decoder from a random sample of images, drawn by torch's global generator.
+    """Initialise encoder and decoder from images [N, 3, H, W] uint8, of which torch's global generator draws a sample.
 
-    Args:
-        model: on the CPU, with its pixel statistics set.
-        images: [N, 3, H, W] uint8.
+    The model must be on the CPU, with its pixel statistics set.
     """
     num_images = max(2, min(_NUM_IMAGES, _NUM_VALUES // images[0].numel()))
     x = model.normalise(images[torch.randperm(images.shape[0])[:num_images]])

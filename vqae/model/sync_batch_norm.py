@@ -51,13 +51,13 @@ class SyncBatchNorm(_BatchNorm):
     @torch.no_grad()
     def _track(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
         """Update the running statistics with a batch of mean [C], biased variance [C] and count [1]."""
-        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
+        if not self.track_running_stats:
             return
-        self.num_batches_tracked += 1
-        step = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
-        unbiased = variance * (count / (count - 1))
-        self.running_mean += step * (mean.to(self.running_mean.dtype) - self.running_mean)
-        self.running_var += step * (unbiased.to(self.running_var.dtype) - self.running_var)
+        num_batches = self.get_buffer("num_batches_tracked").add_(1)
+        step = 1 / num_batches if self.momentum is None else self.momentum
+        for name, value in (("running_mean", mean), ("running_var", variance * (count / (count - 1)))):
+            running = self.get_buffer(name)
+            running += step * (value.to(running.dtype) - running)
 
 
 class _SumOverRanks(torch.autograd.Function):

@@ -19,12 +19,11 @@ class Decoder(nn.Sequential):
     """An MLP with ReLU between its layers: [B, D] -> [B, 3, H, W]."""
 
     def __init__(self, code_dim: int, hidden_dims: Sequence[int], image_size: tuple[int, int]) -> None:
-        height, width = image_size
         dims = [code_dim, *hidden_dims]
         layers: list[nn.Module] = []
         for dim_in, dim_out in pairwise(dims):
             layers += [nn.Linear(dim_in, dim_out), nn.ReLU(inplace=True)]
-        layers += [nn.Linear(dims[-1], 3 * height * width), nn.Unflatten(1, (3, height, width))]
+        layers += [nn.Linear(dims[-1], 3 * image_size[0] * image_size[1]), nn.Unflatten(1, (3, *image_size))]
         super().__init__(*layers)
 
 

@@ -37,9 +37,6 @@ def is_rank0() -> bool:
     return rank_and_world(synchronise=True)[0] == 0
 
 
-# -- the process group
-
-
 @contextmanager
 def process_group(device_name: str) -> Iterator[torch.device]:
     """Join the process group of torchrun, gloo for the CPU and NCCL for GPUs, and yield this process's device.
@@ -66,17 +63,16 @@ def _own_device(name: str, launch: Launch) -> torch.device:
     device = find_device(name)
     if device.type == "cpu":
         return device
-    num_gpus, index = torch.cuda.device_count(), cast(int | None, device.index)
-    if index is not None and launch.local_world_size > 1:
-        raise UsageError(
-            f"--device {name} is one GPU for {launch.local_world_size} processes: use --device cuda for one each"
-        )
-    if index is None and launch.local_world_size > num_gpus:
-        raise UsageError(
-            f"{launch.local_world_size} processes need a GPU each, but this machine has {num_gpus}: use "
-            f"--nproc-per-node {num_gpus} or --device cpu"
-        )
-    device = torch.device("cuda", launch.local_rank if index is None else index)
+    num_processes, num_gpus = launch.local_world_size, torch.cuda.device_count()
+    if ":" in name and num_processes > 1:
+        raise UsageError(f"--device {name} is one GPU for {num_processes} processes: use --device cuda for one each")
+    if ":" not in name:
+        if num_processes > num_gpus:
+            raise UsageError(
+                f"{num_processes} processes need a GPU each, but this machine has {num_gpus}: use "
+                f"--nproc-per-node {num_gpus} or --device cpu"
+            )
+        device = torch.device("cuda", launch.local_rank)
     torch.cuda.set_device(device)
     return device
 
@@ -84,11 +80,9 @@ def _own_device(name: str, launch: Launch) -> torch.device:
 def _join(device: torch.device, launch: Launch) -> None:
     """Initialise the default process group. GPUs get gloo as well, so that agreement between hosts needs no GPU."""
     distributed = torch.distributed
-    available = {
-        "gloo": distributed.is_available() and distributed.is_gloo_available(),
-        "nccl": distributed.is_available() and distributed.is_nccl_available(),
-    }
-    missing = [name for name in (("gloo",) if device.type == "cpu" else ("gloo", "nccl")) if not available[name]]
+    gloo = distributed.is_available() and distributed.is_gloo_available()
+    nccl = device.type == "cpu" or (distributed.is_available() and distributed.is_nccl_available())
+    missing = [name for name, available in (("gloo", gloo), ("nccl", nccl)) if not available]
     if missing:
         raise UsageError(f"{launch.world_size} processes need {' and '.join(missing)}, which this torch does not have")
     from torch.distributed.rendezvous import rendezvous  # fails if torch was built without distributed
@@ -96,7 +90,7 @@ def _join(device: torch.device, launch: Launch) -> None:
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
     try:
         store = next(rendezvous("env://", launch.rank, launch.world_size))[0]
-        store = store_of_this_attempt(store, launch.rank, launch.world_size)
+        store = attempt_store(store, launch.rank, launch.world_size)
         distributed.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.world_size)
     except (RuntimeError, ValueError) as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
@@ -104,9 +98,7 @@ def _join(device: torch.device, launch: Launch) -> None:
         raise UsageError(f"the {launch.world_size} processes do not find each other at {address}: {reason}") from None
 
 
-def store_of_this_attempt(
-    store: Store, rank: int, world_size: int, timeout: timedelta = timedelta(minutes=5)
-) -> PrefixStore:
+def attempt_store(store: Store, rank: int, world_size: int, timeout: timedelta = timedelta(minutes=5)) -> PrefixStore:
     """The part of a job's store that belongs to this restart attempt.
 
     torchrun keeps the store when it restarts a job, so it still holds the keys of dead processes. Every rank announces

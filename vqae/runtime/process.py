@@ -10,12 +10,12 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from types import FrameType
-from typing import Literal, NoReturn
+from typing import NoReturn
 
 from vqae.runtime.errors import DivergedError, LostProcessError, UsageError
 
@@ -85,7 +85,7 @@ class SignalHandler:
 
     def __init__(self) -> None:
         self.received = 0
-        self._response: Literal["exit", "raise", "defer"] = "exit"
+        self._response = "exit"
 
     def install(self) -> None:
         """Install the handler for both signals."""
@@ -104,23 +104,21 @@ class SignalHandler:
         if self.received:
             raise Interrupted(self.received)
 
-    @contextmanager
-    def raising(self) -> Iterator[None]:
-        """In this block the first signal raises `Interrupted` immediately."""
-        self._response = "raise"
-        try:
-            yield
-        finally:
-            self._response = "exit"
+    def raising(self) -> AbstractContextManager[None]:
+        """A block in which the first signal raises `Interrupted` immediately."""
+        return self._responding("raise")
+
+    def deferred(self) -> AbstractContextManager[None]:
+        """A part of a `raising()` block in which the first signal waits for `poll()`."""
+        return self._responding("defer")
 
     @contextmanager
-    def deferred(self) -> Iterator[None]:
-        """In this part of a `raising()` block the first signal waits for `poll()`."""
-        self._response = "defer"
+    def _responding(self, response: str) -> Iterator[None]:
+        before, self._response = self._response, response
         try:
             yield
         finally:
-            self._response = "raise"
+            self._response = before
 
 
 # -- torchrun

@@ -30,16 +30,10 @@ class Evaluation(NamedTuple):
 def evaluate(
     model: VQAE, images: Tensor, batch_size: int, device: torch.device, poll: Callable[[], None] = lambda: None
 ) -> Evaluation:
-    """Reconstruct every image in eval mode. The model's mode is restored.
+    """Reconstruct images [N, 3, H, W] uint8, N >= 1, in eval mode. The model's mode is restored.
 
-    Several processes share each batch, and all return the metrics of the whole set.
-
-    Args:
-        model: on `device`.
-        images: [N, 3, H, W] uint8, N >= 1.
-        batch_size: images per batch, over all processes.
-        device: where to compute.
-        poll: called before each batch on every rank. It may raise to stop.
+    Several processes share each batch, and all return the metrics of the whole set. `poll` is called before each batch
+    on every rank, and may raise to stop.
     """
     was_training = model.training
     model.eval()

@@ -81,10 +81,8 @@ class ProgressReporter:
 def write_events(folder: Path, line: dict[str, Any]) -> None:
     """Write the metrics of an epoch as TensorBoard events of its step. Without tensorboard, nothing is written.
 
-    Events that an interrupted process wrote for the same or a later step are hidden.
-
-    Raises:
-        UsageError: the disk is full, or the folder is not writable.
+    Events that an interrupted process wrote for the same or a later step are hidden. Raises UsageError if the disk is
+    full or the folder is not writable.
     """
     try:
         from torch.utils.tensorboard import SummaryWriter
@@ -153,7 +151,6 @@ def plot_curves(history: list[dict[str, Any]], num_codes: int, file: Path, title
             axis.set_yscale("symlog", linthresh=1e-3)
         elif names == ("restarts",):
             axis.set_yscale("symlog", linthresh=1)  # thousands in the first epoch, then hardly any
-            axis.set_ylim(0, max(1, axis.get_ylim()[1]))
         elif label.startswith("fraction"):
             axis.set_ylim(0, 1)
         elif label in ("codes used", "perplexity"):

@@ -79,8 +79,6 @@ class Trainer:
         self.saved_at = time.monotonic()
         self.reporter = ProgressReporter(self.progress(), silent=not self.is_rank0)
 
-    # -- position in the run
-
     @property
     def global_step(self) -> int:
         """Finished steps of the run."""
@@ -115,8 +113,6 @@ class Trainer:
         self._synchronise()
         if self.signal:
             raise Interrupted(self.signal)
-
-    # -- the run
 
     def run(self) -> None:
         """Train to the end and write every file of the run.
@@ -197,9 +193,7 @@ class Trainer:
         """Evaluate, report and save."""
         start = time.monotonic()
         test = evaluate(self.model, self.test, self.config.batch_size, self.device, self._poll)
-        val = None
-        if self.val.shape[0]:
-            val = evaluate(self.model, self.val, self.config.batch_size, self.device, self._poll)
+        val = evaluate(self.model, self.val, self.config.batch_size, self.device, self._poll) if len(self.val) else None
         self.evaluation_s = time.monotonic() - start
         val_mse = test.mse if val is None else val.mse
         if not math.isfinite(test.mse) or not math.isfinite(val_mse):
@@ -279,8 +273,6 @@ class Trainer:
             if self.is_rank0:
                 plot()
 
-    # -- checkpoints
-
     def _model_state(self) -> dict[str, Any]:
         """The content of best.pt: what the model alone needs."""
         return {
@@ -315,9 +307,8 @@ class Trainer:
 
     def _restore(self, state: dict[str, Any]) -> None:
         """The inverse of `_save`."""
-        before, now = state["images"], self.fingerprints
-        if before != now:
-            counts = f"{before[0][0]} training images then, {now[0][0]} now"
+        if state["images"] != self.fingerprints:
+            counts = f"{state['images'][0][0]} training images then, {self.train.shape[0]} now"
             raise UsageError(f"--resume: the images must be those that the run began with, got others ({counts})")
         for name in _SAVED:
             setattr(self, name, state[name])
