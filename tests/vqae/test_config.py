@@ -65,7 +65,7 @@ def test_round_trip_through_json(tmp_path: Path, values: dict[str, Any]) -> None
     assert hash(config) == hash(Config.from_dict(json.loads(json.dumps(config.to_dict())), "the test"))
 
 
-def test_the_other_values_cover_every_setting() -> None:
+def test_other_values_cover_every_setting() -> None:
     assert list(OTHER) == FIELDS
     default, other = Config().to_dict(), Config.from_dict(OTHER, "the test").to_dict()
     assert all(default[name] != other[name] for name in FIELDS)
@@ -98,19 +98,19 @@ def test_help_shows_every_flag_and_exits_with_0(command: Callable[..., Outcome],
 # -- --config
 
 
-def test_a_file_gives_defaults_and_flags_go_before_them(tmp_path: Path) -> None:
+def test_flags_override_the_config_file(tmp_path: Path) -> None:
     file = write(tmp_path / "mine.json", {"num_codes": 64, "lr": 1, "out": "there", "data_dir": None})
     run = parse(["--config", str(file), "--lr", "0.5"]).run
     assert run == Config(num_codes=64, lr=0.5, out=Path("there"))
 
 
-def test_a_flag_beats_the_file_even_with_the_default_as_its_value(tmp_path: Path) -> None:
+def test_a_flag_with_the_default_value_overrides_the_file(tmp_path: Path) -> None:
     file = write(tmp_path / "mine.json", {"num_codes": 64, "flip": False})
     run = parse(["--config", str(file), "--num-codes", "512", "--flip"]).run
     assert run == Config()
 
 
-def test_resume_takes_the_settings_of_the_run_wherever_it_lies_now(tmp_path: Path) -> None:
+def test_resume_uses_the_settings_of_a_run_that_was_moved(tmp_path: Path) -> None:
     write(tmp_path / "config.json", {**Config(num_codes=64).to_dict(), "out": "where/it/was"})
     for arguments in (["--out", str(tmp_path)], [f"--out={tmp_path}"]):
         assert parse([*arguments, "--resume"]).run == Config(num_codes=64, out=tmp_path)
@@ -157,7 +157,7 @@ def test_options_and_values_of_version_0_1_load_with_a_warning(tmp_path: Path, r
         ("", "is not JSON"),
     ],
 )
-def test_a_bad_file_is_named_with_the_setting_and_the_value(tmp_path: Path, content: str, message: str) -> None:
+def test_errors_name_the_file_the_setting_and_the_value(tmp_path: Path, content: str, message: str) -> None:
     file = tmp_path / "bad.json"
     file.write_text(content)
     with pytest.raises(UsageError, match=message) as error:
@@ -165,7 +165,7 @@ def test_a_bad_file_is_named_with_the_setting_and_the_value(tmp_path: Path, cont
     assert str(file) in str(error.value)
 
 
-def test_a_missing_file_and_a_file_of_bytes_are_named(tmp_path: Path) -> None:
+def test_missing_and_binary_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"none\.json cannot be read: No such file"):
         parse(["--config", str(tmp_path / "none.json")])
     (tmp_path / "bytes.json").write_bytes(b"\xff\xfe\x00")
@@ -176,7 +176,7 @@ def test_a_missing_file_and_a_file_of_bytes_are_named(tmp_path: Path) -> None:
 # -- --recipe
 
 
-def test_the_plain_recipe_is_the_specification_as_written() -> None:
+def test_the_plain_recipe() -> None:
     plain = parse(["--recipe", "plain", "--num-codes", "64"]).run
     assert plain.lr == plain.encoder_lr == plain.codebook_lr == 0.1
     assert (plain.network_init, plain.unfreeze_encoder_at) == ("random", 0)
@@ -185,20 +185,20 @@ def test_the_plain_recipe_is_the_specification_as_written() -> None:
     assert plain == dataclasses.replace(Config(num_codes=64), **RECIPES["plain"])
 
 
-def test_flags_go_before_a_recipe_even_with_the_default_as_their_value() -> None:
+def test_flags_override_a_recipe() -> None:
     default = str(Config.restart_after)
     for arguments in (["--restart-after", default, "--recipe", "plain"], ["--recipe", "plain", "--lr", "0.05"]):
         given = {"restart_after": int(default)} if "--restart-after" in arguments else {"lr": 0.05}
         assert parse(arguments).run == dataclasses.replace(Config(), **{**RECIPES["plain"], **given})
 
 
-def test_a_recipe_goes_before_a_file(tmp_path: Path) -> None:
+def test_a_recipe_overrides_a_file(tmp_path: Path) -> None:
     file = write(tmp_path / "mine.json", {"num_codes": 64, "lr": 1.0, "out": "there"})
     run = parse(["--config", str(file), "--recipe", "plain"]).run
     assert run == dataclasses.replace(Config(num_codes=64, out=Path("there")), **RECIPES["plain"])
 
 
-def test_config_json_holds_what_a_recipe_came_to(tmp_path: Path) -> None:
+def test_config_json_holds_the_settings_of_the_recipe(tmp_path: Path) -> None:
     run = parse(["--recipe", "plain", "--out", str(tmp_path), "--lr", "0.2"]).run
     write(tmp_path / "config.json", run.to_dict())
     assert parse(["--out", str(tmp_path), "--resume"]).run == run
@@ -252,13 +252,13 @@ def test_a_value_out_of_range_is_named(name: str, value: str) -> None:
         parse([name, value])
 
 
-def test_a_random_encoder_may_not_rest() -> None:
+def test_a_random_encoder_must_not_be_frozen() -> None:
     with pytest.raises(UsageError, match=r"--unfreeze-encoder-at must be 0 with --network-init random, .*got 0\.25"):
         parse(["--network-init", "random", "--unfreeze-encoder-at", "0.25"])
     parse(["--network-init", "random", "--unfreeze-encoder-at", "0"])
 
 
-def test_the_ends_of_the_ranges_are_inside() -> None:
+def test_limits_of_the_ranges_are_accepted() -> None:
     parse(["--num-codes", "1", "--code-dim", "1", "--batch-size", "2", "--limit", "1", "--seed", str(2**62 - 1)])
     parse(["--momentum", "0", "--warmup", "0", "--val-fraction", "0", "--restart-after", "0", "--hidden-dims"])
     parse(["--codebook-step", "plain", "--codebook-lr", "2"])
@@ -273,7 +273,7 @@ def test_a_flag_of_the_wrong_type_exits_with_2(command: Callable[..., Outcome], 
     assert "Traceback" not in outcome.err
 
 
-def test_resume_and_overwrite_contradict_each_other() -> None:
+def test_resume_and_overwrite_exclude_each_other() -> None:
     with pytest.raises(UsageError, match="--resume and --overwrite exclude each other"):
         parse(["--resume", "--overwrite"])
 
@@ -281,18 +281,18 @@ def test_resume_and_overwrite_contradict_each_other() -> None:
 # -- devices
 
 
-def test_devices_that_are_there() -> None:
+def test_available_devices() -> None:
     assert find_device("cpu") == torch.device("cpu")
     assert find_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.mark.parametrize("name", ["gpu", "", "cuda:", "cuda:-1", "cuda:x", "cuda:00", "cpu:1", "mps", "meta"])
-def test_a_name_that_is_no_device(name: str) -> None:
+def test_invalid_device_name(name: str) -> None:
     with pytest.raises(UsageError, match=f"--device must be auto, cpu, cuda or cuda:N, got '{name}'"):
         find_device(name)
 
 
-def test_a_device_that_is_not_there() -> None:
+def test_missing_device() -> None:
     with pytest.raises(
         UsageError, match=rf"--device cuda:99 does not exist: .* {torch.cuda.device_count()} CUDA devices"
     ):
@@ -300,7 +300,7 @@ def test_a_device_that_is_not_there() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_cuda_where_there_is_none() -> None:
+def test_cuda_without_a_gpu() -> None:
     with pytest.raises(UsageError, match="--device cuda does not exist: this machine has 0 CUDA devices"):
         find_device("cuda")
 
@@ -308,7 +308,7 @@ def test_cuda_where_there_is_none() -> None:
 # -- settings in other units
 
 
-def test_a_file_s_settings_are_checked_together_with_the_flags(tmp_path: Path) -> None:
+def test_settings_of_a_file_are_checked_together_with_the_flags(tmp_path: Path) -> None:
     (tmp_path / "some.json").write_text('{"network_init": "random"}')
     given = ["--config", str(tmp_path / "some.json")]
     assert parse([*given, "--unfreeze-encoder-at", "0"]).run.network_init == "random"
@@ -319,6 +319,6 @@ def test_a_file_s_settings_are_checked_together_with_the_flags(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("images", "batch_size", "steps"), [(15_360, 256, 60), (15_360, 1000, 16), (1, 256, 1), (0, 256, 0)]
 )
-def test_restarts_are_counted_in_images_whatever_the_batch_size(images: int, batch_size: int, steps: int) -> None:
+def test_restart_after_is_counted_in_images(images: int, batch_size: int, steps: int) -> None:
     config = Config(num_codes=4, code_dim=4, restart_after=images, batch_size=batch_size)
     assert config.restart_steps == build_model(config, (8, 8)).quantizer.restart_after == steps

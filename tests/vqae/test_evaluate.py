@@ -35,7 +35,7 @@ def test_one_line_of_json_with_the_figures_of_the_run(command: Command, finished
     }
 
 
-def test_the_checkpoint_knows_its_own_images(command: Command, finished_run: Path) -> None:
+def test_evaluate_uses_the_data_set_of_the_run(command: Command, finished_run: Path) -> None:
     best = ("vqae.evaluate", "--checkpoint", finished_run / "best.pt", "--device", "cpu")
     assert measured(command(*best))["images"] == 32
     assert measured(command(*best, "--split", "train", "--batch-size", 7))["images"] == 64
@@ -65,9 +65,7 @@ def test_bad_input_exits_with_2(command: Command, finished_run: Path, arguments:
     assert message in outcome.err
 
 
-def test_images_of_another_size_are_named(
-    command: Command, finished_run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_images_of_another_size(command: Command, finished_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     load_split = evaluate.load_split
 
     def load_small(*arguments: object, **options: object) -> object:

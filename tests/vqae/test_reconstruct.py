@@ -14,7 +14,7 @@ from vqae.data.image_folder import read_image
 Command = Callable[..., Outcome]
 
 
-def test_a_image_of_originals_over_reconstructions(
+def test_originals_are_plotted_above_reconstructions(
     command: Command, finished_run: Path, images: Path, tmp_path: Path
 ) -> None:
     files = sorted((images / "test" / "colours").iterdir())[:20]
@@ -42,7 +42,7 @@ def test_images_of_any_size(command: Command, finished_run: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("image_size", [(32, 32), (64, 48), (7, 31)])
-def test_a_image_is_scaled_to_cover_and_its_centre_kept(image_size: tuple[int, int], tmp_path: Path) -> None:
+def test_images_are_scaled_and_cropped_to_the_centre(image_size: tuple[int, int], tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     file = tmp_path / "image.png"
     for height, width in torch.randint(1, 200, (40, 2), generator=generator).tolist():

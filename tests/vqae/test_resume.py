@@ -51,7 +51,7 @@ def wait_for(file: Path, process: subprocess.Popen[str]) -> None:
 # -- signals
 
 
-def test_sigterm_in_the_middle(
+def test_sigterm_during_training(
     start: Start, command: Command, tiny: tuple[str, ...], finished_run: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
@@ -73,7 +73,7 @@ def test_sigterm_in_the_middle(
     assert not [name for name in files_in(out) if name.endswith(".part")]
 
 
-def test_a_run_stopped_wherever_it_can_be(
+def test_interruptions_at_every_stage_of_a_run(
     command: Command, tiny: tuple[str, ...], finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In a step, in an evaluation, in the first step of an epoch, between the plots: one after the other."""
@@ -145,7 +145,7 @@ def test_a_signal_while_torch_loads_leaves_no_traceback(start: Start, module: st
     assert (process.returncode, out, err) == (130, "", "")
 
 
-def test_a_run_whose_time_is_up_does_not_train_again(
+def test_resuming_after_max_minutes_does_not_train_again(
     command: Command, tiny: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stop(*_arguments: object) -> None:
@@ -186,14 +186,14 @@ def test_runs_killed_at_random_moments_resume(
 # -- what --resume says
 
 
-def test_a_finished_run_says_so_and_is_left_alone(command: Command, finished_run: Path) -> None:
+def test_resuming_a_finished_run_does_nothing(command: Command, finished_run: Path) -> None:
     before = {file: file.stat().st_mtime_ns for file in finished_run.rglob("*")}
     outcome = command("vqae.train", "--out", finished_run, "--resume")
     assert (outcome.exit_code, outcome.out) == (0, f"the run in {finished_run} is finished: nothing to do\n")
     assert {file: file.stat().st_mtime_ns for file in finished_run.rglob("*")} == before
 
 
-def test_settings_that_contradict_are_all_named(command: Command, finished_run: Path) -> None:
+def test_resume_names_all_settings_that_differ(command: Command, finished_run: Path) -> None:
     outcome = command("vqae.train", "--out", finished_run, "--resume", "--lr", 0.5, "--num-codes", 8, "--no-flip")
     assert outcome.exit_code == 2
     for difference in ("--num-codes was 16, got 8", "--lr was 0.3, got 0.5", "--flip was True, got False"):
@@ -201,7 +201,7 @@ def test_settings_that_contradict_are_all_named(command: Command, finished_run: 
     assert "--epochs" not in outcome.err
 
 
-def test_another_dataset_contradicts(command: Command, finished_run: Path) -> None:
+def test_resume_refuses_another_dataset(command: Command, finished_run: Path) -> None:
     outcome = command("vqae.train", "--out", finished_run, "--resume", "--dataset", "synthetic")
     assert outcome.exit_code == 2
     assert "--dataset was imagefolder, got synthetic" in outcome.err
@@ -224,7 +224,7 @@ def stopped_run(command: Command, tiny: tuple[str, ...], tmp_path: Path, monkeyp
     return tmp_path / "run"
 
 
-def test_other_images_contradict(command: Command, stopped_run: Path, images: Path, tmp_path: Path) -> None:
+def test_resume_refuses_fewer_images(command: Command, stopped_run: Path, images: Path, tmp_path: Path) -> None:
     shutil.copytree(images, tmp_path / "fewer")
     for index in range(10):
         (tmp_path / "fewer" / "train" / "colours" / f"{index:02}.png").unlink()
@@ -235,9 +235,7 @@ def test_other_images_contradict(command: Command, stopped_run: Path, images: Pa
     assert (stopped_run / "last.pt").read_bytes() == before
 
 
-def test_other_images_of_the_same_number_contradict(
-    command: Command, stopped_run: Path, images: Path, tmp_path: Path
-) -> None:
+def test_resume_refuses_other_images(command: Command, stopped_run: Path, images: Path, tmp_path: Path) -> None:
     shutil.copytree(images, tmp_path / "others")
     file = next((tmp_path / "others" / "test" / "colours").iterdir())
     Image.new("RGB", (32, 32), "red").save(file)
@@ -246,16 +244,14 @@ def test_other_images_of_the_same_number_contradict(
     assert "--resume: the images must be those that the run began with" in outcome.err
 
 
-def test_what_may_change_is_kept_for_the_next_time(
-    command: Command, stopped_run: Path, images: Path, tmp_path: Path
-) -> None:
+def test_changed_data_dir_is_saved(command: Command, stopped_run: Path, images: Path, tmp_path: Path) -> None:
     moved = shutil.copytree(images, tmp_path / "moved")
     outcome = command("vqae.train", "--out", stopped_run, "--resume", "--data-dir", moved)
     assert outcome.exit_code == 0, outcome.err
     assert json.loads((stopped_run / "config.json").read_text())["data_dir"] == str(moved)
 
 
-def test_results_without_a_checkpoint_are_not_begun_anew(command: Command, finished_run: Path, tmp_path: Path) -> None:
+def test_results_without_a_checkpoint_are_not_replaced(command: Command, finished_run: Path, tmp_path: Path) -> None:
     out = shutil.copytree(finished_run, tmp_path / "run")
     (out / "last.pt").unlink()
     before = {file.name: file.read_bytes() for file in out.iterdir() if file.is_file()}
@@ -265,7 +261,7 @@ def test_results_without_a_checkpoint_are_not_begun_anew(command: Command, finis
     assert {file.name: file.read_bytes() for file in out.iterdir() if file.is_file()} == before
 
 
-def test_a_checkpoint_that_is_cut_short_is_named_and_kept(command: Command, stopped_run: Path) -> None:
+def test_truncated_checkpoint_is_named_and_kept(command: Command, stopped_run: Path) -> None:
     last = stopped_run / "last.pt"
     half = last.read_bytes()[: last.stat().st_size // 2]
     last.write_bytes(half)
@@ -275,7 +271,7 @@ def test_a_checkpoint_that_is_cut_short_is_named_and_kept(command: Command, stop
     assert last.read_bytes() == half
 
 
-def test_a_model_alone_is_nothing_to_go_on_from(command: Command, finished_run: Path, tmp_path: Path) -> None:
+def test_best_pt_cannot_be_resumed(command: Command, finished_run: Path, tmp_path: Path) -> None:
     for name, source in (("config.json", "config.json"), ("last.pt", "best.pt")):
         shutil.copy(finished_run / source, tmp_path / name)
     outcome = command("vqae.train", "--out", tmp_path, "--resume")
@@ -283,7 +279,7 @@ def test_a_model_alone_is_nothing_to_go_on_from(command: Command, finished_run: 
     assert "last.pt holds a model alone" in outcome.err
 
 
-def test_a_run_of_an_earlier_version_is_refused(command: Command, stopped_run: Path) -> None:
+def test_a_run_without_image_fingerprints_is_refused(command: Command, stopped_run: Path) -> None:
     state = load(stopped_run / "last.pt")
     del state["images"]
     torch.save(state, stopped_run / "last.pt")

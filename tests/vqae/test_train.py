@@ -46,7 +46,7 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 # -- what a run leaves
 
 
-def test_every_file_is_there_and_nothing_else(finished_run: Path) -> None:
+def test_a_run_writes_exactly_its_files(finished_run: Path) -> None:
     events = {name for name in files_in(finished_run) if name.startswith("events/events.out.tfevents.")}
     assert len(events) == 2
     assert files_in(finished_run) == FILES | events | {"events"}
@@ -60,7 +60,7 @@ def test_config_json_repeats_the_run(finished_run: Path, images: Path) -> None:
     assert (config.num_codes, config.epochs, config.batch_size, config.flip) == (16, 2, 16, True)
 
 
-def test_metrics_hold_a_line_an_epoch(finished_run: Path) -> None:
+def test_metrics_have_one_line_per_epoch(finished_run: Path) -> None:
     lines = metrics(finished_run)
     assert [line["epoch"] for line in lines] == [1, 2]
     assert [line["step"] for line in lines] == [3, 6]
@@ -116,7 +116,7 @@ def test_best_is_the_model_of_the_lowest_validation_mse(finished_run: Path) -> N
     assert same == (val_mse[-1] == min(val_mse))
 
 
-def test_plots_say_what_they_show(finished_run: Path) -> None:
+def test_plots_have_titles(finished_run: Path) -> None:
     for name in ("reconstructions.png", "codebook.png", "curves.png"):
         with Image.open(finished_run / name) as image:
             assert image.format == "PNG"
@@ -138,7 +138,7 @@ def test_events_hold_the_metrics(finished_run: Path) -> None:
 # -- the encoder's part
 
 
-def test_the_encoder_rests_until_its_start_and_then_learns(
+def test_the_encoder_is_frozen_until_unfreeze_encoder_at(
     command: Command, tiny: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     moved: list[tuple[float, bool, bool]] = []
@@ -167,7 +167,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_network")
-def test_auto_falls_back_aloud_and_every_output_says_synthetic(
+def test_auto_falls_back_and_every_output_says_synthetic(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(data_load, "NUM_SYNTHETIC", {"train": 40, "test": 20})
@@ -193,7 +193,7 @@ def test_auto_falls_back_aloud_and_every_output_says_synthetic(
     assert json.loads(measured.out)["mse"] == pytest.approx(metrics(out)[0]["test_mse"])
 
 
-def test_fewer_images_than_a_batch_restart_codes_no_later(
+def test_restart_after_with_fewer_images_than_a_batch(
     command: Command, tiny: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[trainer.Trainer] = []
@@ -208,7 +208,7 @@ def test_fewer_images_than_a_batch_restart_codes_no_later(
 
 
 @pytest.mark.parametrize("codes_used", [7, 16])
-def test_a_collapsed_codebook_is_warned_of_once_an_epoch(
+def test_collapse_is_warned_of_once_per_epoch(
     command: Command, tiny: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codes_used: int
 ) -> None:
     measure = trainer.evaluate
@@ -229,7 +229,7 @@ def test_a_collapsed_codebook_is_warned_of_once_an_epoch(
 # -- options
 
 
-def test_a_run_with_every_option_turned_the_other_way(command: Command, tiny: tuple[str, ...], tmp_path: Path) -> None:
+def test_a_run_with_other_options(command: Command, tiny: tuple[str, ...], tmp_path: Path) -> None:
     outcome = command(
         *("vqae.train", *tiny, "--epochs", 1, "--out", tmp_path / "run", "--no-flip", "--amp", "--code-dim", 8),
         *("--image-size", 8, "--embedding-norm", "none", "--codebook-init", "data", "--codebook-step", "plain"),
@@ -273,7 +273,7 @@ def test_max_minutes_is_the_time_from_start_to_exit(
     assert files_in(tmp_path / "run") >= FILES
 
 
-def test_however_short_the_time_every_file_is_there(command: Command, tiny: tuple[str, ...], tmp_path: Path) -> None:
+def test_max_minutes_shorter_than_a_step(command: Command, tiny: tuple[str, ...], tmp_path: Path) -> None:
     outcome = command("vqae.train", *tiny, "--image-size", 8, "--max-minutes", 0.001, "--out", tmp_path / "run")
     assert outcome.exit_code == 0, outcome.err
     assert [line["step"] for line in metrics(tmp_path / "run")] == [1]
@@ -343,9 +343,7 @@ def test_bad_input_exits_with_2_and_writes_nothing(
 
 
 @pytest.mark.parametrize("name", ["config.json", "last.pt", "best.pt", "curves.png", "metrics.jsonl"])
-def test_a_folder_that_holds_a_run_is_refused(
-    command: Command, tiny: tuple[str, ...], tmp_path: Path, name: str
-) -> None:
+def test_a_folder_with_a_run_is_refused(command: Command, tiny: tuple[str, ...], tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("{}")
     outcome = command("vqae.train", *tiny, "--out", tmp_path)
     assert outcome.exit_code == 2
@@ -354,7 +352,7 @@ def test_a_folder_that_holds_a_run_is_refused(
     assert files_in(tmp_path) == {name}
 
 
-def test_a_folder_of_no_possible_name_is_refused(command: Command, tiny: tuple[str, ...], tmp_path: Path) -> None:
+def test_invalid_folder_name_is_refused(command: Command, tiny: tuple[str, ...], tmp_path: Path) -> None:
     for module, option in (("vqae.train", "--out"), ("vqae.evaluate", "--checkpoint")):
         outcome = command(module, *(tiny if option == "--out" else ()), option, tmp_path / ("x" * 300))
         assert outcome.exit_code == 2
@@ -362,7 +360,7 @@ def test_a_folder_of_no_possible_name_is_refused(command: Command, tiny: tuple[s
 
 
 @pytest.mark.parametrize("option", [(), ("--overwrite",), ("--resume",)])
-def test_a_file_in_the_place_of_the_folder_is_refused(
+def test_out_must_not_be_a_file(
     command: Command, tiny: tuple[str, ...], tmp_path: Path, option: tuple[str, ...]
 ) -> None:
     (tmp_path / "run").write_text("mine")
@@ -375,7 +373,7 @@ def test_a_file_in_the_place_of_the_folder_is_refused(
 # -- runs that go wrong
 
 
-def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(
+def test_full_disk_ends_the_run_and_keeps_the_last_checkpoint(
     command: Command, tiny: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fsync, room = os.fsync, ["config.json", "last.pt", "last.pt after step 1", "last.pt after step 2"]
@@ -409,7 +407,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(command: Command, tiny: tuple[s
     assert state["losses"]["sums"].isfinite().all()
 
 
-def test_a_model_whose_images_are_not_finite_is_not_saved(
+def test_model_with_nan_reconstructions_is_not_saved(
     command: Command, tiny: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def evaluate(model: VQAE, *_arguments: object) -> Evaluation:
@@ -430,7 +428,7 @@ def test_events_that_cannot_be_written_are_named(tiny: tuple[str, ...], tmp_path
     assert f"{tmp_path / 'events'} cannot be written" in outcome.err
 
 
-def test_a_full_disk_while_events_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+def test_full_disk_while_events_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
     def fail(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

@@ -33,8 +33,7 @@ _OUTLINES = torch.tensor(
 def draw_images(num_images: int, split: str, *, image_size: int = 32, seed: int = 0) -> Tensor:
     """Draw images [num_images, 3, image_size, image_size] uint8 of the split "train" or "test".
 
-    The same arguments give the same images. Other seeds (62 bits) and the other split give other images. The first
-    images of a longer draw need not be those of a shorter one.
+    The same arguments give the same images. Seeds have 62 bits. A longer draw need not start like a shorter one.
     """
     generator = torch.Generator().manual_seed(2 * seed + (split == "test"))
     images = torch.empty(num_images, 3, image_size, image_size, dtype=torch.uint8)

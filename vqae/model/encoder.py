@@ -13,14 +13,9 @@ FEATURE_DIM = 512  # of ResNet-18
 class Encoder(nn.Module):
     """ResNet-18 without its classifier: [B, 3, H, W] -> [B, D].
 
-    D = 512 uses the features themselves, any other D adds a linear layer.
-
     Args:
-        code_dim: D.
+        code_dim: D. 512 uses the features themselves, any other D adds a linear layer.
         norm: "batch" appends a BatchNorm without affine parameters, "none" does not.
-
-    Attributes:
-        frozen: whether the encoder is excluded from training, see `freeze`.
 
     Source: He et al. 2016, arXiv:1512.03385.
     """

@@ -164,8 +164,7 @@ def on_all_ranks(make: Callable[[], T]) -> T:
 
 def local_rank0_first(read: Callable[[], T]) -> T:
     """`on_all_ranks`, but local rank 0 of each machine goes first, so that it downloads for the others."""
-    first = Launch.from_environment().local_rank == 0
-    found = on_all_ranks(lambda: read() if first else None)
+    found = on_all_ranks(lambda: read() if Launch.from_environment().local_rank == 0 else None)
     return on_all_ranks(lambda: read() if found is None else found)
 
 

@@ -46,7 +46,7 @@ def write_error(file: Path, error: OSError) -> UsageError:
 
 
 def save_checkpoint(file: Path, state: dict[str, Any]) -> None:
-    """Write a dict of tensors and plain values. Raises UsageError as `atomic_write` does."""
+    """Write a dict of tensors and plain values, as `atomic_write` does."""
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **state}, buffer)
     atomic_write(file, buffer.getbuffer())

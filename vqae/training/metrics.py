@@ -92,8 +92,7 @@ def collapse_warning(config: Config, counts: Tensor, images_seen: int) -> str | 
 
     - Held-out images, because a reset code is used at once by the training image whose embedding it was given.
     - "Could use" is the expected number of codes that as many images would use if they chose evenly.
-    - Not before 2·restart_after training images: by then every unused code has been reset, and has had as many images
-      again to be used. Without resets there is nothing to wait for, because unused codes get no gradient.
+    - Not before 2·restart_after training images: by then every unused code was reset, and had as many again to be used.
 
     `counts` [K] is the number of validation and test images per code, `images_seen` that of training images so far.
     """

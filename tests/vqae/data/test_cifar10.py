@@ -37,7 +37,7 @@ def test_unpacks_an_archive_without_network(tiny_cifar10: TinyCifar10, server: I
     assert server.num_requests == 0
 
 
-def test_archive_mends_an_unpacking_that_was_interrupted(tiny_cifar10: TinyCifar10, tmp_path: Path) -> None:
+def test_archive_replaces_damaged_files(tiny_cifar10: TinyCifar10, tmp_path: Path) -> None:
     folder = tiny_cifar10.write_folder(tmp_path)
     (folder / "data_batch_3").write_bytes(b"half")
     (folder / "test_batch").unlink()
@@ -57,7 +57,7 @@ def test_downloads_once(tiny_cifar10: TinyCifar10, server: ImageServer, tmp_path
     assert server.num_requests == num_requests
 
 
-def test_download_gives_way_to_a_process_that_was_faster(
+def test_download_by_another_process_is_used(
     tiny_cifar10: TinyCifar10, server: ImageServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def construct(root: Path, **arguments: bool) -> CIFAR10:
@@ -127,7 +127,7 @@ def test_interrupted_download_leaves_nothing(
 
 
 @pytest.mark.parametrize("num_bytes", [0, 1000])
-def test_archive_cut_short_is_reported_and_kept(
+def test_truncated_archive_is_reported_and_kept(
     num_bytes: int, tiny_cifar10: TinyCifar10, server: ImageServer, tmp_path: Path
 ) -> None:
     archive = tiny_cifar10.write_archive(tmp_path, num_bytes)

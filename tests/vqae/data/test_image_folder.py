@@ -175,7 +175,7 @@ def test_image_outside_a_class(folder: Path) -> None:
 
 @pytest.mark.parametrize("name", ["notes.txt", "2.jpg", "nothing"])
 @pytest.mark.parametrize("content", [b"", b"these are notes", b"\xff\xd8\xff\xe0 half a header"])
-def test_file_that_is_no_image_is_named(name: str, content: bytes, folder: Path) -> None:
+def test_file_that_is_not_an_image_is_named(name: str, content: bytes, folder: Path) -> None:
     path = folder / "train" / "dogs" / name
     path.write_bytes(content)
     with pytest.raises(UsageError, match=rf"{path} is damaged, not an image"):

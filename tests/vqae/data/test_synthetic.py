@@ -41,7 +41,7 @@ def test_image_size(image_size: int) -> None:
     assert draw_images(3, "test", image_size=image_size).shape == (3, 3, image_size, image_size)
 
 
-def test_a_scene_does_not_depend_on_its_size() -> None:
+def test_scenes_do_not_depend_on_image_size() -> None:
     small, large = (draw_images(64, "train", image_size=size).float() for size in (16, 64))
     shrunk = torch.nn.functional.avg_pool2d(large, 4)
     assert (shrunk - small).abs().mean() < 0.1 * small.std()
@@ -55,7 +55,7 @@ def test_colors_fill_the_range(images: Tensor) -> None:
     assert 0.15 < values.std() < 0.35
 
 
-def test_more_codes_keep_paying() -> None:
+def test_more_codes_reduce_the_error() -> None:
     """K-means of the pixels: 512 codes are well better than 64, which are well better than 1 (on other images)."""
     train, test = (draw_images(num, split).flatten(1).float() / 255 for num, split in ((3000, "train"), (500, "test")))
     generator = torch.Generator().manual_seed(0)

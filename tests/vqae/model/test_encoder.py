@@ -48,14 +48,14 @@ def test_equals_the_plain_convolution(
 @pytest.mark.parametrize(
     "options", [{"dilation": 2, "padding": 2}, {"padding": "same"}, {"padding": 1, "padding_mode": "reflect"}]
 )
-def test_other_convolutions_stay_what_they_are(options: dict[str, object]) -> None:
+def test_other_convolutions_are_not_converted(options: dict[str, object]) -> None:
     torch.manual_seed(0)
     plain = nn.Sequential(nn.Conv2d(2, 3, 3, dtype=torch.float64, **options))
     assert_same(plain, torch.randn(2, 2, 4, 4, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("size", [(32, 32), (64, 48), (5, 1)])
-def test_a_whole_resnet_is_the_same(size: tuple[int, int]) -> None:
+def test_resnet_is_unchanged(size: tuple[int, int]) -> None:
     torch.manual_seed(0)
     assert_same(resnet18(weights=None).double().eval(), torch.randn(1, 3, *size, dtype=torch.float64))
 
@@ -65,7 +65,7 @@ def test_a_single_image_without_a_batch() -> None:
     assert_same(nn.Sequential(nn.Conv2d(2, 3, 3, padding=1, dtype=torch.float64)), torch.randn(2, 1, 4).double())
 
 
-def test_a_dead_tap_gets_a_gradient_of_zero() -> None:
+def test_trimmed_taps_get_zero_gradients() -> None:
     torch.manual_seed(0)
     trimmed = nn.Sequential(nn.Conv2d(1, 1, 3, padding=1))
     TrimmedConv2d.convert(trimmed)

@@ -46,7 +46,7 @@ def distance_ratios(model: VQAE, images: Tensor) -> Tensor:
     return model.encoder(x).diff(dim=0).norm(dim=1) / x.flatten(1).diff(dim=0).norm(dim=1)
 
 
-def test_distances_between_embeddings_are_those_between_images() -> None:
+def test_embeddings_keep_the_distances_between_images() -> None:
     images = smooth_images(400)
     ratios = distance_ratios(begun(images[:300]), images[300:])
     assert ratios.std() / ratios.mean() < 0.1
@@ -56,7 +56,7 @@ def test_distances_between_embeddings_are_those_between_images() -> None:
 
 
 @pytest.mark.parametrize(("code_dim", "hidden_dims"), [(8, (32,)), (8, ()), (8, (24, 16)), (512, (1024,))])
-def test_the_decoder_draws_new_images_from_their_embeddings(code_dim: int, hidden_dims: tuple[int, ...]) -> None:
+def test_the_decoder_reconstructs_new_images(code_dim: int, hidden_dims: tuple[int, ...]) -> None:
     images = smooth_images(600)
     assert unexplained(begun(images[:500], code_dim=code_dim, hidden_dims=hidden_dims), images[500:]) < 0.1
 
@@ -69,7 +69,7 @@ def test_embeddings_are_as_large_as_random_codes() -> None:
     assert float(embeddings.square().mean()) == pytest.approx(1, abs=0.1)
 
 
-def test_all_of_the_network_can_learn_from_there() -> None:
+def test_all_parameters_can_be_trained_after_the_initialisation() -> None:
     images = smooth_images(64)
     model = begun(images).train()
     output = model(model.normalise(images))
@@ -90,7 +90,7 @@ def test_weights_are_finite_however_few_and_small_the_images(size: int, count: i
         assert all(tensor.isfinite().all() for tensor in state.values())
 
 
-def test_ridge_regression_is_the_same_with_few_rows_and_with_many() -> None:
+def test_ridge_regression_with_few_and_many_rows() -> None:
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(40, 60, generator=generator) + 3, torch.randn(40, 2, generator=generator) - 5
     for num_columns in (60, 20):  # more columns than rows, and fewer
@@ -103,7 +103,7 @@ def test_ridge_regression_is_the_same_with_few_rows_and_with_many() -> None:
         torch.testing.assert_close(weight @ part.mean(0) + bias, y.mean(0))
 
 
-def test_the_seed_decides_and_the_mode_stays() -> None:
+def test_initialisation_depends_on_the_seed_and_keeps_the_mode() -> None:
     images = smooth_images(100)
     first, again, other = (begun(images, seed).state_dict() for seed in (3, 3, 4))
     assert all(torch.equal(first[name], again[name]) for name in first)

@@ -82,7 +82,7 @@ def test_the_encoder_receives_exactly_the_decoders_input_gradient(model: VQAE) -
     assert torch.equal(step.embeddings.grad, expected)
 
 
-def test_the_encoders_weights_get_the_gradient_of_that_alone(model: VQAE) -> None:
+def test_encoder_weights_get_no_other_gradient(model: VQAE) -> None:
     step = Pass(model)
     (step.reconstruction_loss + step.output.codebook_loss).backward()
     parameters = list(model.encoder.parameters())
@@ -91,7 +91,7 @@ def test_the_encoders_weights_get_the_gradient_of_that_alone(model: VQAE) -> Non
     assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))
 
 
-def test_the_codebook_receives_exactly_the_gradient_of_loss_2_code_by_code(model: VQAE) -> None:
+def test_codebook_gradients_are_exactly_those_of_the_codebook_loss(model: VQAE) -> None:
     step = Pass(model)
     (step.reconstruction_loss + step.output.codebook_loss).backward()
     embeddings, indices = step.embeddings.detach().double(), step.output.indices
@@ -136,7 +136,7 @@ def test_autocast_leaves_the_search_in_float32(model: VQAE) -> None:
 # -- an encoder at rest
 
 
-def test_an_encoder_at_rest_stays_as_it_is_while_the_rest_learns() -> None:
+def test_a_frozen_encoder_does_not_change() -> None:
     model = build()
     model.encoder.freeze()
     model.train()
@@ -171,7 +171,7 @@ def test_shapes(image_size: tuple[int, int], code_dim: int, norm: str) -> None:
     assert codebook_loss.shape == ()
 
 
-def test_512_dimensions_are_the_features_as_they_are() -> None:
+def test_512_dimensions_need_no_projection() -> None:
     assert sum(parameter.numel() for parameter in build(norm="none").encoder.parameters()) == 11_176_512
     assert isinstance(build().encoder.project, nn.Identity)
     assert isinstance(build(code_dim=64).encoder.project, nn.Linear)
@@ -217,13 +217,13 @@ def test_bytes_and_floats_are_the_same_images(model: VQAE) -> None:
 
 
 @pytest.mark.parametrize("shape", [(3, 32, 32), (2, 3, 32, 31), (2, 1, 32, 32)])
-def test_encode_names_the_shape_that_it_wants(model: VQAE, shape: tuple[int, ...]) -> None:
+def test_encode_refuses_other_shapes(model: VQAE, shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"images must be \[B, 3, 32, 32\], got \(" + ", ".join(map(str, shape))):
         model.encode(torch.zeros(shape))
 
 
 @pytest.mark.parametrize("norm", ["batch", "none"])
-def test_a_saved_model_loads_as_it_was(tmp_path: Path, norm: str) -> None:
+def test_save_and_load(tmp_path: Path, norm: str) -> None:
     config = Config(num_codes=NUM_CODES, code_dim=64, hidden_dims=(16, 8), embedding_norm=norm)
     torch.manual_seed(0)
     model = build_model(config, (64, 48))
@@ -241,7 +241,7 @@ def test_a_saved_model_loads_as_it_was(tmp_path: Path, norm: str) -> None:
 
 
 @pytest.mark.parametrize("index", [-1, 8])
-def test_decode_refuses_an_index_that_is_no_code(index: int) -> None:
+def test_decode_refuses_indices_out_of_range(index: int) -> None:
     model = VQAE((32, 32), 512, (4,), VectorQuantizer(8, 512)).eval()
     with pytest.raises(ValueError, match=r"indices must be in \[0, 8\), got 0 to 8|got -1 to 0"):
         model.decode(torch.tensor([0, index]))

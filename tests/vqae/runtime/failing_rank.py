@@ -1,10 +1,9 @@
 """Train as `python -m vqae.train` does, until something happens to the job at a step: a script for torchrun.
 
-    torchrun ... tests/vqae/doomed_rank.py EVENTS ...
+    torchrun ... tests/vqae/runtime/failing_rank.py EVENTS ...
 
-EVENTS is a list such as kill:1@2,kill:0@4,stop@5: before step 2 rank 1 is killed; after torchrun has begun the job
-anew, rank 0 before step 4; and after that, SIGTERM is sent to torchrun in step 5. One event for each life of the job,
-the number of its restarts; the rest are the arguments of vqae.train.
+EVENTS is a list such as kill:1@2,kill:0@4,stop@5, with one event for each restart attempt: kill rank 1 before step 2,
+then rank 0 before step 4, then send SIGTERM to torchrun in step 5. The other arguments are those of vqae.train.
 """
 
 import os

@@ -57,7 +57,7 @@ def test_exit_codes_and_messages(
     assert run(command, monkeypatch, work) == Outcome(exit_code, "", message)
 
 
-def test_an_error_of_the_program_itself_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_exceptions_are_not_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     main = fail(ZeroDivisionError("a bug"))
     monkeypatch.setattr(process, "import_module", lambda name: SimpleNamespace(main=lambda *_: main()))
@@ -70,14 +70,14 @@ def test_an_error_of_the_program_itself_is_not_hidden(monkeypatch: pytest.Monkey
             signal.signal(number, handler)
 
 
-def test_nothing_slow_is_loaded_before_the_handlers_stand() -> None:
+def test_nothing_slow_is_imported_before_signals_are_handled() -> None:
     code = (
         "import sys, vqae.runtime.process; assert not {'torch', 'numpy', 'tyro', 'vqae.model.vqae'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
-def test_the_package_names_the_model_and_nothing_else() -> None:
+def test_the_package_exports_only_the_model() -> None:
     import vqae
     from vqae.model.vqae import VQAE
 

@@ -6,13 +6,16 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.multiprocessing
+from torch.distributed import HashStore
 
 from tests.vqae.commands import Outcome, assert_equal, files_in, load
 from tests.vqae.runtime import failing_rank
@@ -26,6 +29,7 @@ from tests.vqae.runtime.two_ranks import (
     run,
     weights_after,
 )
+from vqae.runtime.distributed import attempt_store
 
 Command = Callable[..., Outcome]
 
@@ -65,8 +69,8 @@ def test_two_ranks_reach_the_weights_of_one_process(ranks: list[dict[str, Any]],
     assert (expected["quantizer.restarts"] > 0) == (case.steps > case.config.restart_steps)
 
 
-def test_the_encoder_that_wakes_slept_before() -> None:
-    beginning, half_way = (weights_after("waking", steps) for steps in (0, CASES["waking"].steps // 2))
+def test_the_frozen_encoder_does_not_change_before_it_is_unfrozen() -> None:
+    beginning, half_way = (weights_after("unfrozen", steps) for steps in (0, CASES["unfrozen"].steps // 2))
     for name, value in half_way.items():
         if name.startswith("encoder."):
             assert torch.equal(value, beginning[name]), name
@@ -79,20 +83,20 @@ def test_both_ranks_hold_the_same_bits(ranks: list[dict[str, Any]], name: str) -
         assert torch.equal(value, second[part]), part
 
 
-def test_both_begin_as_the_first_one_though_the_second_rounds_otherwise(ranks: list[dict[str, Any]]) -> None:
+def test_all_ranks_start_with_the_weights_of_rank_0(ranks: list[dict[str, Any]]) -> None:
     first, second = (rank["stopped run"]["begun with"] for rank in ranks)
     assert first["encoder.features.bn1.running_mean"].any()
     assert_equal(second, first)
 
 
-def test_a_batch_is_shared_without_a_image_twice(ranks: list[dict[str, Any]]) -> None:
+def test_ranks_share_a_batch_without_overlap(ranks: list[dict[str, Any]]) -> None:
     first, second = (rank["batches"] for rank in ranks)
     assert [len(batch) for batch in first] == [3, 3]
     assert [len(batch) for batch in second] == [4, 4]
     assert len({*first[0], *first[1], *second[0], *second[1]}) == 14
 
 
-def test_a_time_box_has_one_schedule(ranks: list[dict[str, Any]]) -> None:
+def test_max_minutes_gives_all_ranks_one_schedule(ranks: list[dict[str, Any]]) -> None:
     first, second = (rank["learning rates"] for rank in ranks)
     assert first == second
     assert 4 < len(first) < 12
@@ -105,7 +109,7 @@ def test_a_time_box_has_one_schedule(ranks: list[dict[str, Any]]) -> None:
 # -- evaluation
 
 
-def test_in_order_gives_every_image_once(ranks: list[dict[str, Any]]) -> None:
+def test_ranks_share_evaluation_batches(ranks: list[dict[str, Any]]) -> None:
     first, second = (rank["in order"] for rank in ranks)
     together = [one + other for one, other in zip(first, second, strict=True)]
     assert together == [list(range(7)), list(range(7, 14)), list(range(14, 20))]
@@ -127,7 +131,7 @@ def test_an_evaluation_counts_every_image_once(ranks: list[dict[str, Any]]) -> N
 # -- agreement
 
 
-def test_what_the_processes_agree_on(ranks: list[dict[str, Any]]) -> None:
+def test_agreement_between_ranks(ranks: list[dict[str, Any]]) -> None:
     for number, rank in enumerate(ranks):
         found = rank["agreements"]
         assert (found["from rank 0"], found["on all ranks"]) == (0, number)
@@ -166,7 +170,7 @@ def torchrun(environment: dict[str, str], *arguments: object, restarts: int = 0)
 
 
 @dataclass(frozen=True)
-class Lives:
+class RestartedJob:
     """Of a job that was killed twice, restarted once by torchrun and once by hand, and stopped."""
 
     out: Path
@@ -175,45 +179,74 @@ class Lives:
 
 
 @pytest.fixture(scope="module")
-def lives(tiny: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Lives:
-    out = tmp_path_factory.mktemp("lives") / "run"
+def restarted(tiny: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> RestartedJob:
+    out = tmp_path_factory.mktemp("restarted") / "run"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     arguments = (*tiny, "--image-size", 8, "--checkpoint-minutes", 0, "--out", out)
     killed = torchrun(environment, failing_rank.__file__, "kill:1@2,kill:0@4", *arguments, restarts=1)
     stopped = torchrun(environment, failing_rank.__file__, f"stop@{STOP_AFTER}", "--out", out, "--resume")
-    return Lives(out, killed, stopped)
+    return RestartedJob(out, killed, stopped)
 
 
-def test_a_job_that_loses_a_process_says_so_and_torchrun_begins_it_anew(lives: Lives) -> None:
-    assert lives.killed.returncode != 0
-    for survivor in (0, 1):  # of the first life, and of the second
+def test_torchrun_restarts_a_job_that_loses_a_process(restarted: RestartedJob) -> None:
+    assert restarted.killed.returncode != 0
+    for survivor in (0, 1):  # of the first attempt, and of the second
         message = (
             f"error: rank {survivor} of 2 lost another process; resume with: torchrun --standalone --nproc-per-node"
         )
-        assert f"{message} 2 -m vqae.train --out {lives.out} --resume\n" in lives.killed.stderr
-    assert lives.killed.stdout.count("51 training") == 2  # lives
-    assert "starting a new run" not in lives.killed.stderr
+        assert f"{message} 2 -m vqae.train --out {restarted.out} --resume\n" in restarted.killed.stderr
+    assert restarted.killed.stdout.count("51 training") == 2  # attempts
+    assert "starting a new run" not in restarted.killed.stderr
 
 
-def test_sigterm_to_torchrun_leaves_a_checkpoint_to_go_on_from(lives: Lives) -> None:
-    assert lives.stopped.returncode != 0
-    assert f"saved at step {STOP_AFTER}; resume with: torchrun" in lives.stopped.stderr
-    assert lives.stopped.stderr.count("stopped by SIGTERM") == 1
-    state = load(lives.out / "last.pt")
+def test_sigterm_to_torchrun_saves_a_checkpoint(restarted: RestartedJob) -> None:
+    assert restarted.stopped.returncode != 0
+    assert f"saved at step {STOP_AFTER}; resume with: torchrun" in restarted.stopped.stderr
+    assert restarted.stopped.stderr.count("stopped by SIGTERM") == 1
+    state = load(restarted.out / "last.pt")
     assert 3 * state["epoch"] + state["step"] == STOP_AFTER
     assert not state["finished"]
 
 
 @pytest.mark.usefixtures("ranks")
-def test_what_was_interrupted_is_bit_for_bit_what_was_not(lives: Lives, stopped: Path) -> None:
-    state, uninterrupted = load(lives.out / "last.pt"), load(stopped / "last.pt")
+def test_an_interrupted_run_is_bit_identical(restarted: RestartedJob, stopped: Path) -> None:
+    state, uninterrupted = load(restarted.out / "last.pt"), load(stopped / "last.pt")
     for part in ("model", "optimizer", "schedule", "rng", "losses", "test_counts", "best_val_mse", "epoch", "step"):
         assert_equal(state[part], uninterrupted[part])
 
 
-def test_one_process_goes_on_where_two_were(lives: Lives, command: Command, tmp_path: Path) -> None:
-    out = shutil.copytree(lives.out, tmp_path / "run")
+def test_one_process_resumes_the_run_of_two(restarted: RestartedJob, command: Command, tmp_path: Path) -> None:
+    out = shutil.copytree(restarted.out, tmp_path / "run")
     outcome = command("vqae.train", "--out", out, "--resume")
     assert outcome.exit_code == 0, outcome.err
     assert load(out / "last.pt")["finished"]
     assert [line["step"] for line in load(out / "last.pt")["history"]] == [3, 6]
+
+
+# -- the store of a restarted job
+
+
+def test_each_restart_attempt_has_its_own_store() -> None:
+    job = HashStore()
+    for attempt in range(3):
+        with ThreadPoolExecutor(3) as pool:
+            stores = list(pool.map(lambda rank: attempt_store(job, rank, 3), range(3)))
+        assert not stores[2].check(["address"])
+        stores[0].set("address", f"of attempt {attempt}")
+        assert [store.get("address").decode() for store in stores] == [f"of attempt {attempt}"] * 3
+
+
+def test_dead_processes_are_not_counted() -> None:
+    job = HashStore()
+    job.set("name/1", "of one that is dead")
+    with pytest.raises(RuntimeError, match=r"rank 1, 2 did not arrive within 0:00:00\.1"):
+        attempt_store(job, 0, 3, timedelta(milliseconds=100))
+    with ThreadPoolExecutor(3) as pool:
+        stores = list(pool.map(lambda rank: attempt_store(job, rank, 3), range(3)))
+    stores[0].set("address", "of the living")
+    assert [store.get("address").decode() for store in stores] == ["of the living"] * 3
+
+
+def test_waiting_for_rank_0_times_out() -> None:
+    with pytest.raises(RuntimeError, match=r"(?i)time"):
+        attempt_store(HashStore(), 1, 3, timedelta(milliseconds=100))

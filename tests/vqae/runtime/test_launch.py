@@ -1,4 +1,4 @@
-"""How a process learns that it is one of several, what is refused then, and how a job that died goes on."""
+"""How a process learns that it is one of several, what is refused then, and how a job resumes after a restart."""
 
 import shutil
 from collections.abc import Callable
@@ -16,7 +16,7 @@ Command = Callable[..., Outcome]
 
 
 @pytest.fixture
-def begun_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+def restarted_by_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     """The environment of a job of one process that died."""
     names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "TORCHELASTIC_RESTART_COUNT": 1}
     for name, value in names.items():
@@ -24,9 +24,9 @@ def begun_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "this job")
 
 
-@pytest.mark.usefixtures("begun_anew")
+@pytest.mark.usefixtures("restarted_by_torchrun")
 @pytest.mark.parametrize("flags", [(), ("--overwrite",)])
-def test_it_goes_on_with_its_own_run(
+def test_a_restarted_job_resumes_its_own_run(
     command: Command, tiny: tuple[str, ...], finished_run: Path, tmp_path: Path, flags: tuple[str, ...]
 ) -> None:
     out = shutil.copytree(finished_run, tmp_path / "run")
@@ -35,8 +35,8 @@ def test_it_goes_on_with_its_own_run(
     assert (outcome.exit_code, outcome.out) == (0, f"the run in {out} is finished: nothing to do\n")
 
 
-@pytest.mark.usefixtures("begun_anew")
-def test_it_does_not_go_on_with_the_run_that_it_was_to_overwrite(
+@pytest.mark.usefixtures("restarted_by_torchrun")
+def test_a_restarted_job_does_not_resume_the_run_it_overwrites(
     command: Command, tiny: tuple[str, ...], finished_run: Path, tmp_path: Path
 ) -> None:
     out = shutil.copytree(finished_run, tmp_path / "run")
@@ -45,9 +45,9 @@ def test_it_does_not_go_on_with_the_run_that_it_was_to_overwrite(
     assert [line["epoch"] for line in load(out / "last.pt")["history"]] == [1]
 
 
-@pytest.mark.usefixtures("begun_anew")
+@pytest.mark.usefixtures("restarted_by_torchrun")
 @pytest.mark.parametrize("missing", ["last.pt", None])
-def test_it_does_not_touch_the_run_of_another_job(
+def test_a_restarted_job_does_not_touch_the_run_of_another_job(
     command: Command, tiny: tuple[str, ...], finished_run: Path, tmp_path: Path, missing: str | None
 ) -> None:
     out = shutil.copytree(finished_run, tmp_path / "run")
@@ -60,7 +60,7 @@ def test_it_does_not_touch_the_run_of_another_job(
     assert {file.name: file.read_bytes() for file in out.iterdir() if file.is_file()} == before
 
 
-def test_a_job_without_a_name_is_told_by_its_logs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_without_id_is_identified_by_its_log_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
@@ -68,8 +68,10 @@ def test_a_job_without_a_name_is_told_by_its_logs(monkeypatch: pytest.MonkeyPatc
     assert Launch.from_environment().job == "/logs/none_b"
 
 
-@pytest.mark.usefixtures("begun_anew")
-def test_without_a_checkpoint_it_starts_anew(command: Command, tiny: tuple[str, ...], tmp_path: Path) -> None:
+@pytest.mark.usefixtures("restarted_by_torchrun")
+def test_a_restart_without_a_checkpoint_starts_a_new_run(
+    command: Command, tiny: tuple[str, ...], tmp_path: Path
+) -> None:
     outcome = command("vqae.train", *tiny, "--image-size", 8, "--epochs", 1, "--out", tmp_path / "run")
     assert outcome.exit_code == 0, outcome.err
     assert "starting a new run with the settings given here" in outcome.err
@@ -90,7 +92,7 @@ def test_without_a_checkpoint_it_starts_anew(command: Command, tiny: tuple[str, 
         ({}, (), "2 processes need gloo, which this torch does not have"),
     ],
 )
-def test_a_job_that_cannot_be_is_refused(
+def test_inconsistent_jobs_are_refused(
     command: Command,
     tiny: tuple[str, ...],
     tmp_path: Path,
@@ -114,7 +116,7 @@ def test_a_job_that_cannot_be_is_refused(
     assert not (tmp_path / "run").exists()
 
 
-def test_the_second_process_of_a_machine_leaves_it_to_the_first_to_complain(
+def test_only_local_rank_0_prints_errors(
     command: Command, tiny: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LOCAL_RANK", "1")
@@ -122,7 +124,7 @@ def test_the_second_process_of_a_machine_leaves_it_to_the_first_to_complain(
     assert (outcome.exit_code, outcome.err) == (2, "")
 
 
-def test_a_job_of_one_process_is_a_process_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_of_one_process_is_a_single_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert Launch.from_environment() == Launch()

@@ -33,14 +33,14 @@ def signals(monkeypatch: pytest.MonkeyPatch) -> Iterator[SignalHandler]:
 
 
 @both
-def test_it_raises_where_nothing_is_half_done(signals: SignalHandler, number: signal.Signals) -> None:
+def test_the_first_signal_raises_in_a_raising_block(signals: SignalHandler, number: signal.Signals) -> None:
     with pytest.raises(Interrupted, match=number.name) as interrupted, signals.raising():
         signal.raise_signal(number)
     assert interrupted.value.exit_code == EXIT_CODES[number]
 
 
 @both
-def test_it_waits_for_a_poll_while_deferred(signals: SignalHandler, number: signal.Signals) -> None:
+def test_a_deferred_signal_waits_for_poll(signals: SignalHandler, number: signal.Signals) -> None:
     with signals.raising(), signals.deferred():
         signals.poll()
         signal.raise_signal(number)
@@ -57,7 +57,7 @@ def test_a_second_signal_exits_at_once(signals: SignalHandler, number: signal.Si
 
 
 @both
-def test_outside_of_the_blocks_the_first_one_exits_at_once(signals: SignalHandler, number: signal.Signals) -> None:
+def test_outside_the_blocks_the_first_signal_exits_at_once(signals: SignalHandler, number: signal.Signals) -> None:
     with pytest.raises(ExitedAtOnce, match=str(EXIT_CODES[number])):
         signal.raise_signal(number)
     with signals.raising(), signals.deferred():
@@ -66,7 +66,7 @@ def test_outside_of_the_blocks_the_first_one_exits_at_once(signals: SignalHandle
         signal.raise_signal(number)
 
 
-def test_after_a_deferred_block_it_raises_again(signals: SignalHandler) -> None:
+def test_signals_raise_again_after_a_deferred_block(signals: SignalHandler) -> None:
     with signals.raising():
         with signals.deferred():
             pass
@@ -74,7 +74,7 @@ def test_after_a_deferred_block_it_raises_again(signals: SignalHandler) -> None:
             signal.raise_signal(signal.SIGINT)
 
 
-def test_no_handler_of_exceptions_swallows_it() -> None:
+def test_interrupted_is_not_an_exception() -> None:
     assert not issubclass(Interrupted, Exception)
 
 

@@ -51,7 +51,7 @@ CASES = {
         Config(batch_size=17, unfreeze_encoder_at=0.0, codebook_init="data", embedding_norm="batch", **SMALL),
     ),
     "float32": Case(torch.float32, 1, 1e-5, Config(batch_size=16, unfreeze_encoder_at=0.0, **SMALL)),
-    "waking": Case(torch.float64, 6, 1e-9, Config(batch_size=17, epochs=1, unfreeze_encoder_at=0.5, **SMALL)),
+    "unfrozen": Case(torch.float64, 6, 1e-9, Config(batch_size=17, epochs=1, unfreeze_encoder_at=0.5, **SMALL)),
 }
 EVALUATED = ((7, 3), (8, 4), (3, 1), (1, 5), (30, 1000))  # images, and how many at a time
 

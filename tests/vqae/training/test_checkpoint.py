@@ -46,7 +46,7 @@ def whole(state: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> by
 # -- writing
 
 
-def test_write_whole_makes_folders_and_replaces_files(tmp_path: Path) -> None:
+def test_atomic_write_creates_folders_and_replaces_files(tmp_path: Path) -> None:
     file = tmp_path / "a" / "b" / "file"
     atomic_write(file, b"one")
     atomic_write(file, memoryview(b"two"))
@@ -54,7 +54,7 @@ def test_write_whole_makes_folders_and_replaces_files(tmp_path: Path) -> None:
     assert files_in(tmp_path) == {"a", "a/b", "a/b/file"}
 
 
-def test_files_have_the_mode_that_the_user_wants(tmp_path: Path) -> None:
+def test_files_respect_the_umask(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
         atomic_write(tmp_path / "file", b"one")
@@ -70,9 +70,7 @@ def test_files_have_the_mode_that_the_user_wants(tmp_path: Path) -> None:
         (errno.EIO, r"file cannot be written: Input/output error"),
     ],
 )
-def test_a_disk_that_fails_leaves_what_was_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, message: str
-) -> None:
+def test_failed_write_keeps_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, message: str) -> None:
     def fail(_descriptor: int) -> None:
         raise OSError(code, os.strerror(code))
 
@@ -85,21 +83,21 @@ def test_a_disk_that_fails_leaves_what_was_there(
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
-def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
+def test_full_disk(tmp_path: Path) -> None:
     (tmp_path / ".file.part").symlink_to("/dev/full")
     with pytest.raises(UsageError, match="no space left on the disk"):
         atomic_write(tmp_path / "file", b"new")
     assert files_in(tmp_path) == set()
 
 
-def test_what_a_killed_process_left_is_taken_over(tmp_path: Path) -> None:
+def test_temporary_file_of_a_killed_process_is_replaced(tmp_path: Path) -> None:
     (tmp_path / ".file.part").write_bytes(b"half of a very long")
     atomic_write(tmp_path / "file", b"new")
     assert (tmp_path / "file").read_bytes() == b"new"
     assert files_in(tmp_path) == {"file"}
 
 
-def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+def test_folder_that_cannot_be_created_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(UsageError, match=r"file/below cannot be written"):
         atomic_write(tmp_path / "file" / "below", b"new")
@@ -128,7 +126,7 @@ def test_a_checkpoint_of_version_0_1(tmp_path: Path, state: dict[str, Any]) -> N
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.1, 0.5, 0.9, 0.999])
-def test_a_checkpoint_cut_short(tmp_path: Path, whole: bytes, share: float) -> None:
+def test_truncated_checkpoint(tmp_path: Path, whole: bytes, share: float) -> None:
     file = tmp_path / "short.pt"
     file.write_bytes(whole[: int(share * len(whole))])
     with pytest.raises(UsageError, match=r"short\.pt is not a checkpoint, or it is truncated or damaged"):
@@ -157,7 +155,7 @@ class Foreign:
         saved_bytes([1, 2, 3]),
     ],
 )
-def test_a_foreign_file(tmp_path: Path, content: bytes) -> None:
+def test_file_that_is_not_a_checkpoint(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "foreign.pt").write_bytes(content)
     with pytest.raises(UsageError, match=r"foreign\.pt is not a checkpoint"):
         load_checkpoint(tmp_path / "foreign.pt")
@@ -174,7 +172,7 @@ def test_random_bytes(tmp_path: Path, whole: bytes) -> None:
                 load_checkpoint(file)
 
 
-def test_a_path_without_a_file(tmp_path: Path) -> None:
+def test_missing_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"none\.pt cannot be read: No such file"):
         load_checkpoint(tmp_path / "none.pt")
     with pytest.raises(UsageError, match="cannot be read: Is a directory"):
@@ -204,6 +202,6 @@ def test_weights_of_another_shape(state: dict[str, Any], change: Callable[[dict[
         model_from_checkpoint(change(state))
 
 
-def test_settings_that_are_none(state: dict[str, Any]) -> None:
+def test_invalid_settings_in_a_checkpoint(state: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match="the checkpoint: --num-codes must be int"):
         model_from_checkpoint(_with_setting(state, num_codes="many"))

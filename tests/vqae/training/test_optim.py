@@ -33,7 +33,7 @@ def test_past_the_end_the_learning_rate_stays_0() -> None:
 
 
 @pytest.mark.parametrize("codebook_step", ["count_normalised", "plain"])
-def test_encoder_decoder_and_codebook_are_a_group_each(codebook_step: str) -> None:
+def test_encoder_decoder_and_codebook_have_a_parameter_group_each(codebook_step: str) -> None:
     rates = {"encoder_lr": 0.01, "lr": 0.3, "codebook_lr": 0.2}
     config = Config(num_codes=16, code_dim=8, weight_decay=5e-4, codebook_step=codebook_step, **rates)
     model = build_model(config, (8, 8))
@@ -50,7 +50,7 @@ def ids(parameters: Iterable[torch.Tensor]) -> set[int]:
     return {id(parameter) for parameter in parameters}
 
 
-def test_the_encoders_learning_rate_begins_when_it_does() -> None:
+def test_the_encoder_schedule_starts_when_it_is_unfrozen() -> None:
     options = {"lr": 0.3, "encoder_lr": 0.01, "codebook_lr": 0.2}
     config = Config(num_codes=16, code_dim=8, unfreeze_encoder_at=0.5, warmup=0.1, **options)
     optimizer = build_optimizer(build_model(config, (8, 8)), config)
@@ -88,7 +88,7 @@ def one_step(config: Config) -> tuple[VQAE, torch.Tensor, torch.Tensor, torch.Te
     return model, before, seen[0], output.indices
 
 
-def test_a_step_closes_a_share_of_each_chosen_codes_gap() -> None:
+def test_count_normalised_step_moves_each_code_towards_its_mean() -> None:
     model, before, embeddings, indices = one_step(CONFIG)
     for code in range(CONFIG.num_codes):
         rows = embeddings[indices == code]
