@@ -116,8 +116,12 @@ def run_python(block: Block, names: dict[str, Any]) -> None:
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the checkout as the working directory, whose packages are the ones imported."""
     folder = tmp_path / "checkout"
-    left_out = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "runs", "data", "build", "dist")
-    shutil.copytree(ROOT, folder, ignore=left_out)
+    left_out = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "runs", "build", "dist")
+
+    def ignore(directory: str, names: list[str]) -> set[str]:
+        return left_out(directory, names) | ({"data"} & set(names) if Path(directory) == ROOT else set())
+
+    shutil.copytree(ROOT, folder, ignore=ignore)
     monkeypatch.chdir(folder)
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=":")
     monkeypatch.setenv("PYTHONPATH", str(folder))
