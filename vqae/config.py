@@ -34,8 +34,7 @@ class Config:
     dataset: Dataset = "auto"
     """auto: CIFAR-10 if found or downloadable, otherwise synthetic images (with a warning)."""
     data_dir: Path | None = None
-    """Folder of the images. imagefolder: DIR/train/<class>/* and DIR/test/<class>/*. cifar10: where the data set is, or
-    is downloaded to (default: ./data)."""
+    """imagefolder: a folder with train/<class>/* and test/<class>/*. cifar10: where to look and download (./data)."""
     image_size: int | None = None
     """Resize and crop images to squares of this side. Required if the images differ in size."""
     limit: int | None = None
@@ -52,11 +51,10 @@ class Config:
     hidden_dims: tuple[int, ...] = (1024,)
     """Widths of the decoder's hidden layers."""
     network_init: Literal["pca", "random"] = "pca"
-    """Initialisation of encoder and decoder: principal components of training images, or random. Random initialisation
-    yields embeddings with few effective dimensions, so images map to poor codes."""
+    """Initialise encoder and decoder by principal components of training images, or at random.
+    Random initialisation yields embeddings with few effective dimensions, so images map to poor codes."""
     embedding_norm: Literal["batch", "none"] = "none"
-    """batch: BatchNorm without affine parameters before the quantizer. It gives all dimensions of the embeddings the
-    same variance."""
+    """batch: BatchNorm without affine parameters before the quantizer, so that all dimensions have variance 1."""
     codebook_init: Literal["normal", "uniform", "data"] = "normal"
     """Initialisation of the codebook: random (normal, uniform), or embeddings of the first batch (data)."""
     restart_after: int = 15_360
@@ -73,8 +71,7 @@ class Config:
     encoder_lr: float = 0.003
     """Peak learning rate of the encoder."""
     unfreeze_encoder_at: float = 0.75
-    """Fraction of the run after which the encoder is trained. Before that it is frozen, and a step takes a third of the
-    time."""
+    """Fraction of the run after which the encoder is trained. Before that, a step takes a third of the time."""
     momentum: float = 0.9
     """SGD momentum of encoder and decoder. The codebook has none."""
     weight_decay: float = 0.0
@@ -82,9 +79,8 @@ class Config:
     warmup: float = 0.05
     """Fraction of the run with a linear learning-rate warm-up. Cosine decay follows."""
     codebook_step: Literal["count_normalised", "plain"] = "count_normalised"
-    """count_normalised: the codebook step moves each code a fixed fraction (codebook_lr) of the way to the mean of its
-    assigned embeddings. plain: SGD on the codebook loss, which moves a code 2·codebook_lr/(K·D) of that way if codes
-    are used evenly."""
+    """count_normalised: move each code a fixed fraction (codebook_lr) of the way to the mean of its assigned rows.
+    plain: SGD on the codebook loss, which moves a code 2·codebook_lr/(K·D) of the way if codes are used evenly."""
     codebook_lr: float = 0.2
     """Learning rate of the codebook, see --codebook-step."""
 

@@ -38,8 +38,8 @@ class Command:
     config: Path | None = None
     """JSON file of default settings, for example the config.json of a run. Command-line flags override them."""
     recipe: Literal["plain"] | None = None
-    """plain: random initialisation, SGD with a single learning rate of 0.1, momentum and weight decay, no warm-up, no
-    dead-code resets, no flips. With it, the codebook collapses. Overrides --config; command-line flags override it."""
+    """plain: SGD with one learning rate, without warm-up and flips. Overrides --config, but not command-line flags.
+    With random initialisation, a single learning rate and no dead-code resets, the codebook collapses."""
     resume: bool = False
     """Resume the run in --out. Starts a new run if there is none."""
     overwrite: bool = False
