@@ -17,8 +17,7 @@ from torch import Tensor
 
 from vq_kernels import PreparedCodebook, nearest_code
 
-Search = Callable[[], Tensor]
-"""One timed call. Returns the indices [N] of any integer dtype; a bare product returns its scores [N, K]."""
+Search = Callable[[], Tensor]  # one timed call: indices [N] of any integer dtype, or the scores [N, K] of a product
 
 Precision = Literal["exact", "float32", "TF32", "16 bits"]
 
@@ -169,5 +168,4 @@ _CONTENDERS = (
     Contender("gemm-bfloat16", "16 bits", _BFLOAT16_GEMM, _CUDA, dtypes=_FLOAT32, is_product=True),
 )
 
-CONTENDERS = {contender.name: contender for contender in _CONTENDERS}
-"""All contenders by name, in the order in which they run."""
+CONTENDERS = {contender.name: contender for contender in _CONTENDERS}  # in the order in which they run

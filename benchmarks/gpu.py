@@ -210,6 +210,7 @@ def _bench(context: Context, shape: Shape, graph: bool) -> None:
     if context.options.dry_run:
         contenders = [replace(contender, devices=("cpu",)) for contender in contenders]
     rounds, data = 1 if context.options.dry_run else 5, context.gaussian(shape)
+    torch.cuda.empty_cache()  # frees the scores of the previous shape
     for row in bench(contenders, data, rounds=rounds, burst_ms=50, budget=_CHECK_BUDGET, graph=graph):
         context.add(**row, data="gaussian", graph=graph)
 

@@ -75,8 +75,7 @@ class Options:
     """Folder for the results and the runs."""
 
 
-Piece = tuple[Method, Config]
-"""One method at one K and seed."""
+Piece = tuple[Method, Config]  # one method at one K and seed
 
 
 def name_of(piece: Piece) -> Row:

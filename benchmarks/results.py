@@ -16,8 +16,7 @@ from vqae.runtime.errors import UsageError
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
-Row = dict[str, Any]
-"""One result: one line of a file."""
+Row = dict[str, Any]  # one line of a file
 
 # Names that recorded results have for today's.
 _RENAMED_OPTIONS = {"encoder_start": "unfreeze_encoder_at"}

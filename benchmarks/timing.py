@@ -12,9 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-TIMING = {"cpu": "wall clock", "cuda": "CUDA events, L2 flushed"}
-"""How `burst` measures, by the type of the device."""
-
+TIMING = {"cpu": "wall clock", "cuda": "CUDA events, L2 flushed"}  # how `burst` measures, by the type of the device
 _L2_FLUSH_BYTES = 256 << 20
 _MIB = 1 << 20
 
