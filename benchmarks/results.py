@@ -18,9 +18,6 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 Row = dict[str, Any]  # one line of a file
 
-# Names that recorded results have for today's.
-_RENAMED_OPTIONS = {"encoder_start": "unfreeze_encoder_at"}
-_RENAMED_VALUES = {("network_init", "pictures"): "pca", ("codebook_step", "share"): "count_normalised"}
 _PACKAGES = ("torch", "triton", "faiss-cpu", "flash-kmeans", "vector-quantize-pytorch")
 
 
@@ -56,24 +53,16 @@ def _commit() -> str:
         return "unknown"
 
 
-def with_current_names(row: Row) -> Row:
-    """A row with the option names of today in its settings and overrides."""
-    current = dict(row)
-    for part in {"settings", "overrides"} & row.keys():
-        current[part] = {
-            _RENAMED_OPTIONS.get(name, name): _RENAMED_VALUES.get((name, str(value)), value)
-            for name, value in row[part].items()
-        }
-    return current
-
-
 def read_rows(file: Path) -> list[Row]:
     """The rows of a file; none if it does not exist. Raises UsageError if a line is no JSON object."""
     try:
         lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-        return [with_current_names(json.loads(line)) for line in lines]
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+        rows = [json.loads(line) for line in lines]
+    except (OSError, ValueError) as error:
         raise UsageError(f"{file} must hold a JSON object per line: {error}") from None
+    if not all(isinstance(row, dict) for row in rows):
+        raise UsageError(f"{file} must hold a JSON object per line")
+    return rows
 
 
 def append_row(file: Path, row: Row) -> None:

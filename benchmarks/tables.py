@@ -4,7 +4,7 @@
     python -m benchmarks.tables --check   # exit with 1 if a table would change
 
 A table stands between `<!-- begin NAME -->` and `<!-- end NAME -->`; `TABLES` lists the names. CPU results are in
-benchmarks/results/cpu: argmin.jsonl (argmin_bench.py), exactness_soak.jsonl (exactness.py), train_bench.jsonl
+benchmarks/results/cpu: argmin.jsonl (argmin_bench.py), exactness.jsonl (exactness.py), train_bench.jsonl
 (train.py), quantizer_step.jsonl, ablation.jsonl, rate_distortion.jsonl, and batch_sizes.jsonl (rate_distortion.py at
 other batch sizes). GPU results are in benchmarks/results/h200/gpu.jsonl, or in h100/gpu.jsonl if that one is missing;
 `gpu.py` writes them.
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import math
 import re
 import statistics
@@ -28,7 +27,6 @@ from typing import Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # run as a file: import the package from the checkout
 
-from benchmarks.ablation import VARIANTS
 from benchmarks.results import RESULTS, ROOT, Row, markdown, number, read_rows
 
 NOT_MEASURED = "Not measured on a GPU yet."
@@ -99,7 +97,7 @@ def model_table() -> str:
     mse, codes_used, perplexity = (over_seeds(rows, "model", 512, name) for name in names)
     bound = over_seeds(rows, "kmeans", 512, "test_mse")
     first = next(row for row in rows if (row["method"], row["num_codes"]) == ("model", 512))
-    settings, bench, soak = first["settings"], _cpu("train_bench")[-1], _cpu("exactness_soak")[-1]
+    settings, bench, soak = first["settings"], _cpu("train_bench")[-1], _cpu("exactness")[-1]
     psnr = f"{-10 * math.log10(statistics.fmean(mse)):.2f} dB"
     cells = [
         ("", "measured"),
@@ -159,9 +157,6 @@ def ablation_table(rows: Sequence[Row]) -> str:
     """One line per variant. Exits if two rows differ in a setting that neither's variant overrides."""
     if not rows:
         return NO_RESULTS
-    names = {json.dumps(overrides, sort_keys=True): name for name, overrides in VARIANTS.items()}
-    # A recorded variant may have an older name.
-    rows = [row | {"variant": names.get(json.dumps(row["overrides"], sort_keys=True), row["variant"])} for row in rows]
     _check_comparable(rows)
     cells = [["variant", "seeds", *(heading for heading, _, _ in _ABLATION_COLUMNS)]]
     for variant in dict.fromkeys(row["variant"] for row in rows):

@@ -28,16 +28,6 @@ def test_other_settings_are_named(tmp_path: Path) -> None:
     assert not is_finished(file, {"method": "kmeans", "seed": 1}, {"lr": 0.2})
 
 
-def test_recorded_options_have_the_names_of_today(tmp_path: Path) -> None:
-    recorded = {"encoder_start": 0.75, "network_init": "pictures", "codebook_step": "share", "flip": True}
-    append_row(tmp_path / "results.jsonl", {"seed": 0, "settings": recorded, "overrides": {"encoder_start": 0.0}})
-    (row,) = read_rows(tmp_path / "results.jsonl")
-    assert row["overrides"] == {"unfreeze_encoder_at": 0.0}
-    today = {"unfreeze_encoder_at": 0.75, "network_init": "pca", "codebook_step": "count_normalised", "flip": True}
-    assert row["settings"] == today
-    assert is_finished(tmp_path / "results.jsonl", {"seed": 0}, today)
-
-
 @pytest.mark.parametrize("text", ["{", "3", "[]"])
 def test_a_file_of_something_else_is_an_error(tmp_path: Path, text: str) -> None:
     file = tmp_path / "results.jsonl"
