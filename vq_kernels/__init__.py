@@ -4,7 +4,9 @@ import warnings
 from typing import Any
 
 from vq_kernels.compat import VectorQuantize
+from vq_kernels.cosine import SimilarCode, most_similar_code
 from vq_kernels.functional import Quantized, vector_quantize
+from vq_kernels.learning.kmeans import KMeansResult, kmeans
 from vq_kernels.learning.optim import attach_count_normalised_step, count_normalised_param_group
 from vq_kernels.modules.codebook import perplexity
 from vq_kernels.modules.residual_vector_quantizer import ResidualVectorQuantizer
@@ -19,24 +21,31 @@ from vq_kernels.search import (
     search_statistics,
     select_backend,
 )
+from vq_kernels.search.reference import Verification, verify
 
 __all__ = [
+    "KMeansResult",
     "NearestCode",
     "NearestCodes",
     "PreparedCodebook",
     "Quantized",
     "ResidualVectorQuantizer",
     "SearchStatistics",
+    "SimilarCode",
     "VectorQuantize",
     "VectorQuantizer",
+    "Verification",
     "attach_count_normalised_step",
     "count_normalised_param_group",
+    "kmeans",
+    "most_similar_code",
     "nearest_code",
     "nearest_code_topk",
     "perplexity",
     "search_statistics",
     "select_backend",
     "vector_quantize",
+    "verify",
 ]
 
 _RENAMED = {"attach_gap_step": attach_count_normalised_step, "gap_parameter_group": count_normalised_param_group}

@@ -1,15 +1,261 @@
-"""k-means on the first batch, as one operator: in a captured graph it is a node, not a loop."""
+"""k-means with exact assignments: `kmeans` for any data, and an operator for the first batch of a quantizer."""
 
-from typing import Any, cast
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from vq_kernels.cosine import most_similar_code, unit
+from vq_kernels.distributed import rank_and_world, sum_over_ranks
 from vq_kernels.learning.dead_codes import random_rows
 from vq_kernels.learning.ema import row_sums
 from vq_kernels.search import nearest_code
-from vq_kernels.search.backend import Backend
+from vq_kernels.search.backend import Backend, has_float64
+from vq_kernels.search.validation import check_choice, check_codebook, check_dtype
+
+KMeansInit = Literal["k-means++", "random"]
+INITS = ("k-means++", "random")
+
+_SEEDING_ROWS_PER_CODE = 16  # 100 rows per code give an inertia 0.5 % lower and take ten times as long
+
+
+class KMeansResult(NamedTuple):
+    """What `kmeans` returns.
+
+    Attributes:
+        codebook: [K, D], float32 (float64 for float64 data), on x's device.
+        counts: [K] int64, the rows assigned to each code, of all processes.
+        inertia: the sum over all rows of the squared distance to their code.
+        num_iterations: how many times the codes were moved.
+        converged: whether the last iteration improved the inertia by less than `tolerance`.
+    """
+
+    codebook: Tensor
+    counts: Tensor
+    inertia: float
+    num_iterations: int
+    converged: bool
+
+
+@torch.no_grad()
+def kmeans(
+    x: Tensor | Iterable[Tensor],
+    num_codes: int,
+    *,
+    init: KMeansInit | Tensor = "k-means++",
+    max_iterations: int = 50,
+    tolerance: float = 5e-4,
+    seed: int = 0,
+    progress: bool = False,
+    backend: Backend = "auto",
+    synchronise: bool = True,
+) -> KMeansResult:
+    """Lloyd's algorithm: assign each row to its nearest code, exactly, then move each code to the mean of its rows.
+
+    Clusters without rows are re-seeded by k-means++ beside the others. Sums are float64. The result depends on the
+    seed.
+
+    Args:
+        x: [N, D], any dtype of `nearest_code`; or a re-iterable of such tensors, such as a list, or a DataLoader
+            over a memory map. Each iteration makes one pass over it, and the initialisation one.
+        num_codes: K, in [1, N].
+        init: "k-means++" (greedy, on a random sample of 16·K rows), "random" (K distinct rows), or the codes, [K, D].
+        max_iterations: >= 0. With 0 the codes are those of `init`.
+        tolerance: >= 0, stop when an iteration lowers the inertia by less than this share of it.
+        seed: of everything random.
+        progress: show a progress bar on stderr (needs tqdm).
+        backend: as for `nearest_code`.
+        synchronise: with a default process group, x is this process's part of the data, and all processes get one
+            codebook. False: of this process alone.
+
+    Returns:
+        KMeansResult(codebook [K, D], counts [K] int64, inertia, num_iterations, converged). Counts and inertia are
+        those of the returned codebook.
+
+    Raises:
+        TypeError: a dtype that is not supported, or an iterator that can be iterated over only once.
+        ValueError: an argument out of range; fewer rows than codes; x holds NaN or Inf; batches of different D.
+        RuntimeError: as for `nearest_code`.
+
+    Source: Lloyd 1982, "Least squares quantization in PCM"; Arthur and Vassilvitskii 2007, "k-means++: the advantages
+    of careful seeding", with the greedy choice among 2 + ln K candidates.
+    """
+    if num_codes < 1:
+        raise ValueError(f"num_codes must be >= 1, got {num_codes}")
+    if max_iterations < 0:
+        raise ValueError(f"max_iterations must be >= 0, got {max_iterations}")
+    if not tolerance >= 0:
+        raise ValueError(f"tolerance must be >= 0, got {tolerance}")
+    if not isinstance(init, Tensor):
+        check_choice("init", init, INITS)
+    batches = _Batches(x, synchronise)
+    codebook = _initial_codebook(batches, num_codes, init, seed)
+    step, iteration, converged = _assign(batches, codebook, backend), 0, False
+    with _progress_bar(max_iterations, shown=progress) as advance:
+        while iteration < max_iterations and not converged:
+            codebook = _move(batches, codebook, step, seed + 1 + iteration)
+            last_inertia, step = step.inertia, _assign(batches, codebook, backend)
+            converged = last_inertia - step.inertia <= tolerance * step.inertia and bool(step.counts.all())
+            iteration += 1
+            advance(step.inertia)
+    return KMeansResult(codebook, step.counts, step.inertia, iteration, converged)
+
+
+@contextmanager
+def _progress_bar(max_iterations: int, *, shown: bool) -> Iterator[Callable[[float], None]]:
+    """Yields a function to call with the inertia after each iteration."""
+    if not shown:
+        yield lambda inertia: None
+        return
+    from tqdm import tqdm
+
+    with tqdm(total=max_iterations, desc="k-means", unit="iteration") as bar:
+
+        def advance(inertia: float) -> None:
+            bar.set_postfix(inertia=f"{inertia:.6g}", refresh=False)
+            bar.update()
+
+        yield advance
+
+
+class _Batches:
+    """The data as batches [n, D], checked as they come, in at least float32, on a device with float64."""
+
+    def __init__(self, x: Tensor | Iterable[Tensor], synchronise: bool) -> None:
+        if not isinstance(x, Tensor) and iter(x) is x:
+            raise TypeError(
+                f"x must be a tensor or re-iterable, such as a list or a DataLoader, got {type(x).__name__}"
+            )
+        self._batches: Iterable[Tensor] = [x] if isinstance(x, Tensor) else x
+        self._code_dim = 0
+        self.synchronise = synchronise
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for batch in self._batches:
+            check_dtype("x", batch)
+            if batch.dim() != 2 or batch.shape[1] < 1 or self._code_dim not in (0, batch.shape[1]):
+                expected = f"[N, {self._code_dim}], as its first batch," if self._code_dim else "[N, D]"
+                raise ValueError(f"x must be {expected}, got {tuple(batch.shape)}")
+            self._code_dim = batch.shape[1]
+            batch = batch.detach() if has_float64(batch.device) else batch.detach().cpu()
+            yield batch.to(torch.promote_types(batch.dtype, torch.float32))
+
+    def sample(self, num_rows: int, seed: int) -> Tensor:
+        """Rows drawn at random from all processes' data, [n, D], n >= num_rows where there are as many.
+
+        Each row gets a random key, and the rows with the smallest keys are kept, so a pass needs memory for the sample
+        and one batch.
+        """
+        rank, _ = rank_and_world(self.synchronise)
+        generator = torch.Generator().manual_seed(seed + 1_000_003 * rank)
+        kept, keys, num_seen = torch.empty(0), torch.empty(0, dtype=torch.float64), 0
+        for batch in self:
+            keys = torch.cat([keys, torch.rand(batch.shape[0], generator=generator, dtype=torch.float64)])
+            keys, place = keys.topk(min(num_rows, keys.numel()), largest=False)
+            kept = (torch.cat([kept, batch]) if num_seen else batch)[place.to(batch.device)]
+            num_seen += batch.shape[0]
+        counts = _gather(torch.tensor([num_seen], device=kept.device), self.synchronise)
+        share = min(1.0, num_rows / max(int(counts.sum()), 1))
+        return _gather(kept[: math.ceil(share * num_seen)], self.synchronise)
+
+
+class _Assignment(NamedTuple):
+    """What a pass over all processes' data says about a codebook."""
+
+    sums: Tensor  # [K, D] float64
+    counts: Tensor  # [K] int64
+    inertia: float
+
+
+def _initial_codebook(batches: _Batches, num_codes: int, init: KMeansInit | Tensor, seed: int) -> Tensor:
+    """[K, D], the same in all processes."""
+    if isinstance(init, Tensor):
+        check_codebook(init)
+        if init.shape[0] != num_codes:
+            raise ValueError(f"init must be [{num_codes}, D] to match num_codes, got {tuple(init.shape)}")
+        return init.detach().clone()
+    rows = batches.sample(num_codes * (_SEEDING_ROWS_PER_CODE if init == "k-means++" else 1), seed)
+    if rows.shape[0] < num_codes:
+        raise ValueError(f"x must have at least num_codes = {num_codes} rows, got {rows.shape[0]}")
+    not_finite = int((~rows.isfinite().all(dim=1)).sum())
+    if not_finite:
+        raise ValueError(f"x must be finite, got NaN or Inf in {not_finite} of {rows.shape[0]} rows")
+    generator = torch.Generator().manual_seed(seed)
+    if init == "k-means++":
+        return rows[_seed_rows(rows, num_codes, generator)]
+    return rows[torch.randperm(rows.shape[0], generator=generator)[:num_codes].to(rows.device)]
+
+
+def _seed_rows(rows: Tensor, num_seeds: int, generator: torch.Generator, codebook: Tensor | None = None) -> Tensor:
+    """Greedy k-means++: the indices [num_seeds] of the rows [n, D] to begin at.
+
+    Each next row is the best of a few drawn with probability proportional to the squared distance to the rows chosen,
+    and to the codes [K, D] that are there already.
+    """
+    num_candidates = 2 + int(math.log(num_seeds))
+    centre = rows.mean(dim=0)
+    centred = rows - centre
+    half_norms = centred.square().sum(dim=1).mul_(0.5)
+    chosen = torch.randint(rows.shape[0], (num_seeds,), generator=generator).to(rows.device)
+    if codebook is None:
+        closest, candidates = torch.full_like(half_norms, torch.inf), chosen[:1]
+    else:
+        closest, candidates = nearest_code(rows, codebook).sq_distances.to(rows.dtype) / 2, None
+    for place in range(num_seeds):
+        if place or candidates is None:
+            mass = closest.cumsum(0, dtype=torch.float64)
+            draws = torch.rand(num_candidates, generator=generator, dtype=torch.float64).to(rows.device) * mass[-1]
+            candidates = torch.searchsorted(mass, draws, right=True).clamp_(max=rows.shape[0] - 1)
+        distances = torch.addmm(half_norms, centred[candidates], centred.t(), alpha=-1)  # [candidates, n]
+        distances = distances.add_(half_norms[candidates, None]).clamp_(min=0).minimum(closest)
+        best = distances.sum(dim=1).argmin()
+        closest, chosen[place] = distances[best], candidates[best]
+    return chosen
+
+
+def _assign(batches: _Batches, codebook: Tensor, backend: Backend) -> _Assignment:
+    """One pass over the data: each row to its nearest code."""
+    num_codes, code_dim = codebook.shape
+    totals = codebook.new_zeros(num_codes, code_dim + 2, dtype=torch.float64)  # sums, counts, squared distances
+    sums, counts, distances = torch.split(totals, [code_dim, 1, 1], dim=1)
+    for batch in batches:
+        found = nearest_code(batch, codebook, backend=backend)
+        not_finite = int(found.sq_distances.isnan().sum())
+        if not_finite:
+            raise ValueError(f"x must be finite, got NaN or Inf in {not_finite} of {batch.shape[0]} rows")
+        sums.index_add_(0, found.indices, batch.double())
+        counts += found.indices.bincount(minlength=num_codes)[:, None]
+        distances[0] += found.sq_distances.sum(dtype=torch.float64)
+    sums, counts, distances = torch.split(sum_over_ranks(totals, batches.synchronise), [code_dim, 1, 1], dim=1)
+    return _Assignment(sums, counts[:, 0].long(), float(distances[0]))
+
+
+def _move(batches: _Batches, codebook: Tensor, step: _Assignment, seed: int) -> Tensor:
+    """The means of the rows of each code [K, D]; codes without rows begin anew by k-means++ beside the others."""
+    means = (step.sums / step.counts.clamp(min=1)[:, None]).to(codebook.dtype)
+    empty = (step.counts == 0).nonzero()[:, 0]
+    if empty.numel():
+        rows = batches.sample(_SEEDING_ROWS_PER_CODE * codebook.shape[0], seed)
+        generator = torch.Generator().manual_seed(seed)
+        means[empty] = rows[_seed_rows(rows, empty.numel(), generator, means[step.counts > 0])].to(means.dtype)
+    return means
+
+
+def _gather(rows: Tensor, synchronise: bool) -> Tensor:
+    """The rows [n, ...] of all processes, in the order of their ranks; n may differ, the rest of the shape may not."""
+    rank, world = rank_and_world(synchronise)
+    if world == 1:
+        return rows
+    counts = torch.zeros(world, dtype=torch.int64, device=rows.device)
+    counts[rank] = rows.shape[0]
+    counts = sum_over_ranks(counts, synchronise)
+    start = int(counts[:rank].sum())
+    gathered = rows.new_zeros(int(counts.sum()), *rows.shape[1:])
+    gathered[start : start + rows.shape[0]] = rows
+    return sum_over_ranks(gathered, synchronise)
 
 
 @torch.library.custom_op("vq_kernels::kmeans_if_needed", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))

@@ -1,0 +1,155 @@
+"""k-means: as good as the published algorithm, deterministic, in batches and over processes the same."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed
+import torch.multiprocessing
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from vq_kernels import kmeans, nearest_code
+
+
+def blobs(num_rows: int = 3000, num_blobs: int = 20, code_dim: int = 4, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Rows [N, D] around well separated centres [B, D]."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = 100 * torch.randn(num_blobs, code_dim, generator=generator)
+    blob = torch.arange(num_rows) % num_blobs
+    return centres[blob] + 0.1 * torch.randn(num_rows, code_dim, generator=generator), centres
+
+
+def test_finds_separated_clusters_and_says_what_it_did() -> None:
+    x, centres = blobs()
+    result = kmeans(x, 20)
+    found = nearest_code(centres, result.codebook)
+    assert sorted(found.indices.tolist()) == list(range(20))
+    assert found.sq_distances.max() < 0.01
+    assert result.counts.tolist() == [150] * 20
+    assert result.converged
+    assert 1 <= result.num_iterations <= 5
+    at_end = nearest_code(x, result.codebook)
+    assert torch.equal(result.counts, at_end.indices.bincount(minlength=20))
+    assert result.inertia == pytest.approx(float(at_end.sq_distances.double().sum()))
+
+
+def test_each_code_is_the_mean_of_its_rows() -> None:
+    x = torch.randn(2000, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    result = kmeans(x, 30, tolerance=0, max_iterations=500)
+    assert result.converged
+    indices = nearest_code(x, result.codebook).indices
+    means = torch.stack([x[indices == k].mean(dim=0) for k in range(30)])
+    assert result.codebook.dtype == torch.float64
+    torch.testing.assert_close(result.codebook, means)
+
+
+def test_better_start_ends_lower() -> None:
+    x, _ = blobs(4000, 200)
+    ends = {
+        init: [kmeans(x, 200, init=init, seed=seed).inertia for seed in range(3)] for init in ("k-means++", "random")
+    }
+    assert max(ends["k-means++"]) < min(ends["random"])
+
+
+def test_seed_decides() -> None:
+    x = torch.randn(500, 3, generator=torch.Generator().manual_seed(2))
+    state = torch.get_rng_state()
+    first, again, other = (kmeans(x, 16, seed=seed).codebook for seed in (5, 5, 6))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_batches_give_what_one_tensor_gives(dtype: torch.dtype) -> None:
+    x, _ = blobs(1000)
+    x = x.to(dtype)
+    whole = kmeans(x, 20)
+    parts = kmeans(DataLoader(list(x), batch_size=96), 20)  # type: ignore[arg-type]
+    assert whole.codebook.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    order = nearest_code(whole.codebook, parts.codebook).indices  # the rows drawn to begin with are others
+    torch.testing.assert_close(parts.codebook[order], whole.codebook, rtol=1e-3, atol=1e-3)
+    assert torch.equal(parts.counts[order], whole.counts)
+
+
+def test_given_codes_and_no_iteration() -> None:
+    x, centres = blobs()
+    result = kmeans(iter_again := [x[:100], x[100:]], 20, init=centres, max_iterations=0)
+    assert iter_again
+    assert torch.equal(result.codebook, centres)
+    assert (result.num_iterations, result.converged) == (0, False)
+    assert int(result.counts.sum()) == 3000
+
+
+def test_empty_clusters_are_reseeded() -> None:
+    x, centres = blobs()
+    far = torch.full_like(centres, 1e6)
+    far[0] = centres[0]
+    result = kmeans(x, 20, init=far)
+    assert (result.counts > 0).all()
+    assert result.inertia < 1e3
+
+
+def test_fewer_distinct_rows_than_codes() -> None:
+    x = torch.tensor([[0.0], [1.0], [2.0]]).repeat(10, 1)
+    result = kmeans(x, 5)
+    assert result.inertia == 0
+    assert sorted(set(result.codebook[:, 0].tolist())) == [0.0, 1.0, 2.0]
+    assert result.converged is False or (result.counts > 0).sum() == 3
+
+
+def test_progress_is_shown_on_request(capsys: pytest.CaptureFixture[str]) -> None:
+    x, _ = blobs(300)
+    kmeans(x, 20)
+    assert not any(capsys.readouterr())
+    kmeans(x, 20, progress=True)
+    assert "inertia" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("x", "options", "error", "message"),
+    [
+        (torch.zeros(4, 2), {"num_codes": 5}, ValueError, "x must have at least num_codes = 5 rows, got 4"),
+        (torch.zeros(4, 2), {"num_codes": 0}, ValueError, "num_codes must be >= 1, got 0"),
+        (torch.zeros(4, 2), {"num_codes": 2, "tolerance": -1.0}, ValueError, "tolerance must be >= 0, got -1.0"),
+        (torch.zeros(4, 2), {"num_codes": 2, "max_iterations": -1}, ValueError, "max_iterations must be >= 0, got -1"),
+        (torch.zeros(4, 2), {"num_codes": 2, "init": "best"}, ValueError, "init must be one of k-means"),
+        (torch.zeros(4, 2), {"num_codes": 2, "init": torch.zeros(3, 2)}, ValueError, r"init must be \[2, D\]"),
+        (torch.zeros(4), {"num_codes": 2}, ValueError, r"x must be \[N, D\], got \(4,\)"),
+        (torch.zeros(4, 2, dtype=torch.int64), {"num_codes": 2}, TypeError, "x must be float32"),
+        (
+            [torch.zeros(4, 2), torch.zeros(4, 3)],
+            {"num_codes": 2},
+            ValueError,
+            r"x must be \[N, 2\], as its first batch",
+        ),
+        ([], {"num_codes": 2}, ValueError, "x must have at least num_codes = 2 rows, got 0"),
+        (torch.full((40, 2), torch.nan), {"num_codes": 2}, ValueError, "x must be finite, got NaN or Inf"),
+        (iter([torch.zeros(4, 2)]), {"num_codes": 2}, TypeError, "x must be a tensor or re-iterable"),
+    ],
+)
+def test_bad_input(x: Tensor, options: dict[str, object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        kmeans(x, **options)  # type: ignore[arg-type]
+
+
+def cluster_part(rank: int, folder: str) -> None:
+    """What each of two processes does: cluster its part of the rows, 100 of 1,000 in the second."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    x, _ = blobs(1000)
+    part = x[:900] if rank == 0 else x[900:]
+    result = kmeans([part[:50], part[50:]], 20, seed=3)
+    torch.save((result.codebook, result.counts, result.inertia), Path(folder) / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_find_one_codebook(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(cluster_part, args=(str(tmp_path),), nprocs=2)
+    (codebook, counts, inertia), second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert torch.equal(codebook, second[0])
+    assert torch.equal(counts, second[1])
+    assert inertia == second[2]
+    assert counts.tolist() == [50] * 20
+    x, _ = blobs(1000)
+    assert inertia == pytest.approx(kmeans(x, 20).inertia, rel=1e-3)
