@@ -1,32 +1,40 @@
-"""k-means with `nearest_code`.
+"""k-means on a file of vectors that is read in batches.
 
 python examples/kmeans.py
 """
 
+import tempfile
+
+import numpy as np
 import torch
-from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
-from vq_kernels import nearest_code
+from vq_kernels import kmeans
 
 
-def kmeans(points: Tensor, num_means: int, num_steps: int = 10) -> tuple[Tensor, list[float]]:
-    """Return the means [K, D] of points [N, D], and the mean squared distance before each step."""
-    means = points[torch.randperm(len(points))[:num_means]]
-    errors = []
-    for _ in range(num_steps):
-        nearest, _, sq_distances = nearest_code(points, means)  # exact, without an [N, K] matrix
-        errors.append(sq_distances.mean().item())
-        sums = torch.zeros_like(means).index_add_(0, nearest, points)
-        counts = nearest.bincount(minlength=num_means)[:, None]
-        means = torch.where(counts > 0, sums / counts.clamp(min=1), means)
-    return means, errors
+class VectorFile(Dataset[torch.Tensor]):
+    """The float32 vectors [N, D] of a memory-mapped file."""
+
+    def __init__(self, file: str, code_dim: int) -> None:
+        self.rows = np.memmap(file, np.float32, mode="r+").reshape(-1, code_dim)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitems__(self, indices: list[int]) -> torch.Tensor:
+        """Return a batch."""
+        return torch.from_numpy(self.rows[indices])
 
 
 if __name__ == "__main__":
     torch.manual_seed(0)
     centres = 10 * torch.randn(100, 16)
     points = centres[torch.randint(100, (20_000,))] + torch.randn(20_000, 16)
-    means, errors = kmeans(points, num_means=200)
-    for step, error in enumerate(errors):
-        print(f"step {step}: mean squared distance {error:6.2f}")
+    with tempfile.NamedTemporaryFile(suffix=".bin") as file:
+        points.numpy().tofile(file.name)
+        loader = DataLoader(VectorFile(file.name, 16), batch_size=4096, collate_fn=lambda batch: batch)
+        for init in ("random", "k-means++"):
+            result = kmeans(loader, num_codes=100, init=init)
+            error = result.inertia / len(points)
+            print(f"{init:>9}: mean squared distance {error:6.2f} after {result.num_iterations} iterations")
     print(f"variance of the noise: {points.shape[1]}")

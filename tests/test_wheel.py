@@ -15,7 +15,7 @@ IMPORT = """
 import sys
 from importlib.machinery import PathFinder
 
-ABSENT = {"numpy", "triton", "torchvision", "PIL", "tyro", "tqdm", "matplotlib", "tensorboard", "rich", "einops"}
+ABSENT = {"numpy", "triton", "torchvision", "PIL", "tyro", "tqdm", "matplotlib", "tensorboard", "einops"}
 
 class EmptyEnvironment:
     @classmethod

@@ -22,11 +22,9 @@ def test_every_example_is_tested() -> None:
     assert {file.name for file in EXAMPLES.glob("*.py")} == {"kmeans.py", "residual_signal.py", "swap_quantizer.py"}
 
 
-def test_kmeans_lowers_the_error_at_every_step(capsys: pytest.CaptureFixture[str]) -> None:
-    errors = [float(error) for error in re.findall(r"distance +([\d.]+)", run("kmeans.py", capsys))]
-    assert len(errors) == 10
-    assert all(later <= earlier for earlier, later in pairwise(errors))
-    assert 16 < errors[-1] < errors[0] / 4
+def test_kmeans_starts_better_with_plus_plus(capsys: pytest.CaptureFixture[str]) -> None:
+    random, plus_plus = (float(error) for error in re.findall(r"distance +([\d.]+)", run("kmeans.py", capsys)))
+    assert 15.5 < plus_plus < random / 4
 
 
 def test_every_stage_raises_the_signal_to_noise_ratio(capsys: pytest.CaptureFixture[str]) -> None:

@@ -63,8 +63,8 @@ def kmeans(
             over a memory map. Each iteration makes one pass over it, and the initialisation one.
         num_codes: K, in [1, N].
         init: "k-means++" (greedy, on a random sample of 16·K rows), "random" (K distinct rows), or the codes, [K, D].
-        max_iterations: >= 0. With 0 the codes are those of `init`.
-        tolerance: >= 0, stop when an iteration lowers the inertia by less than this share of it.
+        max_iterations: at least 0. With 0 the codes are those of `init`.
+        tolerance: at least 0; stop when an iteration lowers the inertia by less than this share of it.
         seed: of everything random.
         progress: show a progress bar on stderr (needs tqdm).
         backend: as for `nearest_code`.
