@@ -8,7 +8,6 @@ from torch.nn import functional as F
 
 from vq_kernels.cosine import most_similar_code
 from vq_kernels.learning.dead_codes import draw_sampling
-from vq_kernels.learning.ema import smoothed_sizes
 from vq_kernels.learning.recompute import is_recomputing
 from vq_kernels.modules.codebook import Codebook, stack
 from vq_kernels.search import nearest_code
@@ -35,6 +34,7 @@ class CompatCodebook(Codebook):
     """
 
     state_names = ("embed", "cluster_size", "embed_avg")
+    size_names = ("heads", "codebook_size", "codebook_dim")
 
     embed: Tensor
     cluster_size: Tensor
@@ -51,7 +51,7 @@ class CompatCodebook(Codebook):
         """
         if self.init == "kmeans" and not is_recomputing():
             needed = ~self.initted
-            done = [self._start_by_kmeans(p, head, mask, needed) for p, head in enumerate(rows)]
+            done = [self._start_by_kmeans(p, head, mask, needed, as_original=True) for p, head in enumerate(rows)]
             self.initted.logical_or_(torch.stack(done).any())
         searched = [self._to_search(p, learns) for p in range(len(rows))]
         codebooks = self._differentiable(searched, learns)
@@ -83,9 +83,5 @@ class CompatCodebook(Codebook):
         for p, head in enumerate(rows):
             self._reset_small(p, head, self._counted(head, None))
 
-    @torch.no_grad()
-    def set_codes(self, codes: Tensor) -> None:
-        """Sets codes [C, K, D] and their averages, so that an update without rows leaves the codes in place."""
-        self.embed.copy_(codes)
-        self.embed_avg.copy_(self.embed * smoothed_sizes(self.cluster_size, self.ema_eps)[..., None])
+    def _end_wait(self) -> None:
         self.initted.fill_(True)

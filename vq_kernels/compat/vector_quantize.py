@@ -45,7 +45,8 @@ class VectorQuantize(nn.Module):
         separate_codebook_per_head: a codebook for each head, [heads, K, D]; else all heads share one.
         decay: λ of the moving averages, in [0, 1].
         eps: at least 0, smoothing of each code's average number of rows.
-        freeze_codebook: training changes nothing either, unless a call says otherwise.
+        freeze_codebook: training changes nothing either, unless a call says otherwise; only k-means still runs on the
+            first batch, as in the original. `requires_grad_(False)` of a learnable codebook means the same.
         kmeans_init: initialise the codebook by k-means on the first batch, in eval mode as well.
         kmeans_iters: its iterations, >= 1.
         sync_kmeans: k-means over all ranks. False is not supported, because the ranks would disagree.
@@ -210,10 +211,12 @@ class VectorQuantize(nn.Module):
         if indices is not None:
             _check_targets(indices, leading, self.heads)
         frozen = self.freeze_codebook if freeze_codebook is None else freeze_codebook
+        frozen = frozen or self._codebook.freeze_codebook  # by requires_grad_(False)
         learns = self.training and not frozen
 
         rows = self._rows(positions, mask)  # [C, M, D]
         codes, chosen, codebooks = self._codebook(rows.detach(), row_mask, learns)
+        codebooks = codebooks.detach() if frozen else codebooks
         if indices is None:
             target = codes if self.learnable_codebook and learns else codes.detach()
             loss, commitment = self._loss(rows, target, row_mask)
@@ -287,9 +290,17 @@ class VectorQuantize(nn.Module):
 
     @codebook.setter
     def codebook(self, codes: Tensor) -> None:
-        if codes.shape != self.codebook.shape:
-            raise ValueError(f"codebook must be {tuple(self.codebook.shape)}, got {tuple(codes.shape)}")
-        self._codebook.set_codes(codes if self.separate_codebook_per_head else codes[None])
+        self._codebook._set_all(codes, "codebook", self.codebook.shape)
+
+    def set_codes(self, codes: Tensor) -> None:
+        """Sets the codes, of the shape of `codebook`, and their averages, and ends the wait for k-means.
+
+        Each average becomes that of one row, or of 10 times `threshold_ema_dead_code` rows if these are more.
+
+        Raises:
+            TypeError, ValueError: codes do not fit.
+        """
+        self._codebook._set_all(codes, "codes", self.codebook.shape)
 
     @property
     def ema_update(self) -> bool:
@@ -316,7 +327,7 @@ class VectorQuantize(nn.Module):
 
     def expire_codes_(self, x: Tensor) -> None:
         """Resets dead codes to random rows of x [..., heads·D], an output of `project_in`. Only in training mode."""
-        if self.training and self._codebook.min_cluster_size:
+        if self.training and self._codebook.min_cluster_size and not self.freeze_codebook:
             self._codebook.expire(self._as_searched(self._layout.split(x.detach())))
 
 

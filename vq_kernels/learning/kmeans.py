@@ -268,6 +268,7 @@ def kmeans_if_needed(
     cosine: bool,
     synchronise: bool,
     backend: str,
+    keep_random_state: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Runs Lloyd's algorithm from random rows, if it is needed and there are rows.
 
@@ -280,6 +281,7 @@ def kmeans_if_needed(
         cosine: assign by the dot product, and normalise the means.
         synchronise: as for `row_sums`.
         backend: as for `nearest_code`.
+        keep_random_state: leave the global random state as it is, because a recomputation does not run k-means.
 
     Returns:
         means [K, D] and counts [K] of the last iteration, in the dtype of rows; done [] bool. If it is false, nothing
@@ -290,7 +292,8 @@ def kmeans_if_needed(
         return nothing
     counted = counted & rows.isfinite().all(dim=1)
     slots = torch.arange(num_codes, device=rows.device)
-    permutation = torch.randperm(rows.shape[0], device=rows.device)
+    with torch.random.fork_rng([rows.device] if rows.is_cuda else [], enabled=keep_random_state):
+        permutation = torch.randperm(rows.shape[0], device=rows.device)
     means, found = random_rows(rows, counted, permutation, slots, synchronise=synchronise)
     if not found.any():
         return nothing

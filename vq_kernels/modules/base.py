@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -15,8 +15,8 @@ from vq_kernels.learning.recompute import is_recomputing
 from vq_kernels.modules.codebook import Codebook, check_at_least, stack
 from vq_kernels.search.validation import check_choice, check_dtype
 
-Init = Literal["normal", "uniform", "data"]
-INITS = ("normal", "uniform", "data")
+Init = Literal["normal", "uniform", "data", "kmeans"]
+INITS = ("normal", "uniform", "data", "kmeans")
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class QuantizerBase(Codebook):
     Args:
         num_stages: Q; None: 1, and no dimension for it in the state.
         num_codes, code_dim, heads, separate_codebooks, channel_dim: as for `VectorQuantizer`.
-        commitment_weight, ema_decay: as for `VectorQuantizer`.
+        commitment_weight, ema_decay, freeze_codebook: as for `VectorQuantizer`.
         options: the other arguments of `Codebook`.
     """
 
@@ -101,11 +101,13 @@ class QuantizerBase(Codebook):
         separate_codebooks: bool,
         channel_dim: int,
         ema_decay: float | None,
+        freeze_codebook: bool,
         **options: Any,
     ) -> None:
         check_at_least(1, heads=heads)
         check_at_least(0, commitment_weight=commitment_weight)
-        check_choice("init", options["init"], INITS)
+        if not isinstance(options["init"], Tensor):
+            check_choice("init", options["init"], INITS)
         layout = HeadLayout(heads, separate_codebooks and heads > 1)
         leading = ((heads,) if layout.separate else ()) + (() if num_stages is None else (num_stages,))
         super().__init__(
@@ -122,12 +124,34 @@ class QuantizerBase(Codebook):
         self.channel_dim = channel_dim
         self._layout = layout
         self._num_stages = 1 if num_stages is None else num_stages
+        self.freeze_codebook = freeze_codebook
+
+    @classmethod
+    def from_codebook(cls, codebook: Tensor, *, freeze: bool = False, **options: Any) -> Self:
+        """Returns a quantizer that begins with these codes.
+
+        Args:
+            codebook: of the shape of the attribute `codebook`; its sizes become those of the quantizer. One more
+                dimension in front means `heads` with separate codebooks.
+            freeze: `freeze_codebook`.
+            options: the other arguments of the constructor.
+
+        Raises:
+            TypeError, ValueError: codebook or an option does not fit.
+        """
+        num_sizes = len(cls.size_names) - 1
+        if codebook.dim() not in (num_sizes, num_sizes + 1):
+            raise ValueError(f"codebook must have {num_sizes} or {num_sizes + 1} dimensions, got {codebook.dim()}")
+        if codebook.dim() > num_sizes:
+            options = {"heads": codebook.shape[0], "separate_codebooks": True} | options
+            codebook = codebook if codebook.shape[0] > 1 else codebook[0]
+        return cls(*codebook.shape[-num_sizes:], init=codebook, freeze_codebook=freeze, **options)
 
     def extra_repr(self) -> str:
         """Returns the arguments that `print(module)` shows."""
         sizes = f"num_codes={self.num_codes}, code_dim={self.code_dim}"
         shown = f"{sizes}, init={self.init!r}, restart_after={self.restart_after}"
-        defaults = {"metric": "euclidean", "heads": 1, "channel_dim": -1, "ema_decay": None}
+        defaults = {"metric": "euclidean", "heads": 1, "channel_dim": -1, "ema_decay": None, "freeze_codebook": False}
         changed = {name: getattr(self, name) for name, value in defaults.items() if getattr(self, name) != value}
         if self._layout.separate:
             changed["separate_codebooks"] = True
@@ -138,7 +162,7 @@ class QuantizerBase(Codebook):
 
         `active` [Q] bool says which stages take part; None: all.
         """
-        learns = self.training
+        learns = self.training and not self.freeze_codebook
         positions, row_mask = self._positions(x, mask)
         leading = positions.shape[:-1]
         rows = self._as_searched(self._layout.split(positions))
@@ -152,10 +176,10 @@ class QuantizerBase(Codebook):
             for head in zip(rows, codebooks, choices, strict=True)
         )
         codes, losses = zip(*passed, strict=True)
-        if learns and not is_recomputing():
+        if self.training and not is_recomputing():
             learning = self._learning(None if active is None else active.repeat(len(choices)))
             self._count(indices.flatten(0, 1), learning)
-            if self.follows_means:
+            if learns and self.follows_means:
                 self._update_averages(searched, batches, learning)
         return Quantized(
             self._layout.join(stack(codes).to(x.dtype), leading).movedim(-1, self.channel_dim),

@@ -1,6 +1,6 @@
 """Codebooks and the state of their training: initialisation, dead-code resets, moving averages, usage counts."""
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from vq_kernels.learning.ema import RowSums, mean_codes, move_averages_, row_sum
 from vq_kernels.learning.kmeans import kmeans_if_needed
 from vq_kernels.learning.recompute import copy_to_search, unless_recomputing
 from vq_kernels.search.backend import BACKENDS, Backend, has_float64
-from vq_kernels.search.validation import check_choice
+from vq_kernels.search.validation import check_choice, check_dtype
 
 
 class Codebook(nn.Module):
@@ -32,7 +32,7 @@ class Codebook(nn.Module):
     Args:
         leading: the shape in front of [K, D]; P is its product.
         num_codes, code_dim, init_scale, restart_noise, ema_eps, synchronise, backend: as for `VectorQuantizer`.
-        init: as there; or "kaiming_uniform", as vector_quantize_pytorch; or "kmeans", by `_start_by_kmeans`.
+        init: as there; or "kaiming_uniform", as vector_quantize_pytorch.
         kmeans_iters: iterations of k-means.
         restart_after: steps without use after which `_reset_unused` resets a code; 0: never.
         min_cluster_size: average number of rows below which `_reset_small` resets a code; 0: never.
@@ -48,6 +48,10 @@ class Codebook(nn.Module):
     state_names: ClassVar[tuple[str, str, str]] = ("codebook", "cluster_sizes", "cluster_sums")
     """The names of the codes and their averages in the state dict."""
 
+    size_names: ClassVar[tuple[str, ...]]
+    """The arguments that give the sizes of `codebook`, the last ones if it has fewer dimensions."""
+
+    _frozen = False
     steps_unused: Tensor
     batch_counts: Tensor
     usage_counts: Tensor
@@ -61,7 +65,7 @@ class Codebook(nn.Module):
         num_codes: int,
         code_dim: int,
         *,
-        init: Literal["normal", "uniform", "data", "kaiming_uniform", "kmeans"],
+        init: Literal["normal", "uniform", "data", "kaiming_uniform", "kmeans"] | Tensor,
         init_scale: float = 1.0,
         kmeans_iters: int = 10,
         restart_after: int = 0,
@@ -86,7 +90,7 @@ class Codebook(nn.Module):
         check_choice("backend", backend, BACKENDS)
         self.num_codes = num_codes
         self.code_dim = code_dim
-        self.init = init
+        self.init = "codes" if isinstance(init, Tensor) else init
         self.kmeans_iters = kmeans_iters
         self.restart_after = restart_after
         self.restart_noise = restart_noise
@@ -111,13 +115,15 @@ class Codebook(nn.Module):
         searched = _flat(codes.clone(), 2) if changes_after_search else None
         self.register_buffer("searched_codebook", searched, persistent=False)
         self._register_counts((*leading, num_codes))
+        if isinstance(init, Tensor):
+            self._set_all(init, "init", codes.shape)
 
     def _initial_codes(self, shape: tuple[int, ...], scale: float) -> Tensor:
         codes = torch.zeros(shape)
         if self.init == "kaiming_uniform":
             nn.init.kaiming_uniform_(codes)
             return unit(codes) if self.metric == "cosine" else codes
-        if self.init == "kmeans":
+        if self.init in ("kmeans", "codes"):
             return codes
         return codes.uniform_(-scale, scale) if self.init == "uniform" else scale * codes.normal_()
 
@@ -125,12 +131,13 @@ class Codebook(nn.Module):
         for name in ("steps_unused", "batch_counts", "usage_counts"):
             self.register_buffer(name, torch.zeros(shape, dtype=torch.int64))
         self.register_buffer("restarts", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("needs_data", torch.full(shape[:-1], self.init == "data"))
+        self.register_buffer("needs_data", torch.full(shape[:-1], self.init in ("data", "kmeans")))
 
     @property
     def _codes(self) -> Tensor:
-        """[P, K, D]: all codes."""
-        return _flat(getattr(self, self.state_names[0]), 2)
+        """[P, K, D]: all codes. They have no gradient if they are frozen."""
+        codes = _flat(getattr(self, self.state_names[0]), 2)
+        return codes.detach() if self._frozen else codes
 
     @property
     def _sizes(self) -> Tensor:
@@ -149,6 +156,76 @@ class Codebook(nn.Module):
     def _normalise(self, codes: Tensor) -> Tensor:
         """Normalises [..., D] for the cosine."""
         return unit(codes) if self.metric == "cosine" else codes
+
+    # Codes that do not learn
+
+    @property
+    def freeze_codebook(self) -> bool:
+        """Whether the codes stay as they are in training, too: set so, or by `requires_grad_(False)` of a Parameter."""
+        codes = getattr(self, self.state_names[0])  # a plain tensor in `functional_call`
+        return self._frozen or (isinstance(codes, nn.Parameter) and not codes.requires_grad)
+
+    @freeze_codebook.setter
+    def freeze_codebook(self, freeze: bool) -> None:
+        self._frozen = freeze
+        if self.learnable:
+            parameter = getattr(self, self.state_names[0]).requires_grad_(not freeze)
+            parameter.grad = None if freeze else parameter.grad  # or the next optimizer step would move the codes
+
+    def set_codes(self, codes: Tensor) -> None:
+        """Sets all codes. They count as just used, and no longer wait for data.
+
+        Each average becomes that of one row at its code: a training step moves the codes by one step from here. With
+        moving averages and the cosine, the codes are normalised.
+
+        Args:
+            codes: of the shape of `codebook`, finite, of any dtype of `nearest_code`, on any device.
+
+        Raises:
+            TypeError, ValueError: codes do not fit.
+        """
+        self._set_all(codes, "codes", getattr(self, self.state_names[0]).shape)
+
+    @torch.no_grad()
+    def _set_all(self, codes: Tensor, name: str, shape: torch.Size) -> None:
+        """Does the work of `set_codes`; `name` and `shape` are those of the user's argument."""
+        check_dtype(name, codes)
+        if codes.shape != shape:
+            raise ValueError(f"{name} must be {tuple(shape)}, got {tuple(codes.shape)}")
+        own = self._codes
+        codes = codes.to(own.device, own.dtype)
+        if not codes.isfinite().all():
+            raise ValueError(f"{name} must be finite in {own.dtype}, got {(~codes.isfinite()).sum()} NaN or Inf")
+        codes = codes if self.learnable else self._normalise(codes)
+        size = max(1, 10 * self.min_cluster_size)  # a code may go without rows for some steps before it is reset
+        for p, each in enumerate(codes.reshape(own.shape)):
+            self._set_codes(p, torch.ones((), dtype=torch.bool, device=own.device), each, size)
+        self._end_wait()
+
+    def _end_wait(self) -> None:
+        self.steps_unused.zero_()
+        self.needs_data.zero_()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+        """Loads the state, with errors that name the argument that differs. Without averages, they start at the codes.
+
+        Only the caller knows whether it is strict, so the keys of averages explain themselves.
+        """
+        codes, sizes, _ = (state_dict.get(prefix + name) for name in self.state_names)
+        own, names = getattr(self, self.state_names[0]), self.size_names
+        if codes is not None and sizes is None and self.ema_decay is not None and codes.shape == own.shape:
+            self._set_all(codes, "codes", own.shape)
+        super()._load_from_state_dict(state_dict, prefix, *others)
+        *keys, errors = others[-3:]
+        if codes is not None and codes.dim() != own.dim():
+            errors.append(f"this state dict was saved with other {' or '.join(names[:-2])}: codes {tuple(codes.shape)}")
+        elif codes is not None:
+            for name, theirs, ours in zip(names[-own.dim() :], codes.shape, own.shape, strict=True):
+                if theirs != ours:
+                    errors.append(f"this state dict was saved with {name}={theirs}; the module has {name}={ours}")
+        reasons = ("without ema_decay; construct the module with ema_decay=None", "with ema_decay; construct it so too")
+        for found, reason in zip(keys, reasons, strict=True):  # missing and unexpected
+            found[:] = [_Explained(key, reason) if key == prefix + self.state_names[1] else key for key in found]
 
     # Search
 
@@ -175,30 +252,45 @@ class Codebook(nn.Module):
     # Initialisation and dead codes
 
     @torch.no_grad()
-    def _start_by_kmeans(self, p: int, rows: Tensor, row_mask: Tensor | None, needed: Tensor) -> Tensor:
+    def _start_by_kmeans(
+        self, p: int, rows: Tensor, row_mask: Tensor | None, needed: Tensor, as_original: bool = False
+    ) -> Tensor:
         """Sets codebook p to k-means of rows [M, D], if `needed` [] bool and there are rows. Returns whether it did.
 
-        row_mask [M] bool says which rows count; None: all.
+        row_mask [M] bool says which rows count; None: all. Unless `as_original`, codes without rows stay.
         """
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         counted = torch.ones_like(rows[:, 0], dtype=torch.bool) if row_mask is None else row_mask
-        options = (self.num_codes, self.kmeans_iters, self.metric == "cosine", self.synchronise, self.backend)
+        options = (
+            self.num_codes,
+            self.kmeans_iters,
+            self.metric == "cosine",
+            self.synchronise,
+            self.backend,
+            not as_original,
+        )
         done: Tensor
         means, counts, done = kmeans_if_needed(needed, rows, counted, *options)
-        self._set_codes(p, done, means, counts)
+        self._set_codes(p, done, means, counts if as_original else counts.clamp(min=1))
         if self.ema_decay is not None:
             _write_where(done, self._codes[p], self._means(self._sizes[p], self._sums[p]))
         return done
 
     @torch.no_grad()
     def _reset_unused(self, p: int, rows: Tensor, row_mask: Tensor | None) -> None:
-        """Resets the unused codes of codebook p to rows [M, D], or rows of other ranks; with init="data", first all.
+        """Resets the unused codes of codebook p to rows [M, D], or rows of other ranks.
 
+        With init="data" or "kmeans", it begins with all codes.
         row_mask [M] bool says which rows may be taken; None: all.
         """
         any_rows = rows.shape[0] > 0 or rank_and_world(self.synchronise)[1] > 1
+        steps_unused, needs_data = _flat(self.steps_unused, 1)[p], self.needs_data.view(-1)[p]
+        if any_rows and self.init == "kmeans":
+            done = self._start_by_kmeans(p, rows, row_mask, unless_recomputing(needs_data))
+            steps_unused.masked_fill_(done, 0)
+            needs_data.logical_and_(~done)
         if not (any_rows and (self.restart_after or self.init == "data")):
             return
-        steps_unused, needs_data = _flat(self.steps_unused, 1)[p], self.needs_data.view(-1)[p]
         due = needs_data.expand(self.num_codes)  # [K]
         if self.restart_after:
             due = due | (steps_unused >= self.restart_after)
@@ -257,7 +349,10 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def _count(self, indices: Tensor, learning: Tensor | None) -> None:
-        """Counts the codes of a training batch, indices [P, M] in [0, K) or LEFT_OUT; `learning` from `_learning`."""
+        """Counts the codes of a training batch, indices [P, M] in [0, K) or LEFT_OUT; `learning` from `_learning`.
+
+        Frozen codes do not grow older.
+        """
         chosen = indices != LEFT_OUT
         first = torch.arange(indices.shape[0], device=indices.device)[:, None] * self.num_codes
         slots = (indices.masked_fill(~chosen, 0) + first).flatten()
@@ -265,7 +360,8 @@ class Codebook(nn.Module):
         self.batch_counts.copy_(sum_over_ranks(counts, self.synchronise).view_as(self.batch_counts))
         learned = 1 if learning is None else learning[:, None].long()
         _flat(self.usage_counts, 1).add_(_flat(self.batch_counts, 1) * learned)
-        _flat(self.steps_unused, 1).add_(learned)
+        if not self.freeze_codebook:
+            _flat(self.steps_unused, 1).add_(learned)
         self.steps_unused.masked_fill_(self.batch_counts > 0, 0)
 
     @torch.no_grad()
@@ -325,6 +421,21 @@ def check_at_least(least: float, **arguments: float) -> None:
 def stack(tensors: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
     """Stacks tensors. One tensor is viewed, not copied."""
     return torch.stack(tensors) if len(tensors) > 1 else tensors[0][None]
+
+
+class _Explained(str):
+    """A key of a state dict, which an error message shows with the reason why it is missing or unexpected."""
+
+    reason: str
+
+    def __new__(cls, key: str, reason: str) -> Self:
+        """Returns the key, equal to a plain one."""
+        explained = super().__new__(cls, key)
+        explained.reason = reason
+        return explained
+
+    def __format__(self, spec: str) -> str:
+        return f"{super().__format__(spec)} (this state dict was saved {self.reason})"
 
 
 def _flat(tensor: Tensor, num_kept: int) -> Tensor:

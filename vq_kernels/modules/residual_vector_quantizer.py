@@ -37,14 +37,15 @@ class ResidualVectorQuantizer(QuantizerBase):
         separate_codebooks: codebooks for each head; else all heads share those of a stage.
         init, init_scale, restart_after, restart_noise, commitment_weight: as for `VectorQuantizer`, for each stage.
             Initial codes from data, and reset codes, are residuals of the stages before.
-        channel_dim, ema_decay, ema_eps, backend, synchronise: as for `VectorQuantizer`.
+        channel_dim, ema_decay, ema_eps, freeze_codebook, backend, synchronise: as for `VectorQuantizer`.
 
     Attributes:
         codebook: [Q, K, D], or [heads, Q, K, D] if separate; a Parameter, or a buffer with `ema_decay`.
         steps_unused, batch_counts, usage_counts: [Q, K], or [heads, Q, K], int64, as for `VectorQuantizer`. A step
             that drops a stage does not count for it.
         restarts: [] int64, dead-code resets since `reset_usage`.
-        needs_data: [Q], or [heads, Q], bool, whether a codebook still waits for the first batch of init="data".
+        needs_data: [Q], or [heads, Q], bool, whether a codebook still waits for the first batch of init="data" or
+            "kmeans".
 
     Raises:
         ValueError: an argument is out of range.
@@ -53,6 +54,8 @@ class ResidualVectorQuantizer(QuantizerBase):
     arXiv:2203.01941; grouped: Yang et al. 2023, arXiv:2305.02765.
     """
 
+    size_names = ("heads", "num_quantizers", "num_codes", "code_dim")
+
     def __init__(
         self,
         num_quantizers: int,
@@ -60,7 +63,7 @@ class ResidualVectorQuantizer(QuantizerBase):
         code_dim: int,
         *,
         quantizer_dropout: float = 0.0,
-        init: Init = "normal",
+        init: Init | Tensor = "normal",
         init_scale: float = 1.0,
         restart_after: int = 0,
         restart_noise: float = 0.01,
@@ -70,6 +73,7 @@ class ResidualVectorQuantizer(QuantizerBase):
         channel_dim: int = -1,
         ema_decay: float | None = None,
         ema_eps: float = 1e-5,
+        freeze_codebook: bool = False,
         backend: Backend = "auto",
         synchronise: bool = True,
     ) -> None:
@@ -91,6 +95,7 @@ class ResidualVectorQuantizer(QuantizerBase):
             channel_dim=channel_dim,
             ema_decay=ema_decay,
             ema_eps=ema_eps,
+            freeze_codebook=freeze_codebook,
             backend=backend,
             synchronise=synchronise,
         )

@@ -26,8 +26,9 @@ class VectorQuantizer(QuantizerBase):
         num_codes: K >= 1.
         code_dim: D >= 1.
         init: initial codes: "normal", N(0, init_scale²); "uniform", in ±init_scale; "data", rows of the first training
-            batch, evenly spaced from a random start.
-        init_scale: at least 0, see `init`; unused with "data".
+            batch, evenly spaced from a random start; "kmeans", k-means of the first training batch, for which each
+            step reads a boolean from the device; or a tensor of the shape of `codebook`, see `set_codes`.
+        init_scale: at least 0, see `init`.
         restart_after: reset a code that no row has chosen for this many training steps to a random row of the batch,
             before the next search; 0: never.
         restart_noise: standard deviation of the noise added to a reset code, relative to the row's root mean square.
@@ -42,6 +43,8 @@ class VectorQuantizer(QuantizerBase):
             follows the moving average of its rows with this decay (0.99 is usual), see `vq_kernels.learning.ema`. The
             loss keeps its value, but its part for the codebook has no gradient.
         ema_eps: at least 0, smoothing of each code's average number of rows.
+        freeze_codebook: training changes no code: no gradient, averages, initialisation or resets. It can be set at any
+            time. `requires_grad_(False)` of the module or of a learnable `codebook` means the same.
         backend: as for `nearest_code`.
         synchronise: in training, use the rows of all ranks of the default process group (if there is one in the forward
             pass) for counts, averages, resets and init="data". With DistributedDataParallel, which averages the
@@ -54,7 +57,8 @@ class VectorQuantizer(QuantizerBase):
         batch_counts: [K] int64, the rows of the last training batch, of all ranks, that chose each code.
         usage_counts: [K] int64, the rows in training that chose each code since `reset_usage`.
         restarts: [] int64, dead-code resets since `reset_usage`.
-        needs_data: [], or [heads], bool, whether the codebook still waits for the first batch of init="data".
+        needs_data: [], or [heads], bool, whether the codebook still waits for the first batch of init="data" or
+            "kmeans".
 
     Raises:
         ValueError: an argument is out of range.
@@ -62,12 +66,14 @@ class VectorQuantizer(QuantizerBase):
     Source: van den Oord et al. 2017, arXiv:1711.00937; resets: Zeghidour et al. 2021, arXiv:2107.03312, section 3.3.
     """
 
+    size_names = ("heads", "num_codes", "code_dim")
+
     def __init__(
         self,
         num_codes: int,
         code_dim: int,
         *,
-        init: Init = "normal",
+        init: Init | Tensor = "normal",
         init_scale: float = 1.0,
         restart_after: int = 0,
         restart_noise: float = 0.01,
@@ -78,6 +84,7 @@ class VectorQuantizer(QuantizerBase):
         channel_dim: int = -1,
         ema_decay: float | None = None,
         ema_eps: float = 1e-5,
+        freeze_codebook: bool = False,
         backend: Backend = "auto",
         synchronise: bool = True,
     ) -> None:
@@ -96,6 +103,7 @@ class VectorQuantizer(QuantizerBase):
             channel_dim=channel_dim,
             ema_decay=ema_decay,
             ema_eps=ema_eps,
+            freeze_codebook=freeze_codebook,
             backend=backend,
             synchronise=synchronise,
         )

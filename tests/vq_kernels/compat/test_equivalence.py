@@ -149,7 +149,7 @@ def test_cross_entropy(keywords: dict[str, Any], training: bool) -> None:
     )
     targets = targets if "heads" in keywords else targets[..., 0]
     results = []
-    for layer in pair(freeze_codebook=True, **keywords):
+    for layer in pair(freeze_codebook="learnable_codebook" not in keywords, **keywords):
         layer.train(training)
         x = draw(3, 20, DIM).requires_grad_()
         _, loss = layer(x, indices=targets)

@@ -18,6 +18,7 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
     "averages, residual": lambda: ResidualVectorQuantizer(2, 20, 6, **AVERAGES),
     "averages, restarts": lambda: VectorQuantizer(20, 6, **AVERAGES, **RESTARTS),
     "restarts": lambda: VectorQuantizer(20, 6, commitment_weight=0.25, **RESTARTS),
+    "k-means": lambda: VectorQuantizer(20, 6, **AVERAGES, restart_after=1, init="kmeans"),
     "drop-in": lambda: VectorQuantize(6, 20),
     "drop-in, cosine, dead codes": lambda: VectorQuantize(6, 20, use_cosine_sim=True, threshold_ema_dead_code=2),
     "drop-in, learnable, dead codes": lambda: VectorQuantize(
@@ -94,6 +95,8 @@ def test_a_compiled_backward_uses_the_searched_codes(name: str) -> None:
         ("averages, restarts", INSIDE),
         ("restarts", INSIDE),
         ("restarts", AROUND),
+        ("k-means", INSIDE),
+        ("k-means", AROUND),
         ("drop-in", AROUND),
         ("drop-in, cosine, dead codes", INSIDE),
         ("drop-in, learnable, dead codes", AROUND),

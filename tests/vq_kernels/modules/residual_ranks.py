@@ -15,6 +15,7 @@ LAYERS: dict[str, dict[str, Any]] = {
     "averages": {"ema_decay": 0.5},
     "dropout": {"ema_decay": 0.5, "quantizer_dropout": 1.0},
     "restarts": {"init": "data", "restart_after": 1},
+    "k-means": {"init": "kmeans", "restart_after": 1, "ema_decay": 0.5},
     "restarts, averages, grouped": {"ema_decay": 0.5, "restart_after": 1, "heads": 2, "separate_codebooks": True},
 }
 
