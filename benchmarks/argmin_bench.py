@@ -1,11 +1,12 @@
-"""Nearest-code search: this library beside what people use today, on a CPU or a GPU.
+"""Compares the nearest-code search of this library with common alternatives, on a CPU or a GPU.
 
     python benchmarks/argmin_bench.py --device cpu --out results/argmin-cpu
     python benchmarks/argmin_bench.py --device cuda --shapes 65536x1024x64 1048576x4096x128 --data gaussian offset-100
 
-The answers are checked first, against float64 brute force on all rows, or on a random subset of at least 4,096.
-Then the contenders are timed in turn. An exact contender with a wrong index is reported as WRONG and not timed, and the
-exit status is 1. A sample of the output (--shapes 16384x1024x64 --data offset-1000):
+The contenders are this library, the alternatives, and bare matrix products. Their answers are first checked against a
+float64 brute-force search, on all rows or on a random subset of at least 4,096. Then the contenders are timed in turn.
+An exact contender with a wrong index is reported as WRONG and not timed, and the exit status is 1. A sample of the
+output (--shapes 16384x1024x64 --data offset-1000):
 
     | contender      | class   | p50 ms | p20 - p80   | / cdist | TFLOP/s | peak MiB | wrong % | uncertified % |
     | cdist          | float32 | 193    | 192 - 209   | 1       | 0.0111  | 77       | 85.8    |               |
@@ -47,22 +48,22 @@ _CHECK_BUDGET = {"cpu": 4e9, "cuda": 4e11}  # float64 subtractions per check: se
 
 @dataclass(frozen=True)
 class Options:
-    """Time the nearest-code search beside what people use today."""
+    """Compare the nearest-code search of this library with common alternatives."""
 
     shapes: tuple[str, ...] = ()
-    """Any number of NxKxD. Default: a list that suits the device."""
+    """Sizes as NxKxD, any number of them. Default: a list that suits the device."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """dtype of the vectors and of the codebook."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU if there is one."""
     contenders: tuple[str, ...] = tuple(CONTENDERS)
-    """Names. Those that cannot run here are listed with the reason."""
+    """Names of contenders. Those that cannot run here are listed with the reason."""
     data: tuple[str, ...] = ("gaussian",)
     """Names of data sets; see benchmarks/data.py."""
     quick: bool = False
-    """Few rounds, and two small shapes unless --shapes is given."""
+    """Run fewer rounds, and only two small shapes unless --shapes is given."""
     rounds: int | None = None
-    """Turns of each contender. Default: 10, or 3 with --quick."""
+    """Number of times that each contender is timed. Default: 10, or 3 with --quick."""
     seed: int = 0
     """Seed of the data and of the choice of checked rows."""
     out: Path | None = None

@@ -1,4 +1,4 @@
-"""The contenders of the search benchmarks: what people use today, this library, and bare matrix products.
+"""The contenders of the search benchmarks: common alternatives, this library, and bare matrix products.
 
 The class of precision is that for float32 input. With 16-bit input, all but cdist and faiss compute in 16 bits; those
 two convert it to float32. The timed call includes everything that a caller has to do for a new codebook, except for the

@@ -1,4 +1,4 @@
-"""Data sets for the nearest-code search, by name and seed: an easy one, and some on which other searches fail.
+"""Data sets for the nearest-code search, by name and seed. On most of them, less exact searches return wrong indices.
 
 | name            | x and codebook                                           | hard for                              |
 |-----------------|----------------------------------------------------------|---------------------------------------|

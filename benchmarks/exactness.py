@@ -1,12 +1,12 @@
-"""Compares millions of indices with float64 brute force. Not one may differ.
+"""Compares millions of indices with float64 brute force. None may differ.
 
     python benchmarks/exactness.py                        # 10^7 rows by the PyTorch backend, about 10 minutes
     python benchmarks/exactness.py --rows 200000 --seed 1
 
 The rows are spread evenly over the data sets of data.py and over `CASES`: sizes for which brute force is affordable,
-some of them odd, in all dtypes. Each block has its own codebook, drawn from the seed and the block's number. Ties
-within 1e-13 are right, and of identical codes only the lowest is. The exit status is 1 if any index is wrong. The last
-line of standard output is a JSON object, such as
+some of them odd, in all dtypes. Each block has its own codebook, drawn from the seed and the block's number. For
+distances that agree within 1e-13, either index is right. Of identical codes, only the lowest index is right. The exit
+status is 1 if any index is wrong. The last line of standard output is a JSON object, such as
 
     {"rows": 10000000, "wrong": 0, "seed": 0, "backend": "torch", "seconds": 246.8, "data": {...}, "device": ...}
 """

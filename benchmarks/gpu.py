@@ -6,8 +6,8 @@
 The parts, in order. Each runs in its own process, ends at its time limit, and appends its rows to --out at once:
 
     checks      tests/gpu: accumulator, score bound and first checks; shares of certified and exhaustive rows
-    times       searches beside the baselines: time, wrong indices, peak memory; training steps of quantizers
-    train       vqae.train for 60 s, and its images per second beside plain PyTorch
+    times       searches and the baselines: time, wrong indices, peak memory; training steps of quantizers
+    train       vqae.train for 60 s, and its images per second compared with plain PyTorch
     exactness   10^7 rows against float64, then as many as the time allows
     suite       the other tests marked gpu; compute-sanitizer on small sizes; times of the scan configurations
 
@@ -111,7 +111,8 @@ class Options:
     """Measure everything that needs a GPU."""
 
     out: Path | None = None
-    """File of the results, appended to. Default: benchmarks/results/<gpu>/gpu.jsonl; for --dry-run a temporary file."""
+    """File that the results are appended to. Default: benchmarks/results/<gpu>/gpu.jsonl; with --dry-run a
+    temporary file."""
     parts: tuple[PartName, ...] = tuple(LIMITS_S)
     """Parts to run."""
     minutes: float = 9.0
@@ -119,7 +120,7 @@ class Options:
     data_dir: Path | None = None
     """Folder of CIFAR-10; see --data-dir of vqae.train."""
     commit: str | None = None
-    """Commit to record if the checkout is no git repository."""
+    """Commit to record if the checkout is not a git repository."""
     dry_run: bool = False
     """Run everything at toy sizes on the CPU, in Triton's interpreter."""
 
@@ -216,7 +217,7 @@ def _bench(context: Context, shape: Shape, graph: bool) -> None:
 
 
 class _PlainQuantizer(nn.Module):
-    """A quantizer as people write it: cdist, argmin and straight-through."""
+    """A typical hand-written quantizer: cdist, argmin and straight-through."""
 
     def __init__(self, num_codes: int, code_dim: int) -> None:
         super().__init__()

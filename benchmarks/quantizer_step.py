@@ -1,11 +1,12 @@
-"""A training step of `VectorQuantize` beside vector_quantize_pytorch's: forward, backward and moving averages.
+"""Compares a training step of `VectorQuantize` with vector_quantize_pytorch's: forward, backward and moving averages.
 
     python benchmarks/quantizer_step.py --out results/quantizer_step.jsonl
 
 Both layers have the same codebook and get the same normally distributed x. One step is checked first: our indices
 against float64 brute force, our loss and gradient against theirs on the rows where both chose the same code. If one is
-wrong, nothing is timed and the exit status is 1. Then both take steps in turns in one process. The time ratio is the
-median of the turns' ratios; memory is what a step holds beyond what was held before. It prints one JSON line, such as
+wrong, nothing is timed and the exit status is 1. Then both take steps alternately in one process. The time ratio is the
+median of the ratios of the turns. Memory is what a step allocates beyond what was allocated before it. It prints one
+JSON line, such as
 
     {"op": "VectorQuantize step", "status": "ok", "time_ratio": 0.18, "memory_ratio": 0.08, "ours_ms": 300.1, ...}
 """
@@ -36,7 +37,7 @@ ROUNDING = 2e-5  # how much loss and gradient may differ from theirs, relative t
 
 @dataclass(frozen=True)
 class Options:
-    """Time a training step of the quantizer beside vector_quantize_pytorch's."""
+    """Compare the time of a training step with that of vector_quantize_pytorch's."""
 
     batch: int = 8
     """b of x [b, n, dim]."""
@@ -80,7 +81,7 @@ class Stepper:
 
 
 def run(options: Options) -> Row:
-    """Verifies, times and weighs both layers."""
+    """Verifies both layers and measures their time and memory."""
     device = torch.device(options.device)
     ours, theirs = make_pair(options, device)
     checks = verify(ours, theirs, options.seed)
@@ -137,7 +138,7 @@ def compare(ours: Callable[[], object], theirs: Callable[[], object], turns: int
 
 
 def _relative_difference(found: Tensor, expected: Tensor) -> float:
-    """The largest difference over the largest number; 0 for no numbers."""
+    """The largest difference divided by the largest element; 0 for empty tensors."""
     if not expected.numel():
         return 0.0
     return float((found - expected).abs().max() / expected.abs().max())

@@ -1,4 +1,4 @@
-"""The trained model beside k-means of the pixels, which bounds its MSE on the training images, for several K.
+"""Compares the trained model with k-means of the pixels, which bounds its MSE on the training images, for several K.
 
     python benchmarks/rate_distortion.py --data-dir DIR --num-codes 1 16 64 256 512 1024 --seeds 0 1 2 --out FOLDER
     python benchmarks/rate_distortion.py --data-dir DIR --out FOLDER --max-minutes 10 --epochs 100

@@ -1,4 +1,4 @@
-"""Measures searches: verifies their indices, times them, weighs their memory, and shows the rows.
+"""Measures searches: verifies their indices, measures their time and memory, and formats the rows.
 
 A row has these entries; what was not measured is None.
 
@@ -61,7 +61,8 @@ def bench(
     seed: int = 0,
     graph: bool | None = None,
 ) -> list[Row]:
-    """Verifies, times and weighs every contender. Returns a row for each, without data set and environment.
+    """Verifies every contender and measures its time and memory. Returns a row for each, without data set and
+    environment.
 
     `rounds` and `burst_ms` are those of `timing.time_in_turn`; `budget` and `seed` those of
     `verification.checked_rows`. With `graph`, CUDA calls are timed as replays of graphs; None: if there are at most

@@ -140,7 +140,7 @@ def _wrong(row: Row) -> str:
 
 
 def step_table() -> str:
-    """A training step of the drop-in quantizer beside vector_quantize_pytorch's."""
+    """A training step of the drop-in quantizer compared with vector_quantize_pytorch's."""
     row = _cpu("quantizer_step")[-1]
     memory = [f"{row[f'{side}_peak_mib']:.0f} MiB" for side in ("ours", "theirs")]
     cells = [
@@ -185,7 +185,7 @@ def _check_comparable(rows: Sequence[Row]) -> None:
 
 
 def rate_distortion_table(rows: Sequence[Row]) -> str:
-    """The model beside k-means of the pixels. Perplexity and codes used are those on the test images."""
+    """The model compared with k-means of the pixels. Perplexity and codes used are those on the test images."""
     if not rows:
         return NO_RESULTS
     return f"{markdown(rate_distortion_cells(rows))}\n\nMean ± standard deviation over the seeds; {_where(rows)}."
@@ -311,7 +311,7 @@ def gpu_exactness_table(rows: Sequence[Row]) -> str:
 
 
 def target_table(rows: Sequence[Row]) -> str:
-    """The targets beside what was measured."""
+    """The targets and the measured values."""
     cells = [["target", "measured"]]
     ours = {_size(row): row for row in _searches(rows, graph=False) if row["contender"] == "triton"}
     for d, target in _GPU_TARGETS.items():

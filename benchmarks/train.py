@@ -1,9 +1,10 @@
-"""Images per second of the trainer beside a bare loop: the same encoder, decoder and optimizer on random tensors.
+"""Compares the images per second of the trainer with those of a bare loop: the same encoder, decoder and optimizer on
+random tensors.
 
     python benchmarks/train.py
 
 The bare loop has no quantizer, no codebook loss, no data pipeline and no checkpoints. The encoder learns from the first
-step on in both. They take turns in one process; the result is the median ratio. It prints one JSON line, such as
+step on in both. They run alternately in one process; the result is the median ratio. It prints one JSON line, such as
 
     {"trainer_images_per_s": 736.6, "bare_images_per_s": 753.3, "ratio": 0.976, "batch_size": 256, "device": ...}
 """
@@ -100,7 +101,7 @@ def measure(options: Options) -> Row:
 
 
 def plain_images_per_s(config: Config, images: Tensor, device: torch.device, *, warm_up: int, seconds: float) -> float:
-    """Images per second of the autoencoder as people write it in plain PyTorch.
+    """Images per second of the autoencoder as it is usually written in plain PyTorch.
 
     torchvision's ResNet-18, cdist and argmin, an MLP, SGD, and a DataLoader. The encoder learns from the first step on.
     `images` is [N, 3, H, W] uint8. The clock starts after `warm_up` steps.

@@ -1,4 +1,4 @@
-"""The exact argmax of the dot product with each code, by the exact nearest-code search."""
+"""The code with the largest dot product, found exactly by the nearest-code search."""
 
 from typing import NamedTuple
 
@@ -38,8 +38,8 @@ def most_similar_code(x: Tensor, codebook: Tensor, *, backend: Backend = "auto")
     """Find the codebook row with the largest dot product with each vector. For `unit` vectors this is the cosine.
 
     The nearest code is not always the most similar one, even among unit vectors: a norm rounded to float32 differs from
-    1 by up to 1e-7, which changes the distances. So each code gets coordinates a_k that bring all codes to one length,
-    and x gets zeros there. With M = max ‖c_k‖² and ‖a_k‖² = M - ‖c_k‖²,
+    1 by up to 1e-7, which changes the distances. Each code therefore gets additional coordinates a_k that give all
+    codes the same length, and x gets zeros there. With M = max ‖c_k‖² and ‖a_k‖² = M - ‖c_k‖²,
 
         ‖(x, 0) - (c_k, a_k)‖² = ‖x‖² + M - 2·x·c_k,
 
@@ -47,7 +47,8 @@ def most_similar_code(x: Tensor, codebook: Tensor, *, backend: Backend = "auto")
 
     Two codes are distinguished if their dot products differ by more than about 4·D·2⁻⁵³·M, a few times the rounding
     error of a float64 dot product (docs/explanations/exactness.md). Closer ones count as equal, and either may be
-    returned. Two ties do not depend on rounding and give the lowest index: identical codes, and a row of zeros.
+    returned. Two kinds of ties do not depend on rounding and give the lowest index: identical codes, and a row of
+    zeros.
 
     Args:
         x: [..., D], float32, float16, bfloat16 or float64.
@@ -78,7 +79,7 @@ def most_similar_code(x: Tensor, codebook: Tensor, *, backend: Backend = "auto")
 
 
 def _missing_length(codes: Tensor) -> Tensor:
-    """Coordinates [K, 3] that bring all finite codes [K, D] to the length of the longest; NaN for other codes."""
+    """Coordinates [K, 3] that give all finite codes [K, D] the length of the longest; NaN for other codes."""
     if not has_float64(codes.device):
         return _missing_length(codes.cpu()).to(codes.device)
     sq_norms = codes.double().square().sum(dim=1)

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 Metric = Literal["euclidean", "dot"]
 
 IGNORED = -1
-"""The target of a row that does not count."""
+"""The target of a row that is ignored."""
 
 _CHUNK_ELEMENTS = 1 << 21  # logits held at a time
 _LEAST_SQ_DISTANCE = 1e-8

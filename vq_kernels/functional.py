@@ -1,4 +1,4 @@
-"""The functions that users call: exact search, and quantization with straight-through gradients."""
+"""Quantization as a function: exact search with straight-through gradients."""
 
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ class Quantized(NamedTuple):
     Attributes:
         quantized: [..., D], the nearest code of each row, in x's dtype.
         indices: [...], int64, in [0, K); -1 for padding, if a module is given a mask.
-        loss: [], float32 (float64 for float64 input), the mean of (x - code)² over all numbers, times 1 + w with a
+        loss: [], float32 (float64 for float64 input), the mean of (x - code)² over all elements, times 1 + w with a
             commitment weight w.
     """
 
@@ -35,8 +35,8 @@ def vector_quantize(
 
     With q the chosen codes, M = N·D, and g the gradient with respect to `quantized`:
 
-    - x gets g unchanged (straight-through) and nothing of the loss, which is MSE(x detached, q);
-    - the codebook gets the gradient of `loss`, (2 / M)·Σ (c_k - x) over the rows of each code k, and nothing of g;
+    - x gets g unchanged (straight-through) and no gradient of the loss, which is MSE(x detached, q);
+    - the codebook gets the gradient of `loss`, (2 / M)·Σ (c_k - x) over the rows of each code k, and no part of g;
     - a commitment_weight w adds w·MSE(x, q detached) to `loss`, and (2·w / M)·(x - q) to the gradient of x.
 
     Args:

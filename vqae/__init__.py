@@ -1,4 +1,4 @@
-"""The vector-quantized auto-encoder that vq_kernels was made for."""
+"""A vector-quantized autoencoder for images, built on vq_kernels."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ __all__ = ["VQAE"]
 
 
 def __getattr__(name: str) -> Any:
-    """VQAE, loaded at its first use: torch takes seconds, in which the commands already handle signals."""
+    """Load VQAE on first use: importing torch takes seconds, during which the commands already handle signals."""
     if name == "VQAE":
         from vqae.model.vqae import VQAE
 

@@ -32,15 +32,17 @@ class Config:
     out: Path = Path("runs/default")
     """Output folder of the run."""
     dataset: Dataset = "auto"
-    """auto: CIFAR-10 if found or downloadable, otherwise synthetic images (with a warning)."""
+    """auto: CIFAR-10 if it is found or can be downloaded, otherwise synthetic images (with a warning)."""
     data_dir: Path | None = None
-    """imagefolder: a folder with train/<class>/* and test/<class>/*. cifar10: where to look and download (./data)."""
+    """imagefolder: a folder with train/<class>/* and test/<class>/*.
+    cifar10: the folder that is read, or downloaded to (./data)."""
     image_size: int | None = None
     """Resize and crop images to squares of this side. Required if the images differ in size."""
     limit: int | None = None
     """Use only N training images, drawn at random with --seed."""
     val_fraction: float = 0.02
-    """Fraction of the training images held out for validation, which selects best.pt. With 0, best.pt is the last."""
+    """Fraction of the training images held out for validation, which selects best.pt.
+    With 0, best.pt is the model after the last epoch."""
     flip: bool = True
     """Random horizontal flip (p = 0.5). Reduces the gap between training and test MSE."""
 
@@ -63,7 +65,7 @@ class Config:
     epochs: int = 12
     """Maximum number of epochs."""
     max_minutes: float | None = None
-    """Maximum wall time of the process, in minutes. The learning-rate schedule fits into it."""
+    """Maximum wall time of the process, in minutes. The learning-rate schedule adapts to it."""
     batch_size: int = 256
     """Images per step, over all processes."""
     lr: float = 0.3
@@ -71,7 +73,7 @@ class Config:
     encoder_lr: float = 0.003
     """Peak learning rate of the encoder."""
     unfreeze_encoder_at: float = 0.75
-    """Fraction of the run after which the encoder is trained. Before that, a step takes a third of the time."""
+    """Fraction of the run during which the encoder is frozen. A frozen step takes a third of the time."""
     momentum: float = 0.9
     """SGD momentum of encoder and decoder. The codebook has none."""
     weight_decay: float = 0.0
@@ -101,7 +103,7 @@ class Config:
         return -(-self.restart_after // self.batch_size)
 
     def check(self) -> None:
-        """Raise UsageError if a value is out of range or two values exclude each other."""
+        """Raise UsageError if a value is out of range or two values conflict."""
         self.check_each()
         if self.unfreeze_encoder_at and self.network_init == "random":
             raise UsageError(
@@ -135,8 +137,8 @@ class Config:
     def from_dict(cls, values: dict[str, Any], source: str) -> Config:
         """The inverse of `to_dict`. Missing options get their defaults, renamed ones a DeprecationWarning.
 
-        Raises UsageError, naming the `source`, if an option is unknown, has the wrong type or is out of range. Whether
-        two values exclude each other is left to `check`, because flags may still override them.
+        Raises UsageError, naming the `source`, if an option is unknown, has the wrong type or is out of range.
+        Conflicts between two values are left to `check`, because flags may still override them.
         """
         if not isinstance(values, dict):
             raise UsageError(f"{source} must hold an object of settings, got {type(values).__name__}")
@@ -179,8 +181,8 @@ _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
     "at least 0 and below 2**62": ("seed", lambda value: 0 <= value < 2**62),
 }
 
-# Presets of --recipe. Each sets every option that decides how the model learns, so that it does not change with the
-# defaults. Model size and run length are not part of it.
+# Presets of --recipe. A recipe sets every option that affects how the model learns, so that it does not change with the
+# defaults. It does not set the model size and the length of the run.
 RECIPES: dict[str, dict[str, Any]] = {
     "plain": {
         "flip": False,

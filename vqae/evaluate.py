@@ -33,9 +33,9 @@ class Command:
     checkpoint: Path
     """best.pt or last.pt of a run."""
     dataset: Literal["cifar10", "imagefolder", "synthetic"] | None = None
-    """Data set to evaluate on (default: that of the run)."""
+    """Data set to evaluate on. None is the data set of the run."""
     data_dir: Path | None = None
-    """Folder of the images (default: that of the run)."""
+    """Folder of the images. None is the folder of the run."""
     split: Literal["train", "test"] = "test"
     """Split to evaluate on."""
     batch_size: int = 256

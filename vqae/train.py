@@ -39,7 +39,7 @@ class Command:
     """JSON file of default settings, for example the config.json of a run. Command-line flags override them."""
     recipe: Literal["plain"] | None = None
     """plain: SGD with one learning rate, without warm-up and flips. Overrides --config, but not command-line flags.
-    With random initialisation, a single learning rate and no dead-code resets, the codebook collapses."""
+    Because of its random initialisation, single learning rate and lack of dead-code resets, the codebook collapses."""
     resume: bool = False
     """Resume the run in --out. Starts a new run if there is none."""
     overwrite: bool = False

@@ -221,7 +221,7 @@ def test_collapse_is_warned_of_once_per_epoch(
     outcome = command("vqae.train", *tiny, "--image-size", 8, "--restart-after", 0, "--out", tmp_path)
     assert outcome.exit_code == 0, outcome.err
     said = [line for line in outcome.err.splitlines() if line.startswith("warning")]
-    text = "45 held-out images use 7 of 16 codes, fewer than half of those they could: try --restart-after"
+    text = "45 held-out images use 7 of 16 codes, fewer than half of those they could use: try --restart-after"
     assert len(said) == (2 if codes_used == 7 else 0)  # two epochs
     assert all(text in line for line in said)
 

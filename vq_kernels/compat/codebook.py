@@ -45,9 +45,9 @@ class CompatCodebook(Codebook):
         self.register_buffer("initted", torch.tensor(self.init != "kmeans"))
 
     def forward(self, rows: Tensor, mask: Tensor | None, learns: bool) -> Found:
-        """Searches rows [C, M, D] without a gradient; runs k-means before, if due, and learns from the rows after it.
+        """Runs k-means if needed, searches rows [C, M, D] without a gradient, and then learns from the rows.
 
-        mask [M] bool says which rows count; None: all.
+        mask [M] bool says which rows count; with None all do.
         """
         if self.init == "kmeans" and not is_recomputing():
             needed = ~self.initted

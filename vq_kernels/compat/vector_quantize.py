@@ -28,7 +28,7 @@ class LossBreakdown(NamedTuple):
 
 
 class VectorQuantize(nn.Module):
-    """Replaces each vector by its nearest code, which follows the mean of its rows.
+    """Replaces each vector by its nearest code. Each code follows the mean of its rows.
 
     It has the arguments, results and state dict of vector_quantize_pytorch's `VectorQuantize` (1.32.0), with the exact
     search of this library. docs/guides/migrating.md lists what is the same, what differs and what is not supported.
@@ -37,32 +37,37 @@ class VectorQuantize(nn.Module):
     a loss [], which is 0 in eval mode.
 
     Args:
-        dim: the channels of x.
-        codebook_size: K, the codes of a codebook.
-        codebook_dim: D, the dimension of the codes; None: `dim`. If heads·D differs from `dim`, there are a
-            `project_in` and a `project_out`.
+        dim: the number of channels of x.
+        codebook_size: K, the number of codes of a codebook.
+        codebook_dim: D, the dimension of the codes; `dim` if None. If heads·D differs from `dim`, the layer has the
+            projections `project_in` and `project_out`.
         heads: parts that each vector is split into, each with its own index.
-        separate_codebook_per_head: a codebook for each head, [heads, K, D]; else all heads share one.
+        separate_codebook_per_head: if True, each head has its own codebook, [heads, K, D]; otherwise all heads share
+            one.
         decay: λ of the moving averages, in [0, 1].
         eps: at least 0, smoothing of each code's average number of rows.
-        freeze_codebook: training changes nothing either, unless a call says otherwise; only k-means still runs on the
-            first batch, as in the original. `requires_grad_(False)` of a learnable codebook means the same.
+        freeze_codebook: whether the codebook stays unchanged in training mode too, unless a call overrides this. Only
+            k-means still runs on the first batch, as in the original. `requires_grad_(False)` of a learnable codebook
+            has the same effect.
         kmeans_init: initialise the codebook by k-means on the first batch, in eval mode as well.
-        kmeans_iters: its iterations, >= 1.
-        sync_kmeans: k-means over all ranks. False is not supported, because the ranks would disagree.
+        kmeans_iters: the iterations of k-means, >= 1.
+        sync_kmeans: k-means over all ranks. False is not supported, because the ranks would get different codebooks.
         use_cosine_sim: normalise rows and codes, and choose the code with the largest dot product.
         layernorm_after_project_in: apply LayerNorm after `project_in`.
-        threshold_ema_dead_code: reset codes whose average number of rows falls below it to random rows; 0: never.
-        channel_last: x is [b, n, dim]; else [b, dim, n].
+        threshold_ema_dead_code: reset codes whose average number of rows falls below it to random rows; 0 disables
+            this.
+        channel_last: x is [b, n, dim] if True, otherwise [b, dim, n].
         accept_image_fmap: x is [b, dim, h, w].
         accept_3d_fmap: x is [b, dim, d, h, w].
         commitment_weight: at least 0, the weight of MSE(x, quantized) in the loss.
         rotation_trick: rotate the gradient from the code to x, see `vq_kernels.gradient.autograd.rotation_trick`;
-            None: if dim > 1.
-        sync_codebook: sum the averages over all ranks; None or True: if there is a process group in the forward pass.
-        ema_update: the codes follow the means of their rows; None: True.
-        learnable_codebook: the codes are a Parameter with the gradient of the commitment loss. Needs ema_update=False.
-        return_zeros_for_masked_padding: padded positions give 0; else x unchanged.
+            None means if dim > 1.
+        sync_codebook: sum the averages over all ranks; None and True do so if there is a process group in the forward
+            pass.
+        ema_update: whether the codes follow the means of their rows; None means True.
+        learnable_codebook: whether the codes are a Parameter that gets the gradient of the commitment loss. Requires
+            ema_update=False.
+        return_zeros_for_masked_padding: whether padded positions are returned as 0 or as in x.
         backend: as for `nearest_code`.
         unsupported: the other keywords of 1.32.0, accepted only at their defaults.
 
@@ -180,15 +185,15 @@ class VectorQuantize(nn.Module):
         """Quantizes x. In training mode, the codebook learns from it.
 
         Under activation checkpointing, compiled or not, the recomputed pass repeats the original one and learns
-        nothing; the backward of a batch must then come before the next batch.
+        nothing. The backward pass of a batch must then run before the forward pass of the next batch.
 
         Args:
-            x: [b, n, dim] or [b, dim]; or with the channels second, as the layer was made for: [b, dim, n],
+            x: [b, n, dim] or [b, dim]; or with the channels second, if the layer was constructed so: [b, dim, n],
                 [b, dim, h, w], [b, dim, d, h, w]. [...] is its shape without dim.
             indices: targets of a cross-entropy, with the shape of the returned indices; -1 does not count.
             mask: [...] bool, False for padding, which may hold anything.
             lens: [b], instead of a mask for [b, n]: the number of positions of each row before the padding.
-            freeze_codebook: None: as at construction.
+            freeze_codebook: as in the constructor, whose value is used if None.
             return_loss_breakdown: also return the parts of the loss.
             unsupported: the other keywords of 1.32.0, accepted only at their defaults.
 
@@ -278,7 +283,7 @@ class VectorQuantize(nn.Module):
         return self._as_searched(self._layout.split(self.project_in(positions)))
 
     def _as_searched(self, rows: Tensor) -> Tensor:
-        """Widens rows [C, M, D] to float32 at least, and normalises them for the cosine."""
+        """Converts rows [C, M, D] to at least float32, and normalises them for the cosine."""
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         return unit(rows) if self.use_cosine_sim else rows
 
@@ -312,7 +317,7 @@ class VectorQuantize(nn.Module):
         return self._restore(self._decode(indices))
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
-        """Returns what the forward pass in eval mode gave as `quantized` with these indices; 0 for padding."""
+        """Returns the `quantized` that the forward pass in eval mode returned with these indices; 0 for padding."""
         output = self.project_out(self._decode(indices))  # [..., dim]
         padding = indices == LEFT_OUT if self.heads == 1 else (indices == LEFT_OUT).all(dim=-1)
         return self._restore(output.masked_fill(padding[..., None], 0))

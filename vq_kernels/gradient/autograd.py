@@ -1,7 +1,8 @@
 """Quantization with gradients: the choice of codes, the straight-through estimator, the gradient of the codebook.
 
-A quantizer has Q >= 1 stages, each of which quantizes the residual of the stage before. With r_1 = x, c_q the code that
-stage q chose for r_q, r_{q+1} = r_q - c_q, w the commitment weight and M the numbers that count, in all stages:
+A quantizer has Q >= 1 stages, each of which quantizes the residual of the previous one. With r_1 = x, c_q the code that
+stage q chose for r_q, r_{q+1} = r_q - c_q, w the commitment weight and M the number of elements that count, in all
+stages:
 
     quantized = Σ_q c_q,    loss = (1 + w) / M · Σ_q Σ (r_q - c_q)².
 

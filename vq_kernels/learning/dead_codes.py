@@ -28,12 +28,12 @@ def evenly_spaced_rows(
 
     Args:
         rows: [N, D], this rank's rows; N may differ between ranks.
-        row_mask: [N] bool, the rows that may be taken; None: all.
+        row_mask: [N] bool, the rows that may be taken, or None for all.
         slots: [K] int64, equal on all ranks. Slots in [0, num_slots) get distinct rows if there are enough.
         num_slots: [] int64.
         noise: standard deviation of the noise, relative to the row's root mean square.
         dtype: dtype of the result.
-        synchronise: over the ranks of the default process group; False: this process alone.
+        synchronise: whether to use the rows of all ranks of the default process group, or only those of this process.
 
     Returns:
         [K, D], equal on all ranks; NaN if there are no rows.
@@ -128,7 +128,7 @@ def draw_sampling(num_rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
 def random_replacements(
     dead: Tensor, rows: Tensor, counted: Tensor, sampling: tuple[Tensor, Tensor], *, synchronise: bool
 ) -> tuple[Tensor, Tensor]:
-    """Returns a random row for each dead code. If there are fewer rows than dead codes, a random choice of these waits.
+    """Returns a random row for each dead code. If there are fewer rows than dead codes, some random ones get none.
 
     Args:
         dead: [K] bool, equal on all ranks.

@@ -30,15 +30,16 @@ def row_sums(
 ) -> RowSums:
     """Counts and sums the rows of each code, over all ranks.
 
-    It sums the differences to the code and adds the code at the end, so the sum of many rows near a code is as precise
-    as the code.
+    It sums the differences to the code and adds the code at the end, so the sum of many rows near a code has the
+    relative precision of the code.
 
     Args:
         rows: [M, D], float32 or float64.
         codebook: [K, D], the codes that were searched, equal on every rank.
         indices: [M] int64, the code of each row.
         counted: [M] bool, the rows to count. The others may hold NaN.
-        synchronise: over the ranks of the default process group; False: this process alone.
+        synchronise: whether to sum over all ranks of the default process group, or to use only the rows of this
+            process.
         backend: as for `nearest_code`.
 
     Returns:

@@ -18,7 +18,7 @@ def count_normalised_param_group(quantizer: QuantizerBase, fraction: float) -> d
         fraction: in (0, 2); 1 is a k-means step.
 
     Raises:
-        ValueError: fraction is outside of (0, 2), where the step diverges; or the quantizer's codebook has no gradient
+        ValueError: fraction is outside (0, 2), where the step diverges; or the quantizer's codebook has no gradient
             (`ema_decay`), or a gradient that passes through a normalisation (`metric="cosine"`).
     """
     if not 0 < fraction < 2:
@@ -34,10 +34,10 @@ def attach_count_normalised_step(optimizer: torch.optim.Optimizer, quantizer: Qu
     """Adds a hook to the optimizer that divides each code's gradient by its share of the batch before each step.
 
     The gradient of the loss at code k is 2·n_k / (N·D) times the difference between the code and the mean of its n_k
-    rows. Since N·D is in the millions, a step of ordinary length moves nothing. The hook multiplies the gradient by
-    N·D / (2·n_k), which leaves the difference itself: the learning rate becomes the fraction of it that a step covers,
-    whatever the batch size, the codebook size and the code's usage. It expects the gradient of one training forward
-    pass, with the loss at weight 1.
+    rows. Since N·D can be in the millions, a step with a usual learning rate hardly moves the code. The hook multiplies
+    the gradient by N·D / (2·n_k), which leaves the difference itself. The learning rate is then the fraction of this
+    difference that a step covers, regardless of the batch size, the codebook size and the code's usage. The gradient
+    must be that of one training forward pass, with the loss at weight 1.
 
     Returns:
         The handle of the hook; `handle.remove()` removes it.

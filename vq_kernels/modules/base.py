@@ -82,7 +82,7 @@ class QuantizerBase(Codebook):
     c in stage q.
 
     Args:
-        num_stages: Q; None: 1, and no dimension for it in the state.
+        num_stages: Q, or None for one stage without a dimension for it in the state.
         num_codes, code_dim, heads, separate_codebooks, channel_dim: as for `VectorQuantizer`.
         commitment_weight, ema_decay, freeze_codebook: as for `VectorQuantizer`.
         options: the other arguments of `Codebook`.
@@ -160,7 +160,7 @@ class QuantizerBase(Codebook):
     def _quantize(self, x: Tensor, mask: Tensor | None, active: Tensor | None = None) -> Quantized:
         """Quantizes x, with indices [..., Q] or [..., heads, Q]; in training mode, also updates the codebooks.
 
-        `active` [Q] bool says which stages take part; None: all.
+        `active` [Q] bool says which stages take part; with None all do.
         """
         learns = self.training and not self.freeze_codebook
         positions, row_mask = self._positions(x, mask)
@@ -190,7 +190,7 @@ class QuantizerBase(Codebook):
     def _choose(
         self, rows: Tensor, row_mask: Tensor | None, left_out: Tensor | None, learns: bool
     ) -> tuple[list[Choice], list[Tensor], list[RowSums]]:
-        """Searches rows [C, M, D] stage after stage, without a gradient; if it `learns`, it resets dead codes before.
+        """Searches rows [C, M, D] stage by stage, without a gradient. If it `learns`, it resets dead codes first.
 
         Returns the choices of the C heads; the P codebooks that were searched, not normalised; and, if the codes follow
         the means of their rows, the sums of the batch for each.
@@ -220,7 +220,7 @@ class QuantizerBase(Codebook):
         return choices, searched, batches
 
     def _left_out(self, num_rows: int, row_mask: Tensor | None, active: Tensor | None) -> Tensor | None:
-        """Returns [Q, M] bool: the rows that each stage leaves out; None: no stage leaves out any."""
+        """Returns the rows that each stage leaves out, [Q, M] bool, or None if no stage leaves out any."""
         if row_mask is None and active is None:
             return None
         taken = torch.ones(self._num_stages, num_rows, dtype=torch.bool, device=self.codebook.device)

@@ -34,12 +34,12 @@ class Codebook(nn.Module):
         num_codes, code_dim, init_scale, restart_noise, ema_eps, synchronise, backend: as for `VectorQuantizer`.
         init: as there; or "kaiming_uniform", as vector_quantize_pytorch.
         kmeans_iters: iterations of k-means.
-        restart_after: steps without use after which `_reset_unused` resets a code; 0: never.
-        min_cluster_size: average number of rows below which `_reset_small` resets a code; 0: never.
+        restart_after: steps without use after which `_reset_unused` resets a code; 0 disables this.
+        min_cluster_size: average number of rows below which `_reset_small` resets a code; 0 disables this.
         metric: "cosine" normalises the means of rows.
-        learnable: the codes are a Parameter, else a buffer.
-        follows_means: the codes are set to the means of their rows.
-        ema_decay: λ of the moving averages; None: there are no averages.
+        learnable: whether the codes are a Parameter or a buffer.
+        follows_means: whether the codes are set to the means of their rows.
+        ema_decay: λ of the moving averages, or None for no averages.
 
     Raises:
         ValueError: an argument is out of range.
@@ -257,7 +257,8 @@ class Codebook(nn.Module):
     ) -> Tensor:
         """Sets codebook p to k-means of rows [M, D], if `needed` [] bool and there are rows. Returns whether it did.
 
-        row_mask [M] bool says which rows count; None: all. Unless `as_original`, codes without rows stay.
+        row_mask [M] bool says which rows count; with None all do. Unless `as_original`, codes without rows do not
+        change.
         """
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         counted = torch.ones_like(rows[:, 0], dtype=torch.bool) if row_mask is None else row_mask
@@ -281,7 +282,7 @@ class Codebook(nn.Module):
         """Resets the unused codes of codebook p to rows [M, D], or rows of other ranks.
 
         With init="data" or "kmeans", it begins with all codes.
-        row_mask [M] bool says which rows may be taken; None: all.
+        row_mask [M] bool says which rows may be taken; with None all may.
         """
         any_rows = rows.shape[0] > 0 or rank_and_world(self.synchronise)[1] > 1
         steps_unused, needs_data = _flat(self.steps_unused, 1)[p], self.needs_data.view(-1)[p]

@@ -1,4 +1,4 @@
-"""ResidualVectorQuantizer: each stage quantizes the residual of the stages before."""
+"""ResidualVectorQuantizer: each stage quantizes the residual of the previous stages."""
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ class ResidualVectorQuantizer(QuantizerBase):
     With r_1 = x, c_q the code nearest to r_q, r_{q+1} = r_q - c_q, and w the commitment_weight:
 
     - quantized is Σ c_q. Its gradient goes to x unchanged, straight through all stages.
-    - loss is (1 + w) times the mean of (r_q - c_q)² over all stages and numbers. Its gradient goes to the codes of
+    - loss is (1 + w) times the mean of (r_q - c_q)² over all stages and elements. Its gradient goes to the codes of
       stage q with r_q taken as a constant; the part with w goes to x with the codes taken as constants.
 
     With heads=G and separate_codebooks=True it is grouped residual quantization: x has G·D channels, each part has its
@@ -34,9 +34,9 @@ class ResidualVectorQuantizer(QuantizerBase):
             number is uniform in 1 to Q and the same on all ranks. A dropped stage gives indices -1 and learns nothing;
             it is searched nevertheless, so that the host need not wait for the device.
         heads: parts that each vector of heads·D channels is split into, each with its own indices.
-        separate_codebooks: codebooks for each head; else all heads share those of a stage.
+        separate_codebooks: if True, each head has its own codebooks; otherwise all heads share those of a stage.
         init, init_scale, restart_after, restart_noise, commitment_weight: as for `VectorQuantizer`, for each stage.
-            Initial codes from data, and reset codes, are residuals of the stages before.
+            Initial codes from data and reset codes are residuals of the previous stages.
         channel_dim, ema_decay, ema_eps, freeze_codebook, backend, synchronise: as for `VectorQuantizer`.
 
     Attributes:
@@ -125,7 +125,8 @@ class ResidualVectorQuantizer(QuantizerBase):
         return self._quantize(x, mask, self._draw_active() if self.training and self.quantizer_dropout else None)
 
     def decode(self, indices: Tensor) -> Tensor:
-        """Returns the sum of the codes of the first stages. With all indices of `forward`, this is its quantized.
+        """Returns the sum of the codes of the first stages. With all indices of `forward`, this equals its quantized
+        vectors.
 
         Args:
             indices: [..., q], or [..., heads, q], int64, of the first q stages, 1 <= q <= Q; -1 adds nothing.
@@ -146,7 +147,7 @@ class ResidualVectorQuantizer(QuantizerBase):
         return self._decode(indices)
 
     def _draw_active(self) -> Tensor:
-        """Draws the first stages that take part in a training batch, [Q] bool, equal on all ranks."""
+        """Draws which of the first stages quantize a training batch, [Q] bool, equal on all ranks."""
         device, num_stages = self.codebook.device, self.num_quantizers
         drops = torch.rand((), device=device) < self.quantizer_dropout
         num_active = torch.where(drops, torch.randint(1, num_stages + 1, (), device=device), num_stages)

@@ -30,25 +30,27 @@ class VectorQuantizer(QuantizerBase):
             step reads a boolean from the device; or a tensor of the shape of `codebook`, see `set_codes`.
         init_scale: at least 0, see `init`.
         restart_after: reset a code that no row has chosen for this many training steps to a random row of the batch,
-            before the next search; 0: never.
+            before the next search. With 0, codes are never reset.
         restart_noise: standard deviation of the noise added to a reset code, relative to the row's root mean square.
             It keeps codes apart if more codes are reset than there are rows.
         commitment_weight: at least 0, see `vector_quantize`.
-        metric: "euclidean"; or "cosine": vectors and codes are normalised, gradients pass through the normalisation,
-            and the code with the largest dot product is chosen, exactly, see `vq_kernels.cosine.most_similar_code`.
+        metric: "euclidean" or "cosine". With "cosine", vectors and codes are normalised, gradients pass through the
+            normalisation, and the search for the largest dot product is exact, see
+            `vq_kernels.cosine.most_similar_code`.
         heads: parts that each vector of heads·D channels is split into, each with its own index.
-        separate_codebooks: one codebook for each head; else all heads share one.
-        channel_dim: the dimension of x with the channels: -1, or 1 for images [B, C, H, W].
-        ema_decay: None: the codebook is a Parameter. A number λ in [0, 1]: the codebook has no gradient, and each code
-            follows the moving average of its rows with this decay (0.99 is usual), see `vq_kernels.learning.ema`. The
-            loss keeps its value, but its part for the codebook has no gradient.
+        separate_codebooks: if True, each head has its own codebook; otherwise all heads share one.
+        channel_dim: the dimension of x that holds the channels: -1, or 1 for images [B, C, H, W].
+        ema_decay: if None, the codebook is a Parameter. With a number λ in [0, 1], the codebook has no gradient, and
+            each code follows the moving average of its rows with this decay (0.99 is usual), see
+            `vq_kernels.learning.ema`. The value of the loss does not change.
         ema_eps: at least 0, smoothing of each code's average number of rows.
         freeze_codebook: training changes no code: no gradient, averages, initialisation or resets. It can be set at any
             time. `requires_grad_(False)` of the module or of a learnable `codebook` means the same.
         backend: as for `nearest_code`.
         synchronise: in training, use the rows of all ranks of the default process group (if there is one in the forward
             pass) for counts, averages, resets and init="data". With DistributedDataParallel, which averages the
-            gradients, all ranks then keep the codebook of a single process with all rows. False: this process alone.
+            gradients, all ranks then have the codebook that a single process would learn from all rows. If False, each
+            process uses only its own rows.
 
     Attributes:
         codebook: [K, D], or [heads, K, D] if separate; a Parameter, or a buffer with `ema_decay`.
@@ -112,15 +114,15 @@ class VectorQuantizer(QuantizerBase):
         """Quantizes x.
 
         In training mode it also resets dead codes, updates the moving averages and counts the codes. Under activation
-        checkpointing, compiled or not, the recomputed pass repeats the original one and updates nothing; the backward
-        of a batch must then come before the next batch. In `torch.func.grad`, pass clones of the buffers, made inside
-        the function, through `functional_call`, and of the codebook too if codes are reset: captured tensors must not
-        change.
+        checkpointing, compiled or not, the recomputed pass repeats the original one and updates nothing. The backward
+        pass of a batch must then run before the forward pass of the next batch. `torch.func.grad` does not allow
+        in-place changes of captured tensors, so clone the buffers (and, if codes are reset, the codebook) inside the
+        function and pass the clones through `functional_call`.
 
         Args:
             x: heads·D channels in `channel_dim`, of any dtype of `nearest_code`. [...] is its shape without them.
-            mask: [...] bool, False for padding, which may hold anything. Its quantized is 0 and its index -1, and it
-                has no effect on the loss, the gradients, the counts and the resets.
+            mask: [...] bool, False for padding, which may hold anything. Its quantized value is 0 and its index -1, and
+                it has no effect on the loss, the gradients, the counts or the resets.
 
         Returns:
             Quantized(quantized, with x's shape and dtype, indices [...] int64, or [..., heads], loss []).
@@ -133,7 +135,7 @@ class VectorQuantizer(QuantizerBase):
         return Quantized(quantized, indices.squeeze(-1), loss)
 
     def decode(self, indices: Tensor) -> Tensor:
-        """Returns what `forward` gave as quantized with these indices, in the codebook's dtype.
+        """Returns the quantized vectors that `forward` returned with these indices, in the codebook's dtype.
 
         Args:
             indices: [...], or [..., heads], int64; -1 gives 0.
@@ -150,7 +152,7 @@ class VectorQuantizer(QuantizerBase):
 
     @torch.no_grad()
     def topk(self, x: Tensor, k: int) -> NearestCodes:
-        """Returns the k best codes of each vector, the best first.
+        """Returns the k best codes of each vector, best first.
 
         Args:
             x: as for `forward`.
@@ -177,8 +179,8 @@ class VectorQuantizer(QuantizerBase):
 def _most_similar_topk(x: Tensor, codebook: Tensor, k: int) -> NearestCodes:
     """Returns the k codes of codebook [K, D] with the largest dot products with x [N, D], of unit vectors.
 
-    They are the nearest ones once further coordinates bring all codes to one length, see `most_similar_code`. Equal dot
-    products may come in any order.
+    They become the nearest ones when added coordinates give all codes the same length, see `most_similar_code`. Equal
+    dot products may come in any order.
     """
     lengthened = torch.cat([codebook, _missing_length(codebook)], dim=1)
     indices = nearest_code_topk(F.pad(x, (0, lengthened.shape[1] - x.shape[1])), lengthened, k).indices

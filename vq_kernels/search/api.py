@@ -72,7 +72,7 @@ class PreparedCodebook:
     """A codebook prepared for repeated searches: shifted, scaled and rounded, with its norms and error bounds.
 
     Created by `PreparedCodebook.from_codebook` for one backend. It holds a copy of the codes, so later changes to the
-    codebook do not affect it. Prepare again after the codebook has changed.
+    codebook do not affect it. Prepare it again after the codebook has changed.
 
     Attributes:
         codebook: [K, D], the copy.
@@ -110,19 +110,20 @@ def nearest_code(
 
     The indices equal those of a float64 brute-force search over the same values, with the lowest index on a tie. (If
     two distances agree to within float64's own rounding, 1e-13 relative, either index may be returned.) Neither
-    autocast nor the precision of float32 matrix products changes a result. The [N, K] distances are never stored.
-    Models export to ONNX, where the search is exact too: see `vq_kernels.search.onnx_export`.
+    autocast nor the precision setting of float32 matrix products changes the result. The [N, K] distances are never
+    stored. Models export to ONNX, where the search is exact too: see `vq_kernels.search.onnx_export`.
 
     Args:
         x: [..., D], float32, float16, bfloat16 or float64, any strides.
         codebook: [K, D], K >= 1, on x's device; its dtype may differ from x's. Or a `PreparedCodebook`.
         backend: "auto", "triton" or "torch"; see `select_backend`. Only "torch" supports float64.
-        precision: "exact"; or "fast", which takes the best rounded score of the first scan without a certificate. Its
-            error depends on the norms of x and of the codes, both relative to the codebook's mean. With "torch" the
-            squared distance exceeds the minimum by at most 1.1·(D + 16)·2⁻²²·‖c‖·(‖x‖ + ‖c‖), where c is the returned
-            code; typically by a hundredth of that, in one row of a thousand. With "triton", which rounds to 16 bits,
-            the excess is up to a thousand times as large, typically in up to 3 % of rows. The error matters where a few
-            far codes dominate the norms or x is far from all codes: most indices may then be wrong, some by far.
+        precision: "exact", or "fast", which returns the code with the best rounded score of the first scan without
+            certifying it. Its error depends on the norms of x and of the codes, both relative to the codebook's mean.
+            With "torch" the squared distance exceeds the minimum by at most 1.1·(D + 16)·2⁻²²·‖c‖·(‖x‖ + ‖c‖), where c
+            is the returned code; typically it exceeds it by a hundredth of that, in one row of a thousand. With
+            "triton", which rounds to 16 bits, the excess is up to a thousand times as large, typically in up to 3 % of
+            rows. The error matters where a few far codes dominate the norms or x is far from all codes: most indices
+            may then be wrong, some of them by a large distance.
 
     Returns:
         NearestCode(indices [...] int64 in [0, K), codes [..., D] in x's dtype, sq_distances [...] float32, within 1e-5

@@ -10,7 +10,7 @@ It is written in PyTorch and translated by the exporter; only the exporter needs
 2. Exhaustive. Every other row gets all K distances by direct float64 differences. The least wins, with the lowest index
    on a tie.
 
-Cost in onnxruntime on one core: 0.3 ns for each of the K·D numbers per row at D = 64, 0.1 ns at D = 256; step 2 adds 1
+Cost in onnxruntime on one core: 0.3 ns for each of the K·D elements per row at D = 64, 0.1 ns at D = 256; step 2 adds 1
 to 2 ns. It is rare, except for rows whose nearest code occurs twice in the codebook. Memory: a few float64 copies of x
 and of the codebook, N·128 scores, and K·D differences; never N·K.
 """

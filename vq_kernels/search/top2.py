@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 TILE_ELEMENTS = 1 << 20  # scores held at a time; 4 MiB of float32 fit into a core's caches
-_PART_ELEMENTS = 1 << 20  # numbers of the rows, or of their maxima, processed at a time
+_PART_ELEMENTS = 1 << 20  # elements of the rows, or of their maxima, processed at a time
 _BLOCK_K = 1 << 12  # most codes per tile; larger codebooks are processed in blocks
 
 
@@ -30,7 +30,7 @@ def padded(num_codes: int) -> int:
 
 
 class Top2:
-    """The two largest numbers of each of num_rows rows of rows @ matrix.T, with matrix [K, W] and K `padded`.
+    """The two largest elements of each of num_rows rows of rows @ matrix.T, with matrix [K, W] and K `padded`.
 
     Call `reduce` with part_rows rows at a time, and `result` after at most chunk_rows rows.
     """

@@ -41,8 +41,8 @@ def nearest_code_topk(x: Tensor, codebook: Tensor | PreparedCodebook, k: int) ->
 
     The result equals that of a float64 brute-force search over the same values; of equal distances, the lower index
     comes first. (If two distances agree to within float64's own rounding, 1e-13 relative, either may come first.)
-    Neither autocast nor the precision of float32 matrix products changes a result. The [N, K] distances are never
-    stored. There is one backend, PyTorch, for all devices; for k = 1, `nearest_code` is faster.
+    Neither autocast nor the precision setting of float32 matrix products changes the result. The [N, K] distances are
+    never stored. There is one backend, PyTorch, for all devices; for k = 1, `nearest_code` is faster.
 
     Args:
         x: [..., D], float32, float16, bfloat16 or float64, any strides.

@@ -1,6 +1,6 @@
 """The exact search in PyTorch, for any device.
 
-Each step takes only the rows that the one before left undecided:
+Each step processes only the rows that the previous one left undecided:
 
 1. Scan in float32. A matrix product gives each code an upper bound U_k of its score S_k (torch_bounds.py). Let b be the
    code with the largest U. If every other U_k < U_b - 2·E_b <= S_b, then b is the nearest code: the row is certified.
@@ -27,8 +27,8 @@ from vq_kernels.search.torch_bounds import CodebookOperand, augment, float32_is_
 
 __all__ = ["prepare", "search"]
 
-_DIRECT_ELEMENTS = 1 << 16  # numbers per step of direct differences
-_GATHER_ELEMENTS = 1 << 20  # numbers gathered at a time
+_DIRECT_ELEMENTS = 1 << 16  # elements per step of direct differences
+_GATHER_ELEMENTS = 1 << 20  # elements gathered at a time
 _MANY_CANDIDATES = 16  # per row; with more, float64 scores (or after them, removing duplicate codes) are faster
 _TINY_SQ_DISTANCE = 2.0**-80  # below it a float32 sum of squares may have lost terms to underflow
 

@@ -51,7 +51,7 @@ def read_cifar10(data_dir: Path, splits: Sequence[str]) -> list[Tensor]:
 
 
 def _complete(data_dir: Path) -> None:
-    """Unpack or download what is missing, and raise UsageError if a file has another checksum than the official one."""
+    """Unpack or download what is missing, and raise UsageError if the checksum of a file is wrong."""
     folder, archive = data_dir / CIFAR10.base_folder, data_dir / CIFAR10.filename
     checksums = dict([*CIFAR10.train_list, *CIFAR10.test_list, (CIFAR10.meta["filename"], CIFAR10.meta["md5"])])
     damaged = [name for name, md5 in checksums.items() if not check_integrity(folder / name, md5)]
@@ -107,7 +107,7 @@ def _download(data_dir: Path) -> None:
 def _read_split(data_dir: Path, split: str) -> Tensor:
     """The images of a split, [N, 3, 32, 32] uint8."""
     with warnings.catch_warnings():
-        # The official files are pickles of 2009 that NumPy 2.4 warns of.
+        # The official files are pickles from 2009, about which NumPy 2.4 warns.
         warnings.filterwarnings("ignore", message=r"dtype\(\): align should be passed")
         images = CIFAR10(data_dir, train=split == "train").data  # [N, 32, 32, 3], a view of [N, 3, 32, 32]
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()

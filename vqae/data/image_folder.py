@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from vqae.runtime.errors import UsageError
 
-# What Pillow raises for files that are damaged or not images. Not Exception, so that an exception raised by a signal
-# handler passes.
+# The exceptions that Pillow raises for files that are damaged or not images. Not Exception, so that an exception raised
+# by a signal handler is not caught.
 _IMAGE_ERRORS = (
     *(OSError, RuntimeError, MemoryError, SyntaxError, ValueError, EOFError, IndexError),
     *(struct.error, zlib.error, Image.DecompressionBombError),
@@ -112,5 +112,5 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("I", "F"):
         raise ValueError(f"its pixels are 32-bit numbers of unknown range (mode {image.mode})")
     if image.mode == "P" and "transparency" in image.info:
-        return image.convert("RGBA").convert("RGB")  # Pillow warns of a direct conversion
+        return image.convert("RGBA").convert("RGB")  # Pillow warns about a direct conversion
     return image if image.mode == "RGB" else image.convert("RGB")

@@ -1,8 +1,8 @@
-"""Synthetic images for when no data set is available: lit shapes in front of hills under a sky.
+"""Synthetic images, used if no data set is available: lit shapes in front of hills under a sky.
 
-Quantities are spread as in photographs, with many values and few common ones: positions, sizes (most objects are small,
-a few fill the image), colours that agree within an image, light and outlines. A chunk of images is drawn at once. The
-parameters of an image do not depend on its size.
+The distributions resemble those of photographs, with many rare values and few common ones: positions, sizes (most
+objects are small, a few fill the image), colours that agree within an image, light and outlines. A chunk of images is
+drawn at once. The parameters of an image do not depend on its size.
 
 Source of the outlines: Gielis 2003, "A generic geometric transformation that unifies a wide range of natural and
 abstract shapes", American Journal of Botany 90(3).

@@ -49,8 +49,8 @@ class Encoder(nn.Module):
 class TrimmedConv2d(nn.Conv2d):
     """nn.Conv2d without the kernel taps that only see padding. Weights, outputs and gradients are the same.
 
-    With a 3 x 3 kernel and padding 1, a 1 x 1 feature map meets one of the nine taps. The last stage of ResNet-18, with
-    three quarters of its weights, is such a case for 32 x 32 images.
+    With a 3 x 3 kernel and padding 1, only one of the nine taps meets a 1 x 1 feature map. For 32 x 32 images, this
+    applies to the last stage of ResNet-18, which has three quarters of the weights.
     """
 
     @classmethod

@@ -56,7 +56,7 @@ def _init_features(features: ResNet, images: Tensor) -> None:
     conv, norm = features.conv1, features.bn1
     _set_filters(conv, _principal_components(_patches(conv, images), conv.out_channels // 2))
     _centre(norm, _in_batches(conv, images))
-    # With the bias, few values are cut off by the ReLU. Max pooling of v and of -v then bounds v in each window.
+    # With the bias, the ReLU sets few values to 0. Max pooling of v and of -v then bounds v in each window.
     norm.bias.copy_(_STEM_BIAS * norm.weight)
     x = _in_batches(nn.Sequential(conv, norm, nn.ReLU(), features.maxpool), images)
     for stage in (features.layer1, features.layer2, features.layer3, features.layer4):

@@ -95,15 +95,15 @@ def _join(device: torch.device, launch: Launch) -> None:
     except (RuntimeError, ValueError) as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         reason = str(error).splitlines()[0]
-        raise UsageError(f"the {launch.world_size} processes do not find each other at {address}: {reason}") from None
+        raise UsageError(f"the {launch.world_size} processes cannot reach each other at {address}: {reason}") from None
 
 
 def attempt_store(store: Store, rank: int, world_size: int, timeout: timedelta = timedelta(minutes=5)) -> PrefixStore:
     """The part of a job's store that belongs to this restart attempt.
 
     torchrun keeps the store when it restarts a job, so it still holds the keys of dead processes. Every rank announces
-    a fresh name. Rank 0 answers each announced name with the name of the attempt, until every rank has confirmed it,
-    which dead ones never do. Raises RuntimeError if a rank does not arrive in time.
+    a fresh name. Rank 0 answers each announced name with the name of the attempt, until every rank has confirmed it.
+    Dead processes never confirm. Raises RuntimeError if a rank does not arrive in time.
     """
     name = uuid4().hex
     if rank:

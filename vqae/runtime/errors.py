@@ -2,7 +2,7 @@
 
 
 class UsageError(Exception):
-    """The user's request cannot be fulfilled.
+    """A command cannot be carried out as requested.
 
     The message names the argument or file, the rule and the value, and says what to do.
     """

@@ -1,4 +1,4 @@
-"""What a command does around its work: signals, error messages, exit codes, and the environment set by torchrun.
+"""The shell around each command: signals, error messages, exit codes, and the environment set by torchrun.
 
 This module must not import torch, so that signals are handled before torch is loaded, which takes seconds.
 """
@@ -76,8 +76,8 @@ class SignalHandler:
     """Handles SIGINT and SIGTERM. The second signal exits immediately.
 
     The first signal raises `Interrupted` where it arrives inside `raising()`, and at the next `poll()` inside
-    `deferred()`. Elsewhere, while modules are imported and the interpreter shuts down, it exits immediately: there is
-    nothing to save, and an exception would end as a traceback of other code.
+    `deferred()`. Elsewhere, while modules are imported and the interpreter shuts down, it exits immediately, because
+    there is nothing to save and an exception would be printed as a traceback of other code.
 
     Attributes:
         received: the number of the signal that arrived, 0 before any.

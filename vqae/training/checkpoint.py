@@ -15,7 +15,7 @@ from vqae.config import Config
 from vqae.runtime.errors import UsageError
 
 FORMAT = "vqae checkpoint 1"
-_MODEL_KEYS = {"config", "dataset", "image_size", "model"}  # what the model alone needs
+_MODEL_KEYS = {"config", "dataset", "image_size", "model"}  # what is needed to load the model
 
 
 def atomic_write(file: Path, data: bytes | memoryview) -> None:

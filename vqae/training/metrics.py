@@ -90,9 +90,10 @@ class LossMeter:
 def collapse_warning(config: Config, counts: Tensor, images_seen: int) -> str | None:
     """A warning if held-out images use fewer than half of the codes they could use, otherwise None.
 
-    - Held-out images, because a reset code is used at once by the training image whose embedding it was given.
-    - "Could use" is the expected number of codes that as many images would use if they chose evenly.
-    - Not before 2·restart_after training images: by then every unused code was reset, and had as many again to be used.
+    - Only held-out images count, because a reset code is used immediately by the training image whose embedding it got.
+    - The number of codes they could use is the expected number of different codes if each image chose a code at random.
+    - There is no warning before 2·restart_after training images. By then every unused code has been reset, and has had
+      another restart_after images to be chosen.
 
     `counts` [K] is the number of validation and test images per code, `images_seen` that of training images so far.
     """
@@ -113,5 +114,5 @@ def collapse_warning(config: Config, counts: Tensor, images_seen: int) -> str | 
         advice = f"--restart-after below {config.restart_after}, to reset unused codes sooner"
     return (
         f"warning: {num_images:,} held-out images use {codes_used} of {num_codes} codes, "
-        f"fewer than half of those they could: try {advice}"
+        f"fewer than half of those they could use: try {advice}"
     )

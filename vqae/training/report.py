@@ -1,4 +1,4 @@
-"""What a run shows: progress, TensorBoard events, plots."""
+"""The output of a run: progress, TensorBoard events, plots."""
 
 import io
 import math
@@ -27,7 +27,7 @@ _TITLE_HEIGHT, _TITLE_CHARACTER_WIDTH = 40, 9  # pixels
 
 
 class ProgressReporter:
-    """Shows losses, codes used and the time left: a progress bar on a terminal, otherwise a line now and then.
+    """Shows losses, codes used and the time left: a progress bar on a terminal, otherwise an occasional line.
 
     `progress` is the fraction of the run that is already done, 0 to 1. With `silent`, nothing is printed.
     """

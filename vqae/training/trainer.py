@@ -24,7 +24,7 @@ from vqae.training.report import ProgressReporter, plot_codebook, plot_curves, p
 
 _CLOSING_S = 6.0  # part of --max-minutes reserved for the last checkpoint, the plots and the exit of the interpreter
 _NUM_PLOTTED = 48  # test images in reconstructions.png
-_SAVED = ("epoch", "step", "train_s", "evaluation_s", "history", "best_val_mse", "test_counts")  # in last.pt, as is
+_SAVED = ("epoch", "step", "train_s", "evaluation_s", "history", "best_val_mse", "test_counts")  # kept in last.pt
 
 
 class Trainer:

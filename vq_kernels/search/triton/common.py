@@ -135,7 +135,7 @@ def row_margin(residual_square, rounded_square, exponent, code_exponent, bounds_
     raise_by: tl.constexpr = 1.0 + (D + 32) * 2.0**-23
     residual_norm = tl.sqrt(residual_square) * raise_by + 2.0**-60
     rounded_norm = tl.sqrt(rounded_square) * raise_by + 2.0**-60
-    # Trap: the accumulator starts at -h and is truncated in proportion to h too, so H belongs in `magnitude`.
+    # Note: the accumulator starts at -h and is truncated in proportion to h too, so H belongs in `magnitude`.
     magnitude = rounded_norm * code_rounded + half_norm
     error = residual_norm * code_norm + rounded_norm * code_residual
     error += magnitude * ((D + 16) * 2.0**-23)

@@ -140,7 +140,7 @@ def row_pitch(d: int) -> int:
 
 
 def workspace_limit(n: int, k: int, d: int) -> int:
-    """Bytes a search may allocate beside inputs and outputs: 1 % of [n, k] in float32, or 16 MiB plus the codebook."""
+    """Bytes a search may allocate besides inputs and outputs: 1 % of [n, k] in float32, or 16 MiB plus the codebook."""
     return max(n * k * 4 // 100, 16 * 2**20 + 4 * k * d)
 
 

@@ -203,7 +203,7 @@ def _round_codes_kernel(
         rounded_square += rounded.to(tl.float64) * rounded.to(tl.float64)
     square_norm = tl.sum(square, axis=1)
     tl.debug_barrier()  # every thread has read the marks, which are now overwritten
-    # Trap: +inf here would become NaN once packed; LARGE_HALF_NORM stays finite under every scale of a row.
+    # Note: +inf here would become NaN once packed; LARGE_HALF_NORM stays finite under every scale of a row.
     tl.store(half_norms_ptr + offs_k, tl.where(finite, (0.5 * square_norm).to(tl.float32), LARGE_HALF_NORM))
     # The rounding of c - mu in float64 is within 2**-53 C per entry: 1e-13 * C covers it up to D = 2**20.
     norm = tl.sqrt(tl.max(square_norm, axis=0))

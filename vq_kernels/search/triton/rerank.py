@@ -8,7 +8,7 @@ Rows are decided by direct differences only, because a float64 product of shifte
 a row are summed in the same order, so identical codes have identical distances, and the lowest index wins. The launches
 have a fixed size and read the number of rows on the device: nothing waits, and a CUDA graph can capture them.
 
-Reads 5 scores and 4 codes per row and part; D numbers per row and candidate (rerank), the codebook once per 4 rows
+Reads 5 scores and 4 codes per row and part; D elements per row and candidate (rerank), the codebook once per 4 rows
 (exhaustive). Writes one index, code and distance per row.
 """
 

@@ -65,7 +65,7 @@ def _slot_winners(best, lost, first_tile, tile_mask, K, BLOCK_K: tl.constexpr, E
 
     Without EXACT only v0 and i0 are meaningful.
 
-    Trap: a winner is removed by its slot, not by its value, so that an equal score remains.
+    Note: a winner is removed by its slot, not by its value, so that an equal score remains.
     """
     slots = tl.arange(0, BLOCK_K // 2)
     v0, i0, best = _take_best(best, slots, first_tile, tile_mask, K, BLOCK_K)
