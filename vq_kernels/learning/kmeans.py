@@ -121,27 +121,40 @@ def _progress_bar(max_iterations: int, *, shown: bool) -> Iterator[Callable[[flo
         yield advance
 
 
-class _Batches:
+class Mapped:
+    """Batches with a function applied to each, anew in every pass.
+
+    Raises:
+        TypeError: the batches are an iterator, which allows only one pass.
+    """
+
+    def __init__(self, batches: Iterable[Tensor], function: Callable[[Tensor], Tensor]) -> None:
+        if iter(batches) is batches:
+            kind = type(batches).__name__
+            raise TypeError(f"x must be a tensor or re-iterable, such as a list or a DataLoader, got {kind}")
+        self._batches = batches
+        self._function = function
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return map(self._function, self._batches)
+
+
+class _Batches(Mapped):
     """The data as batches [n, D], checked as they come, in at least float32, on a device with float64."""
 
     def __init__(self, x: Tensor | Iterable[Tensor], synchronise: bool) -> None:
-        if not isinstance(x, Tensor) and iter(x) is x:
-            raise TypeError(
-                f"x must be a tensor or re-iterable, such as a list or a DataLoader, got {type(x).__name__}"
-            )
-        self._batches: Iterable[Tensor] = [x] if isinstance(x, Tensor) else x
+        super().__init__([x] if isinstance(x, Tensor) else x, self._checked)
         self._code_dim = 0
         self.synchronise = synchronise
 
-    def __iter__(self) -> Iterator[Tensor]:
-        for batch in self._batches:
-            check_dtype("x", batch)
-            if batch.dim() != 2 or batch.shape[1] < 1 or self._code_dim not in (0, batch.shape[1]):
-                expected = f"[N, {self._code_dim}], as its first batch," if self._code_dim else "[N, D]"
-                raise ValueError(f"x must be {expected}, got {tuple(batch.shape)}")
-            self._code_dim = batch.shape[1]
-            batch = batch.detach() if has_float64(batch.device) else batch.detach().cpu()
-            yield batch.to(torch.promote_types(batch.dtype, torch.float32))
+    def _checked(self, batch: Tensor) -> Tensor:
+        check_dtype("x", batch)
+        if batch.dim() != 2 or batch.shape[1] < 1 or self._code_dim not in (0, batch.shape[1]):
+            expected = f"[N, {self._code_dim}], as its first batch," if self._code_dim else "[N, D]"
+            raise ValueError(f"x must be {expected}, got {tuple(batch.shape)}")
+        self._code_dim = batch.shape[1]
+        batch = batch.detach() if has_float64(batch.device) else batch.detach().cpu()
+        return batch.to(torch.promote_types(batch.dtype, torch.float32))
 
     def sample(self, num_rows: int, seed: int) -> Tensor:
         """Rows drawn at random from all processes' data, [n, D], n >= num_rows where there are as many.

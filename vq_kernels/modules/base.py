@@ -1,8 +1,9 @@
 """The base class of the quantizers: from vectors to codes and back, over heads and stages."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from typing import Any, Literal, Self
 
 import torch
@@ -11,8 +12,11 @@ from torch import Tensor
 from vq_kernels.functional import Quantized
 from vq_kernels.gradient.autograd import LEFT_OUT, Choice, choose, pass_gradients
 from vq_kernels.learning.ema import RowSums
+from vq_kernels.learning.kmeans import KMeansResult, Mapped, kmeans
 from vq_kernels.learning.recompute import is_recomputing
 from vq_kernels.modules.codebook import Codebook, check_at_least, stack
+from vq_kernels.search.api import nearest_code
+from vq_kernels.search.backend import Backend
 from vq_kernels.search.validation import check_choice, check_dtype
 
 Init = Literal["normal", "uniform", "data", "kmeans"]
@@ -157,6 +161,38 @@ class QuantizerBase(Codebook):
             changed["separate_codebooks"] = True
         return ", ".join([shown, *(f"{name}={value!r}" for name, value in changed.items())])
 
+    @torch.no_grad()
+    def fit(self, x: Tensor | Iterable[Tensor], **options: Any) -> list[KMeansResult]:
+        """Sets the codes by k-means: head by head, and stage after stage on the residuals of the stages before.
+
+        Args:
+            x: as for `forward`; or a re-iterable of such tensors, see `kmeans`, which makes a pass in each iteration.
+            options: the arguments of `kmeans` from `init` to `progress`.
+
+        Returns:
+            The results for the codebooks, head by head, and stage after stage in each.
+
+        Raises:
+            TypeError, ValueError: as for `kmeans`; or the metric is "cosine".
+        """
+        if self.metric == "cosine":
+            raise ValueError("fit needs metric='euclidean', got 'cosine'")
+        results = []
+        for head in range(self._layout.num_codebooks):
+            rows: Iterable[Tensor] = Mapped([x] if isinstance(x, Tensor) else x, partial(self._rows_of_head, head))
+            for _ in range(self._num_stages):
+                rows = list(rows) if isinstance(x, Tensor) else rows  # residuals in memory are computed once
+                result = kmeans(rows, self.num_codes, backend=self.backend, synchronise=self.synchronise, **options)
+                results.append(result)
+                rows = Mapped(rows, partial(_residual, codebook=result.codebook, backend=self.backend))
+        self.set_codes(torch.stack([result.codebook for result in results]).view(self.codebook.shape))
+        return results
+
+    def _rows_of_head(self, head: int, x: Tensor) -> Tensor:
+        """Returns the rows [M, D] of x that codebooks of this head quantize, in float32 at least."""
+        rows = self._layout.split(self._positions(x, None)[0])[head]
+        return rows.to(torch.promote_types(rows.dtype, torch.float32))
+
     def _quantize(self, x: Tensor, mask: Tensor | None, active: Tensor | None = None) -> Quantized:
         """Quantizes x, with indices [..., Q] or [..., heads, Q]; in training mode, also updates the codebooks.
 
@@ -267,3 +303,7 @@ def codes_at(codebook: Tensor, indices: Tensor) -> Tensor:
     """Returns the codes of codebook [K, D] at indices [M]; 0 at LEFT_OUT."""
     left_out = indices == LEFT_OUT
     return codebook.index_select(0, indices.masked_fill(left_out, 0)).masked_fill(left_out[:, None], 0)
+
+
+def _residual(rows: Tensor, codebook: Tensor, backend: Backend) -> Tensor:
+    return rows - nearest_code(rows, codebook, backend=backend).codes
