@@ -8,6 +8,7 @@ from vq_kernels.cosine import SimilarCode, most_similar_code
 from vq_kernels.functional import Quantized, vector_quantize
 from vq_kernels.learning.kmeans import KMeansResult, kmeans
 from vq_kernels.learning.optim import attach_count_normalised_step, count_normalised_param_group
+from vq_kernels.modules.base import QuantizerBase
 from vq_kernels.modules.codebook import perplexity
 from vq_kernels.modules.residual_vector_quantizer import ResidualVectorQuantizer
 from vq_kernels.modules.vector_quantizer import VectorQuantizer
@@ -48,11 +49,20 @@ __all__ = [
     "verify",
 ]
 
-_RENAMED = {"attach_gap_step": attach_count_normalised_step, "gap_parameter_group": count_normalised_param_group}
+
+def _gap_parameter_group(quantizer: QuantizerBase, share: float) -> dict[str, Any]:
+    return count_normalised_param_group(quantizer, share)
+
+
+_DEPRECATED = {
+    "attach_gap_step": (attach_count_normalised_step, attach_count_normalised_step),
+    "gap_parameter_group": (count_normalised_param_group, _gap_parameter_group),
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _RENAMED:
+    if name not in _DEPRECATED:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    warnings.warn(f"{name} was renamed to {_RENAMED[name].__name__}", DeprecationWarning, stacklevel=2)
-    return _RENAMED[name]
+    new, with_old_arguments = _DEPRECATED[name]
+    warnings.warn(f"{name} was renamed to {new.__name__}", DeprecationWarning, stacklevel=2)
+    return with_old_arguments

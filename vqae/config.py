@@ -201,7 +201,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
 }
 
-# Deprecated names in the config.json and the checkpoints of version 0.1; to be removed after one release.
+# Deprecated names in the flags, the config.json and the checkpoints of version 0.1; to be removed after one release.
 _RENAMED_OPTIONS = {"encoder_start": "unfreeze_encoder_at"}
 _RENAMED_VALUES = {("network_init", "pictures"): "pca", ("codebook_step", "share"): "count_normalised"}
 
@@ -216,6 +216,22 @@ def _with_current_names(values: dict[str, Any], source: str) -> dict[str, Any]:
             message = f"{source}: {name} = {value!r} is deprecated, use {new_name} = {new_value!r}"
             warnings.warn(message, DeprecationWarning, stacklevel=3)
         current[new_name] = new_value
+    return current
+
+
+def with_current_flags(arguments: list[str]) -> list[str]:
+    """Replace deprecated flags and values on the command line, each with a DeprecationWarning."""
+    current, name = [], ""
+    for argument in arguments:
+        is_flag = argument.startswith("--")
+        text, equals, value = argument.partition("=") if is_flag else ("", "", argument)
+        name = text[2:].replace("-", "_") if is_flag else name  # else the argument is the value of the last flag
+        new_text = flag(_RENAMED_OPTIONS[name]) if is_flag and name in _RENAMED_OPTIONS else text
+        new = new_text + equals + _RENAMED_VALUES.get((name, value), value)
+        if new != argument:
+            message = f"{argument if is_flag else f'{flag(name)} {argument}'} is deprecated, use {new}"
+            warnings.warn(message, DeprecationWarning, stacklevel=3)
+        current.append(new)
     return current
 
 

@@ -16,7 +16,7 @@ from typing import Any, Literal, cast
 import torch
 import tyro
 
-from vqae.config import RECIPES, Config, Dataset, flag
+from vqae.config import RECIPES, Config, Dataset, flag, with_current_flags
 from vqae.data.load import Images, fingerprints, load_images, split_train
 from vqae.model.pca_init import init_by_pca
 from vqae.model.vqae import VQAE, build_model
@@ -48,6 +48,7 @@ class Command:
 
 def parse(arguments: list[str]) -> Command:
     """Parse the command line. Defaults come from --recipe, then from --config or, with --resume, from the run's own."""
+    arguments = with_current_flags(arguments)
     command = _parse(arguments, Config())
     folder = RunFolder(command.run.out)
     own_config = command.resume and command.config is None and folder.config.exists()

@@ -118,6 +118,18 @@ def test_resume_uses_the_settings_of_a_run_that_was_moved(tmp_path: Path) -> Non
         assert parse(arguments).run == Config(out=tmp_path)
 
 
+@pytest.mark.parametrize("joint", [" ", "="])
+def test_flags_of_version_0_1_work_with_a_warning(joint: str) -> None:
+    old = {"--encoder-start": "0.5", "--network-init": "pictures", "--codebook-step": "share"}
+    arguments = [part for item in old.items() for part in joint.join(item).split()]
+    with pytest.warns(DeprecationWarning, match="is deprecated, use") as warned:
+        run = parse([*arguments, "--out", "share"]).run
+    assert run == Config(
+        unfreeze_encoder_at=0.5, network_init="pca", codebook_step="count_normalised", out=Path("share")
+    )
+    assert len(warned) == 3
+
+
 @pytest.mark.parametrize("resume", [False, True])
 def test_options_and_values_of_version_0_1_load_with_a_warning(tmp_path: Path, resume: bool) -> None:
     old = {"encoder_start": 0.5, "network_init": "pictures", "codebook_step": "share", "num_codes": 64}

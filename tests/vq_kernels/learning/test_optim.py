@@ -1,8 +1,6 @@
 """The count-normalised codebook step."""
 
-from collections.abc import Callable
 from itertools import pairwise
-from typing import Any
 
 import pytest
 import torch
@@ -75,13 +73,10 @@ def test_a_step_without_a_gradient_changes_nothing() -> None:
     assert torch.equal(quantizer.codebook, before)
 
 
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        ("attach_gap_step", attach_count_normalised_step),
-        ("gap_parameter_group", count_normalised_param_group),
-    ],
-)
-def test_the_old_names_warn(old: str, new: Callable[..., Any]) -> None:
-    with pytest.warns(DeprecationWarning, match=f"{old} was renamed to {new.__name__}"):
-        assert getattr(vq_kernels, old) is new
+def test_the_old_names_warn_and_take_the_old_arguments() -> None:
+    quantizer = VectorQuantizer(4, 4)
+    with pytest.warns(DeprecationWarning, match="gap_parameter_group was renamed to count_normalised_param_group"):
+        group = vq_kernels.gap_parameter_group(quantizer=quantizer, share=0.5)
+    assert group == count_normalised_param_group(quantizer, 0.5)
+    with pytest.warns(DeprecationWarning, match="attach_gap_step was renamed to attach_count_normalised_step"):
+        assert vq_kernels.attach_gap_step is attach_count_normalised_step
