@@ -64,8 +64,8 @@ def kmeans(
         num_codes: K, in [1, N].
         init: "k-means++" (greedy, on a random sample of 16·K rows), "random" (K distinct rows), or the codes, [K, D].
         max_iterations: at least 0. With 0 the codes are those of `init`.
-        tolerance: at least 0; stop when an iteration lowers the inertia by less than this share of it.
-        seed: of everything random.
+        tolerance: at least 0; stop when an iteration lowers the inertia by less than this fraction of it.
+        seed: determines all random choices.
         progress: show a progress bar on stderr (needs tqdm).
         backend: as for `nearest_code`.
         synchronise: with a default process group, x is this process's part of the data, and all processes get one
@@ -176,7 +176,7 @@ class _Batches(Mapped):
 
 
 class _Assignment(NamedTuple):
-    """What a pass over all processes' data says about a codebook."""
+    """The sums of one pass over the data of all processes."""
 
     sums: Tensor  # [K, D] float64
     counts: Tensor  # [K] int64
@@ -247,7 +247,7 @@ def _assign(batches: _Batches, codebook: Tensor, backend: Backend) -> _Assignmen
 
 
 def _move(batches: _Batches, codebook: Tensor, step: _Assignment, seed: int) -> Tensor:
-    """The means of the rows of each code [K, D]; codes without rows begin anew by k-means++ beside the others."""
+    """The means of the rows of each code [K, D]; codes without rows are re-seeded by k-means++, given the others."""
     means = (step.sums / step.counts.clamp(min=1)[:, None]).to(codebook.dtype)
     empty = (step.counts == 0).nonzero()[:, 0]
     if empty.numel():

@@ -161,7 +161,7 @@ class Codebook(nn.Module):
 
     @property
     def freeze_codebook(self) -> bool:
-        """Whether the codes stay as they are in training, too: set so, or by `requires_grad_(False)` of a Parameter."""
+        """Whether training leaves the codes unchanged: set to True, or by `requires_grad_(False)` of a Parameter."""
         codes = getattr(self, self.state_names[0])  # a plain tensor in `functional_call`
         return self._frozen or (isinstance(codes, nn.Parameter) and not codes.requires_grad)
 
@@ -173,7 +173,7 @@ class Codebook(nn.Module):
             parameter.grad = None if freeze else parameter.grad  # or the next optimizer step would move the codes
 
     def set_codes(self, codes: Tensor) -> None:
-        """Sets all codes. They count as just used, and no longer wait for data.
+        """Sets all codes. They count as just used, and are no longer initialised from data.
 
         Each average becomes that of one row at its code: a training step moves the codes by one step from here. With
         moving averages and the cosine, the codes are normalised.
@@ -207,7 +207,7 @@ class Codebook(nn.Module):
         self.needs_data.zero_()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
-        """Loads the state, with errors that name the argument that differs. Without averages, they start at the codes.
+        """Loads the state, with errors that name the argument that differs. Missing averages are set from the codes.
 
         Only the caller knows whether it is strict, so the keys of averages explain themselves.
         """
@@ -352,7 +352,7 @@ class Codebook(nn.Module):
     def _count(self, indices: Tensor, learning: Tensor | None) -> None:
         """Counts the codes of a training batch, indices [P, M] in [0, K) or LEFT_OUT; `learning` from `_learning`.
 
-        Frozen codes do not grow older.
+        Frozen codes do not count steps without use.
         """
         chosen = indices != LEFT_OUT
         first = torch.arange(indices.shape[0], device=indices.device)[:, None] * self.num_codes

@@ -44,8 +44,8 @@ class VectorQuantizer(QuantizerBase):
             each code follows the moving average of its rows with this decay (0.99 is usual), see
             `vq_kernels.learning.ema`. The value of the loss does not change.
         ema_eps: at least 0, smoothing of each code's average number of rows.
-        freeze_codebook: training changes no code: no gradient, averages, initialisation or resets. It can be set at any
-            time. `requires_grad_(False)` of the module or of a learnable `codebook` means the same.
+        freeze_codebook: whether training changes no code: no gradient, averages, initialisation or resets. It can be
+            set at any time. `requires_grad_(False)` of the module or of a learnable `codebook` has the same effect.
         backend: as for `nearest_code`.
         synchronise: in training, use the rows of all ranks of the default process group (if there is one in the forward
             pass) for counts, averages, resets and init="data". With DistributedDataParallel, which averages the

@@ -61,7 +61,7 @@ class Verification(NamedTuple):
 
 @torch.no_grad()
 def verify(x: Tensor, codebook: Tensor, indices: Tensor) -> Verification:
-    """Check whether each index is that of a nearest code, whichever quantizer it came from.
+    """Check whether each index is that of a nearest code. The indices may come from any quantizer.
 
     Distances are sums of float64 differences over the values as they are. An index is right if its distance equals the
     least one to within the rounding of these sums, (D + 2)·2⁻⁵² relative. This is slow: N·K·D operations without a
