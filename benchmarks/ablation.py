@@ -1,4 +1,4 @@
-"""Trains the default recipe and variants of it on the same images, to measure what each ingredient is worth.
+"""Trains the default recipe and variants of it on the same images, to measure the effect of each ingredient.
 
     python benchmarks/ablation.py --data-dir DIR --epochs 2 --seeds 0 1 2
     python benchmarks/ablation.py --data-dir DIR --epochs 2 --variants default "no dead-code resets"
@@ -101,7 +101,7 @@ def main(arguments: list[str], signals: SignalHandler) -> None:
 
 
 def run_variants(configs: dict[str, Config], file: Path, signals: SignalHandler) -> None:
-    """Trains and measures the variants of one seed that the file does not hold, and appends each row at once."""
+    """Trains and measures the variants of one seed that the file does not hold, and appends each finished row."""
     missing = {
         name: config
         for name, config in configs.items()

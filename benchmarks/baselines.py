@@ -32,7 +32,7 @@ class Contender:
     precision: Precision  # the class of its arithmetic for float32 input
     build: Callable[[Tensor, Tensor], Search]  # from x [N, D] and codebook [K, D]; building is not timed
     devices: tuple[str, ...] = ("cpu", "cuda")
-    package: str = ""  # that it needs, beyond this library's dependencies
+    package: str = ""  # required in addition to this library's dependencies
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
     upcasts: bool = False  # whether it computes in float32 for 16-bit input too
     is_product: bool = False  # a bare product finds no index

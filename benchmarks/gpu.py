@@ -3,7 +3,7 @@
     python benchmarks/gpu.py              # on an H100 or H200, with torch 2.11 or newer
     python benchmarks/gpu.py --dry-run    # the same at toy sizes on a CPU, in Triton's interpreter
 
-The parts, in order. Each runs in its own process, ends at its time limit, and appends its rows to --out at once:
+The parts, in order. Each runs in its own process, ends at its time limit, and appends each row to --out immediately:
 
     checks      tests/gpu: accumulator, score bound and first checks; shares of certified and exhaustive rows
     times       searches and the baselines: time, wrong indices, peak memory; training steps of quantizers
@@ -127,7 +127,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Context:
-    """What a part needs to know."""
+    """The data that a part needs."""
 
     options: Options
     file: Path
@@ -444,7 +444,7 @@ def _outcome(process: BaseProcess, seconds: float) -> str:
 
 
 def problems(rows: list[Row]) -> list[str]:
-    """What went wrong, a line each."""
+    """The problems, one per line."""
     found = []
     for row in rows:
         if row["op"] == "failure":

@@ -84,7 +84,7 @@ def name_of(piece: Piece) -> Row:
 
 
 def settings_of(piece: Piece, options: Options) -> dict[str, Any]:
-    """What a piece is made with, beyond its name."""
+    """The settings of a piece in addition to its name."""
     if piece[0] == "model":
         return compared_settings(piece[1])
     shared = {name: getattr(piece[1], name) for name in ("dataset", "image_size", "limit")}
@@ -127,7 +127,7 @@ def parse_options(arguments: list[str]) -> tuple[Options, Config]:
 
 
 def _run(pieces: list[Piece], options: Options, file: Path, signals: SignalHandler) -> None:
-    """Runs the pieces of one seed, and appends each row at once."""
+    """Runs the methods of one seed for each K, and appends each row when it is done."""
     config = pieces[0][1]
     device = find_device(config.device)
     read = load_images(config.dataset, config.data_dir, image_size=config.image_size, seed=config.seed)

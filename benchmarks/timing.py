@@ -41,7 +41,7 @@ def burst(call: Callable[[], object], count: int, device: torch.device) -> list[
 def time_in_turn(
     calls: Mapping[str, Callable[[], object]], device: torch.device, *, rounds: int, burst_ms: float
 ) -> dict[str, list[float]]:
-    """Times calls in turn, round after round, so that a slow minute of the machine affects all of them.
+    """Times calls in turn, round after round, so that a temporary slowdown of the machine affects all of them.
 
     Each call has run once before. A turn takes about burst_ms and has 1 to 50 calls. Returns the milliseconds of every
     call, by name.

@@ -6,7 +6,8 @@ from torch import Tensor
 from vq_kernels.search.reference import brute_force_nearest
 
 TIE_TOLERANCE = 1e-13
-"""Squared distances this close, relatively, differ by less than a float64 sum's rounding: either code may win."""
+"""Squared distances this close, relatively, differ by less than a float64 sum's rounding: either code may be
+returned."""
 
 MINIMUM_CHECKED_ROWS = 4096
 

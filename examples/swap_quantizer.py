@@ -1,4 +1,4 @@
-"""Replace the quantizer of a convolutional VQ-VAE: one line, the same three results, no collapse.
+"""Replace the quantizer of a convolutional VQ-VAE. Only one line changes, and the codebook does not collapse.
 
 python examples/swap_quantizer.py
 """

@@ -16,7 +16,7 @@ Found = tuple[Tensor, Tensor, Tensor, Tensor]
 
 BACKENDS = ("auto", "triton", "torch")
 ENVIRONMENT_VARIABLE = "VQ_KERNELS_BACKEND"
-_LARGEST_TRITON_DIM = 1 << 15  # beyond it, scores may leave the range that the kernels assume
+_LARGEST_TRITON_DIM = 1 << 15  # for a larger D, scores may leave the range that the kernels assume
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
