@@ -23,6 +23,9 @@ Init = Literal["normal", "uniform", "data", "kmeans"]
 INITS = ("normal", "uniform", "data", "kmeans")
 
 
+INDEX_DTYPES = tuple(getattr(torch, f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64))
+
+
 @dataclass(frozen=True)
 class HeadLayout:
     """How vectors [..., heads·D] are split into rows [C, M, D] for C codebooks.
@@ -223,6 +226,30 @@ class QuantizerBase(Codebook):
             torch.stack(losses).mean(),
         )
 
+    @torch.no_grad()
+    def encode(self, x: Tensor, mask: Tensor | None = None, dtype: torch.dtype = torch.int64) -> Tensor:
+        """Returns the indices that `forward` gives in eval mode, without a gradient. It learns and counts nothing.
+
+        Args:
+            x, mask: as for `forward`.
+            dtype: any integer dtype that holds K - 1; with a mask a signed one, for the index -1 of padding.
+
+        Raises:
+            TypeError, ValueError: x, mask or dtype does not fit.
+        """
+        if dtype not in INDEX_DTYPES:
+            raise TypeError(f"dtype must be an integer dtype, got {dtype}")
+        if torch.iinfo(dtype).max < self.num_codes - 1:
+            raise ValueError(f"dtype must hold the indices of num_codes={self.num_codes}, got {dtype}")
+        if mask is not None and not dtype.is_signed:
+            raise ValueError(f"dtype must be signed with a mask, because padding has index -1, got {dtype}")
+        positions, row_mask = self._positions(x, mask)
+        rows = self._as_searched(self._layout.split(positions))
+        choices, _, _ = self._choose(rows, row_mask, self._left_out(rows.shape[1], row_mask, None), learns=False)
+        indices = torch.stack([choice.indices for choice in choices]).transpose(1, 2)  # [C, M, Q]
+        indices = indices if "num_quantizers" in self.size_names else indices[..., 0]
+        return self._layout.join_indices(indices, positions.shape[:-1]).to(dtype).contiguous()
+
     def _choose(
         self, rows: Tensor, row_mask: Tensor | None, left_out: Tensor | None, learns: bool
     ) -> tuple[list[Choice], list[Tensor], list[RowSums]]:
@@ -266,7 +293,7 @@ class QuantizerBase(Codebook):
     def _decode(self, indices: Tensor) -> Tensor:
         """Sums the codes of the first q stages, at indices [..., q] or [..., heads, q]. The channels are as in x."""
         leading = indices.shape[:-1] if self.heads == 1 else indices.shape[:-2]
-        by_head = self._layout.split_indices(indices, num_last=1)  # [C, M, q]
+        by_head = self._layout.split_indices(checked_indices(indices, self.num_codes), num_last=1)  # [C, M, q]
         sums = []
         for codebooks, chosen in zip(self._by_head(self._codes), by_head, strict=True):
             first_stages = zip(codebooks, chosen.unbind(-1), strict=False)  # q of Q
@@ -297,6 +324,21 @@ class QuantizerBase(Codebook):
     def _by_head(self, codebooks: Tensor) -> Tensor:
         """Normalises codebooks [P, K, D] for the cosine, and views them as [C, Q, K, D]."""
         return self._normalise(codebooks).view(-1, self._num_stages, self.num_codes, self.code_dim)
+
+
+def checked_indices(indices: Tensor, num_codes: int) -> Tensor:
+    """Returns indices as int64. Raises TypeError for other dtypes than integers, ValueError out of range.
+
+    The range is checked on the CPU alone, and not in a captured graph, because reading values waits for the device.
+    """
+    if indices.dtype not in INDEX_DTYPES:
+        raise TypeError(f"indices must have an integer dtype, got {indices.dtype}")
+    wide = indices.long()
+    if indices.device.type == "cpu" and not torch.compiler.is_compiling():
+        outside = wide[(wide < LEFT_OUT) | (wide >= num_codes)]
+        if outside.numel():
+            raise ValueError(f"indices must be in [0, {num_codes}), or -1 for padding, got {outside[0]}")
+    return wide
 
 
 def codes_at(codebook: Tensor, indices: Tensor) -> Tensor:

@@ -193,10 +193,10 @@ class Codebook(nn.Module):
         if codes.shape != shape:
             raise ValueError(f"{name} must be {tuple(shape)}, got {tuple(codes.shape)}")
         own = self._codes
-        codes = codes.to(own.device, own.dtype)
+        codes = codes.to(own.dtype)
         if not codes.isfinite().all():
             raise ValueError(f"{name} must be finite in {own.dtype}, got {(~codes.isfinite()).sum()} NaN or Inf")
-        codes = codes if self.learnable else self._normalise(codes)
+        codes = (codes if self.learnable else self._normalise(codes)).to(own.device)
         size = max(1, 10 * self.min_cluster_size)  # a code may go without rows for some steps before it is reset
         for p, each in enumerate(codes.reshape(own.shape)):
             self._set_codes(p, torch.ones((), dtype=torch.bool, device=own.device), each, size)

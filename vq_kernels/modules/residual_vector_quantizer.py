@@ -129,13 +129,14 @@ class ResidualVectorQuantizer(QuantizerBase):
         vectors.
 
         Args:
-            indices: [..., q], or [..., heads, q], int64, of the first q stages, 1 <= q <= Q; -1 adds nothing.
+            indices: [..., q], or [..., heads, q], of any integer dtype, of the first q stages, 1 <= q <= Q; -1 adds
+                nothing.
 
         Returns:
             heads·D channels in `channel_dim`, in the codebook's dtype, differentiable with respect to the codebook.
 
         Raises:
-            ValueError: indices do not have that shape.
+            TypeError, ValueError: indices do not fit, see `VectorQuantizer.decode`.
         """
         heads = (self.heads,) if self.heads > 1 else ()
         fits = indices.shape[-1 - len(heads) : -1] == heads

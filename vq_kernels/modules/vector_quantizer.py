@@ -138,13 +138,14 @@ class VectorQuantizer(QuantizerBase):
         """Returns the quantized vectors that `forward` returned with these indices, in the codebook's dtype.
 
         Args:
-            indices: [...], or [..., heads], int64; -1 gives 0.
+            indices: [...], or [..., heads], of any integer dtype; -1 gives 0.
 
         Returns:
             heads·D channels in `channel_dim`, differentiable with respect to the codebook.
 
         Raises:
-            ValueError: indices do not have that shape.
+            TypeError, ValueError: indices do not fit. Values out of range are refused on the CPU; on CUDA they fail an
+                assertion of the device, because a check would wait for it.
         """
         if self.heads > 1 and indices.shape[-1:] != (self.heads,):
             raise ValueError(f"indices must be [..., {self.heads}], one for each head, got {tuple(indices.shape)}")

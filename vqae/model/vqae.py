@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vq_kernels import VectorQuantizer, nearest_code
+from vq_kernels.modules.base import INDEX_DTYPES
 from vqae.config import Config
 from vqae.model.encoder import Encoder
 from vqae.runtime.errors import UsageError
@@ -107,7 +108,8 @@ class VQAE(nn.Module):
 
     @torch.no_grad()
     def decode(self, indices: Tensor) -> Tensor:
-        """Map indices [B], int64 in [0, K), to images [B, 3, H, W] in [0, 1]. Raises ValueError for other indices."""
+        """Map integer indices [B] in [0, K) to images [B, 3, H, W] in [0, 1]. Raises ValueError out of range."""
+        indices = indices.long() if indices.dtype in INDEX_DTYPES else indices
         if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < self.quantizer.num_codes:
             span = f"{int(indices.min())} to {int(indices.max())}"
             raise ValueError(f"indices must be in [0, {self.quantizer.num_codes}), got {span}")

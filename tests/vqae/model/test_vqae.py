@@ -245,3 +245,10 @@ def test_decode_refuses_indices_out_of_range(index: int) -> None:
     model = VQAE((32, 32), 512, (4,), VectorQuantizer(8, 512)).eval()
     with pytest.raises(ValueError, match=r"indices must be in \[0, 8\), got 0 to 8|got -1 to 0"):
         model.decode(torch.tensor([0, index]))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.int32])
+def test_decode_takes_every_integer_dtype(dtype: torch.dtype) -> None:
+    model = VQAE((32, 32), 8, (4,), VectorQuantizer(8, 8)).eval()
+    indices = torch.tensor([0, 1, 7])
+    assert torch.equal(model.decode(indices.to(dtype)), model.decode(indices))
