@@ -20,11 +20,26 @@ from typing import NoReturn
 from vqae.runtime.errors import DivergedError, LostProcessError, UsageError
 
 PROCESS_START = time.monotonic()
+COMMANDS = ("train", "evaluate", "reconstruct")
 
 
 def elapsed_s() -> float:
     """Seconds since the process started."""
     return time.monotonic() - PROCESS_START
+
+
+def main() -> NoReturn:
+    """The console command `vqae`: `vqae train ...` is `python -m vqae.train ...`."""
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name in COMMANDS:
+        del sys.argv[1]
+        run_command(f"vqae.{name}")
+    usage = f"usage: vqae {{{','.join(COMMANDS)}}} [options]\n`vqae COMMAND --help` lists the options of a command."
+    if name in ("-h", "--help"):
+        print(usage)
+        sys.exit(0)
+    print(f"{usage}\nerror: the command must be one of {', '.join(COMMANDS)}, got {name!r}", file=sys.stderr)
+    sys.exit(2)
 
 
 def run_command(module_name: str) -> NoReturn:

@@ -4,7 +4,9 @@ import logging
 import signal
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -84,3 +86,44 @@ def test_the_package_exports_only_the_model() -> None:
     assert vqae.VQAE is VQAE
     with pytest.raises(AttributeError, match="module 'vqae' has no attribute 'VQVAE'"):
         vqae.VQVAE  # noqa: B018
+
+
+# -- the console command
+
+SCRIPT = "import sys; from vqae.runtime.process import main; sys.argv[0] = 'vqae'; sys.exit(main())"  # as pip writes it
+
+
+def run_script(code: str, *arguments: str) -> Outcome:
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120)
+    return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+def test_the_entry_point_is_the_console_command() -> None:
+    pyproject = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())
+    assert pyproject["project"]["scripts"] == {"vqae": f"{process.main.__module__}:{process.main.__name__}"}
+
+
+def test_the_console_command_runs_a_command() -> None:
+    outcome = run_script(SCRIPT, "evaluate", "--checkpoint", "none.pt")
+    assert outcome == Outcome(2, "", "error: checkpoint none.pt cannot be read: No such file or directory\n")
+
+
+@pytest.mark.parametrize("name", process.COMMANDS)
+def test_the_console_command_handles_signals_before_torch_loads(name: str) -> None:
+    code = (
+        "import signal, vqae.runtime.process as process\n"
+        "def loading(name):\n"
+        "    assert 'torch' not in sys.modules\n"
+        f"    assert (name, sys.argv) == ('vqae.{name}', ['vqae', '--one', '2'])\n"
+        "    signal.raise_signal(signal.SIGINT)\n"
+        "process.import_module = loading\n"
+    )
+    assert run_script(f"import sys\n{code}{SCRIPT}", name, "--one", "2") == Outcome(130, "", "")
+
+
+def test_the_console_command_names_its_commands() -> None:
+    for arguments, exit_code in (((), 2), (("tune",), 2), (("--help",), 0)):
+        outcome = run_script(SCRIPT, *arguments)
+        assert outcome.exit_code == exit_code
+        assert "vqae {train,evaluate,reconstruct}" in (outcome.out if exit_code == 0 else outcome.err)
+        assert ("error: the command must be one of" in outcome.err) == (exit_code == 2)
