@@ -110,7 +110,7 @@ def run_variants(configs: dict[str, Config], file: Path, signals: SignalHandler)
     if not missing:
         return
     shared = next(iter(missing.values()))
-    images = load_images(shared.dataset, shared.data_dir, image_size=shared.image_size, seed=shared.seed)
+    images = load_images(shared.dataset, shared.data_dir, **shared.folder_options)
     for name, config in missing.items():
         print(f"{name}, seed {config.seed}", flush=True)
         append_row(file, run_variant(name, config, images, signals))

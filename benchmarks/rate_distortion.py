@@ -130,7 +130,7 @@ def _run(pieces: list[Piece], options: Options, file: Path, signals: SignalHandl
     """Runs the methods of one seed for each K, and appends each row when it is done."""
     config = pieces[0][1]
     device = find_device(config.device)
-    read = load_images(config.dataset, config.data_dir, image_size=config.image_size, seed=config.seed)
+    read = load_images(config.dataset, config.data_dir, **config.folder_options)
     train = read.train if config.limit is None else split_train(read.train, config.limit, 0.0, config.seed)[0]
     most = max(config.num_codes for _, config in pieces)
     if most > train.shape[0]:

@@ -16,7 +16,7 @@ from vqae.training.metrics import Evaluation, evaluate
 
 Dataset = Literal["cifar10", "imagefolder", "synthetic"]
 
-_NOT_COMPARED = ("out", "data_dir", "device", "checkpoint_minutes", "seed")
+_NOT_COMPARED = ("out", "data_dir", "test_fraction", "skip_unreadable", "device", "checkpoint_minutes", "seed")
 
 
 def run_training(config: Config, signals: process.SignalHandler) -> None:

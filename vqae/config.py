@@ -34,8 +34,12 @@ class Config:
     dataset: Dataset = "auto"
     """auto: CIFAR-10 if it is found or can be downloaded, otherwise synthetic images (with a warning)."""
     data_dir: Path | None = None
-    """imagefolder: a folder with train/<class>/* and test/<class>/*.
-    cifar10: the folder that is read, or downloaded to (./data)."""
+    """imagefolder: a folder with train/<class>/* and test/<class>/*, or with images alone, which are then split.
+    EXIF rotation is applied, and transparent pixels become white. cifar10: the folder to read or download to."""
+    test_fraction: float = 0.1
+    """imagefolder without train/ and test/: fraction of the images in the test split, drawn by --seed and the path."""
+    skip_unreadable: bool = False
+    """imagefolder: skip and count files that are damaged or not images. By default, the first one is an error."""
     image_size: int | None = None
     """Resize and crop images to squares of this side. Required if the images differ in size."""
     limit: int | None = None
@@ -60,7 +64,8 @@ class Config:
     codebook_init: Literal["normal", "uniform", "data"] = "normal"
     """Initialisation of the codebook: random (normal, uniform), or embeddings of the first batch (data)."""
     restart_after: int = 15_360
-    """Reset a code to a random embedding after this many images without use. 0 disables resets."""
+    """Reset a code to a random embedding after this many images without use, but at the latest after two epochs.
+    0 disables resets."""
 
     epochs: int = 12
     """Maximum number of epochs."""
@@ -96,6 +101,18 @@ class Config:
     """Compile the model with torch.compile."""
     checkpoint_minutes: float = 1.0
     """Save last.pt at least this often."""
+
+    def fitted_to(self, num_images: int) -> Config:
+        """Limit batch_size to the number of training images, and restart_after to two epochs of them."""
+        return dataclasses.replace(
+            self, batch_size=min(self.batch_size, num_images), restart_after=min(self.restart_after, 2 * num_images)
+        )
+
+    @property
+    def folder_options(self) -> dict[str, Any]:
+        """How images are read, and an image folder is split: keyword arguments of `load_images` and `load_split`."""
+        names = ("image_size", "seed", "test_fraction", "skip_unreadable")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def restart_steps(self) -> int:
@@ -169,14 +186,15 @@ class Config:
 # The range of each numeric option: the rule as messages state it, the options, the test. All must be finite.
 _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
     "above 0": (
-        "num_codes code_dim hidden_dims epochs batch_size lr encoder_lr codebook_lr image_size limit max_minutes",
+        "num_codes code_dim hidden_dims epochs batch_size lr encoder_lr codebook_lr image_size limit max_minutes "
+        "test_fraction",
         lambda value: value > 0,
     ),
     "at least 0": (
         "momentum weight_decay restart_after warmup unfreeze_encoder_at checkpoint_minutes val_fraction",
         lambda value: value >= 0,
     ),
-    "below 1": ("momentum warmup val_fraction unfreeze_encoder_at", lambda value: value < 1),
+    "below 1": ("momentum warmup test_fraction val_fraction unfreeze_encoder_at", lambda value: value < 1),
     "at least 2, which BatchNorm needs": ("batch_size", lambda value: value >= 2),
     "at least 0 and below 2**62": ("seed", lambda value: 0 <= value < 2**62),
 }

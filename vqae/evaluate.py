@@ -8,6 +8,7 @@ if __name__ == "__main__":
     run_command("vqae.evaluate")  # imports this module again, after the signal handlers are installed
 
 import hashlib
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -24,6 +25,8 @@ from vqae.runtime.process import SignalHandler
 from vqae.training.checkpoint import json_line, load_checkpoint
 from vqae.training.metrics import evaluate
 
+_logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Command:
@@ -35,7 +38,9 @@ class Command:
     dataset: Literal["cifar10", "imagefolder", "synthetic"] | None = None
     """Data set to evaluate on. None is the data set of the run."""
     data_dir: Path | None = None
-    """Folder of the images. None is the folder of the run."""
+    """Folder of the images. None is the folder of the run. One without train/ and test/ is split as the run splits."""
+    skip_unreadable: bool = False
+    """Skip and count files that are damaged or not images, as the run does if it was given this option."""
     split: Literal["train", "test"] = "test"
     """Split to evaluate on."""
     batch_size: int = 256
@@ -67,10 +72,13 @@ def _load(command: Command) -> tuple[VQAE, Tensor, str]:
     if data_dir is None and dataset == state["dataset"]:
         data_dir = config.data_dir
     load = local_rank0_first if dataset == "cifar10" else on_all_ranks  # CIFAR-10 may have to be downloaded
-    images, name = load(
-        lambda: load_split(dataset, data_dir, command.split, image_size=config.image_size, seed=config.seed)
-    )
+    options = {**config.folder_options, "skip_unreadable": command.skip_unreadable or config.skip_unreadable}
+    images, name = load(lambda: load_split(dataset, data_dir, command.split, **options))
     check_same("the images", fingerprints(images))
+    if command.split == "test" and data_dir == config.data_dir and "images" in state:
+        *_, before = state["images"]
+        if [tuple(before)] != fingerprints(images):
+            _logger.warning("the test images are not those of the run, which may have trained on some of these")
     if tuple(images.shape[2:]) != model.image_size:
         raise UsageError(f"images must be {model.image_size} as in the checkpoint, got {tuple(images.shape[2:])}")
     return model, images, name

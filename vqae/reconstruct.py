@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import tyro
 
 from vqae.config import find_device
-from vqae.data.image_folder import read_image
+from vqae.data.image_folder import list_files, read_images
 from vqae.model.vqae import model_from_checkpoint
 from vqae.runtime.errors import UsageError
 from vqae.runtime.process import SignalHandler
@@ -30,9 +29,13 @@ class Command:
     checkpoint: Path
     """best.pt or last.pt of a run."""
     images: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Image files. They are scaled and cropped to the size of the model's images."""
+    """Image files, and folders with images at any depth. They are scaled and cropped to the model's image size."""
     out: Path = Path("reconstructions.png")
     """PNG file to write."""
+    limit: int = 256
+    """Take only the first N files."""
+    skip_unreadable: bool = False
+    """Skip and count files that are damaged or not images. By default, the first one is an error."""
     device: str = "auto"
     """auto, cpu, cuda, or a GPU such as cuda:1."""
 
@@ -44,10 +47,17 @@ def main(arguments: list[str], signals: SignalHandler) -> None:
         raise UsageError("at least one image must be given, got none")
     if command.out.suffix.lower() != ".png":
         raise UsageError(f"--out must be a .png file, got {command.out}")
+    if command.limit < 1:
+        raise UsageError(f"--limit must be at least 1, got {command.limit}")
     device = find_device(command.device)
     state = load_checkpoint(command.checkpoint)
     model = model_from_checkpoint(state).to(device).eval()
-    originals = torch.stack([read_image(file, model.image_size) for file in command.images])
+    files = [file for path in command.images for file in (list_files(path) if path.is_dir() else [path])]
+    if not files:
+        raise UsageError(f"{', '.join(map(str, command.images))} holds no images")
+    paths = [str(file) for file in files[: command.limit]]
+    originals, _ = read_images(paths, model.image_size, command.skip_unreadable)
     title = f"originals above reconstructions by {command.checkpoint.name}, trained on {state['dataset']}"
     plot_reconstructions(model, originals.to(device), command.out, title, columns=min(16, len(originals)))
-    print(f"{len(originals)} images in {command.out}")
+    of = f" of {len(files)}" if len(files) > command.limit else ""
+    print(f"{len(originals)}{of} images in {command.out}")

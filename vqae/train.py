@@ -28,6 +28,7 @@ from vqae.training.checkpoint import RunFolder, load_checkpoint
 from vqae.training.trainer import Trainer
 
 _MAY_CHANGE = ("out", "data_dir", "device", "dataset", "checkpoint_minutes")  # when a run is resumed
+_EXTENDS = ("epochs", "max_minutes")  # may also change when a finished run is resumed
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,8 @@ class Command:
     """plain: SGD with one learning rate, without warm-up and flips. Overrides --config, but not command-line flags.
     Because of its random initialisation, single learning rate and lack of dead-code resets, the codebook collapses."""
     resume: bool = False
-    """Resume the run in --out. Starts a new run if there is none."""
+    """Resume the run in --out. Starts a new run if there is none. With another value of --epochs or --max-minutes, a
+    finished run goes on: the learning-rate schedule is that of the longer run, so the rates rise again."""
     overwrite: bool = False
     """Replace the run in --out."""
 
@@ -89,7 +91,7 @@ def _train(command: Command, device: torch.device, signals: SignalHandler) -> No
     config, folder = command.run, RunFolder(command.run.out)
     (restarts,) = dist.max_over_ranks(Launch.from_environment().restarts)  # each machine counts only its own
     state = dist.broadcast_from_rank0(lambda: _checkpoint_to_resume(folder, command, restarted=restarts > 0))
-    if state is not None and state["finished"]:
+    if state and state["finished"] and all(state["config"][name] == getattr(config, name) for name in _EXTENDS):
         _print(f"the run in {folder.path} is finished: nothing to do")
         return
 
@@ -101,8 +103,7 @@ def _train(command: Command, device: torch.device, signals: SignalHandler) -> No
     image_size = (train.shape[2], train.shape[3])
 
     torch.manual_seed(config.seed)
-    batch_size = min(config.batch_size, train.shape[0])
-    model = build_model(dataclasses.replace(config, batch_size=batch_size), image_size)
+    model = build_model(config.fitted_to(train.shape[0]), image_size)
     _set_pixel_statistics(model, train)
     dist.broadcast_from_rank0(lambda: folder.begin(config) if state is None else folder.write_config(config))
     where = str(device) if world_size() == 1 else f"{world_size()} processes, this one on {device}"
@@ -127,7 +128,7 @@ def _load_images(config: Config, dataset: Dataset) -> Images:
     """Load the images on all ranks, and check that they are the same."""
     downloads = dataset in ("auto", "cifar10")
     load = dist.local_rank0_first if downloads else dist.on_all_ranks
-    images = load(lambda: load_images(dataset, config.data_dir, image_size=config.image_size, seed=config.seed))
+    images = load(lambda: load_images(dataset, config.data_dir, **config.folder_options))
     dist.check_same("the images", (images.dataset, *fingerprints(images.train, images.test)))
     return images
 
@@ -161,12 +162,15 @@ def _check_settings(state: dict[str, Any], file: Path, config: Config) -> None:
     if "images" not in state:
         raise UsageError(f"{file} was written by an older version of this program, which alone can resume it")
     before, now = Config.from_dict(state["config"], str(file)).to_dict(), config.to_dict()
-    changed = [name for name, value in now.items() if name not in _MAY_CHANGE and before[name] != value]
+    may_change = (*_MAY_CHANGE, *_EXTENDS) if state["finished"] else _MAY_CHANGE
+    changed = [name for name, value in now.items() if name not in may_change and before[name] != value]
     if config.dataset not in ("auto", state["dataset"]):
         changed.append("dataset")
     if changed:
         differences = ", ".join(f"{flag(name)} was {before[name]}, got {now[name]}" for name in changed)
         raise UsageError(f"--resume: the settings differ from those of {file}: {differences}")
+    if config.epochs < state["epoch"]:
+        raise UsageError(f"--epochs must be at least {state['epoch']}, which are finished, got {config.epochs}")
 
 
 def _set_pixel_statistics(model: VQAE, images: torch.Tensor) -> None:

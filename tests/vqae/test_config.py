@@ -23,6 +23,8 @@ OTHER: dict[str, Any] = {
     "out": "elsewhere",
     "dataset": "imagefolder",
     "data_dir": "images",
+    "test_fraction": 0.5,
+    "skip_unreadable": True,
     "image_size": 48,
     "limit": 100,
     "val_fraction": 0.25,
@@ -89,8 +91,16 @@ def test_help_shows_every_flag_and_exits_with_0(command: Callable[..., Outcome],
     shown = set(re.findall(r"--[a-z-]+", outcome.out))
     expected = {
         "vqae.train": {*map(flag, FIELDS), "--config", "--recipe", "--resume", "--overwrite"},
-        "vqae.evaluate": {"--checkpoint", "--dataset", "--data-dir", "--split", "--batch-size", "--device"},
-        "vqae.reconstruct": {"--checkpoint", "--out", "--device"},
+        "vqae.evaluate": {
+            "--checkpoint",
+            "--dataset",
+            "--data-dir",
+            "--split",
+            "--batch-size",
+            "--device",
+            "--skip-unreadable",
+        },
+        "vqae.reconstruct": {"--checkpoint", "--out", "--device", "--limit", "--skip-unreadable"},
     }[module]
     assert expected <= shown
 
@@ -249,6 +259,8 @@ OUT_OF_RANGE = [
     ("--weight-decay", "-1"),
     ("--restart-after", "-1"),
     ("--warmup", "1"),
+    ("--test-fraction", "0"),
+    ("--test-fraction", "1"),
     ("--val-fraction", "1"),
     ("--val-fraction", "-0.1"),
     ("--checkpoint-minutes", "-1"),

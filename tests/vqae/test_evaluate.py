@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.vqae.commands import Outcome
+from tests.vqae.commands import TINY, Outcome
 from vqae import evaluate
 
 Command = Callable[..., Outcome]
@@ -75,3 +75,26 @@ def test_images_of_another_size(command: Command, finished_run: Path, monkeypatc
     outcome = command("vqae.evaluate", "--checkpoint", finished_run / "best.pt", "--device", "cpu")
     assert outcome.exit_code == 2
     assert "images must be (32, 32) as in the checkpoint, got (16, 16)" in outcome.err
+
+
+def test_a_flat_folder_is_split_as_in_the_run(
+    command: Command, images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(images / "train" / "colours", tmp_path / "flat")
+    (tmp_path / "flat" / "notes.txt").write_text("no image")
+    data = ("--dataset", "imagefolder", "--data-dir", tmp_path / "flat", "--skip-unreadable", "--test-fraction", 0.25)
+    outcome = command("vqae.train", *TINY, *data, "--epochs", 1, "--seed", 3, "--out", tmp_path / "run")
+    assert outcome.exit_code == 0, outcome.err
+    last_line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
+    best = ("vqae.evaluate", "--checkpoint", tmp_path / "run" / "best.pt", "--device", "cpu")
+    caplog.clear()
+    figures = measured(command(*best))
+    assert figures["mse"] == pytest.approx(last_line["test_mse"])
+    assert figures["images"] in (15, 16)  # a quarter of 65 files, one of which is skipped
+    assert figures["images"] + measured(command(*best, "--split", "train"))["images"] == 64
+    assert "are not those of the run" not in caplog.text
+
+    for file in sorted((images / "test" / "colours").iterdir()):
+        shutil.copy(file, tmp_path / "flat" / f"added {file.name}")
+    assert measured(command(*best))["images"] in (23, 24)
+    assert "the test images are not those of the run, which may have trained on some of these" in caplog.text

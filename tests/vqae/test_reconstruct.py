@@ -1,5 +1,6 @@
 """The command that shows what a model makes of images."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 from PIL import Image
 
 from tests.vqae.commands import Outcome
-from vqae.data.image_folder import read_image
+from vqae.data.image_folder import read_images
 
 Command = Callable[..., Outcome]
 
@@ -47,12 +48,12 @@ def test_images_are_scaled_and_cropped_to_the_centre(image_size: tuple[int, int]
     file = tmp_path / "image.png"
     for height, width in torch.randint(1, 200, (40, 2), generator=generator).tolist():
         Image.new("RGB", (width, height), (200, 200, 200)).save(file)
-        fitted = read_image(file, image_size)
+        (fitted,), _ = read_images([str(file)], image_size, skip_unreadable=False)
         assert tuple(fitted.shape) == (3, *image_size)
         assert (fitted == 200).all()  # no edge is filled up
     same = torch.randint(256, (3, *image_size), dtype=torch.uint8, generator=generator)
     Image.fromarray(same.permute(1, 2, 0).numpy()).save(file)
-    assert torch.equal(read_image(file, image_size), same)
+    assert torch.equal(read_images([str(file)], image_size, skip_unreadable=False)[0][0], same)
 
 
 def test_bad_input_exits_with_2_and_writes_nothing(command: Command, finished_run: Path, tmp_path: Path) -> None:
@@ -78,3 +79,37 @@ def test_out_must_be_a_png(command: Command, finished_run: Path, tmp_path: Path)
     assert outcome.exit_code == 2
     assert f"--out must be a .png file, got {out}" in outcome.err
     assert not out.parent.exists()
+
+
+def test_folders_stand_for_the_images_in_them(
+    command: Command, finished_run: Path, images: Path, tmp_path: Path
+) -> None:
+    single = next((images / "train" / "colours").iterdir())
+    (tmp_path / "mine" / "below").mkdir(parents=True)
+    for name in ("b.png", "below/a.png", ".hidden.png"):
+        shutil.copy(single, tmp_path / "mine" / name)
+    given = ("vqae.reconstruct", images / "test", single, tmp_path / "mine", "--checkpoint", finished_run / "best.pt")
+    folders, files = tmp_path / "folders.png", tmp_path / "files.png"
+    assert command(*given, "--out", folders).out == f"35 images in {folders}\n"
+    test = sorted((images / "test" / "colours").iterdir())
+    outcome = command(given[0], *test, single, single, single, *given[-2:], "--out", files)
+    assert outcome.exit_code == 0, outcome.err
+    with Image.open(folders) as one, Image.open(files) as other:
+        np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+    assert command(*given, "--limit", 5, "--out", files).out == f"5 of 35 images in {files}\n"
+
+
+def test_unreadable_files_of_a_folder(
+    command: Command, finished_run: Path, images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, out = tmp_path / "mine", tmp_path / "out.png"
+    folder.mkdir()
+    arguments = ("vqae.reconstruct", folder, "--checkpoint", finished_run / "best.pt", "--out", out)
+    assert f"{folder} holds no images" in command(*arguments).err
+    (folder / "notes.txt").write_text("no image")
+    assert "notes.txt is damaged, not an image" in command(*arguments).err
+    assert "none of the 1 files can be read as an image" in command(*arguments, "--skip-unreadable").err
+    shutil.copy(next((images / "train" / "colours").iterdir()), folder)
+    assert not out.exists()
+    assert command(*arguments, "--skip-unreadable").out == f"1 images in {out}\n"
+    assert f"skipped 1 of 2 files, which cannot be read: {folder / 'notes.txt'}" in caplog.text

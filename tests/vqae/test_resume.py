@@ -16,7 +16,9 @@ from PIL import Image
 
 from tests.vqae import kill_soak
 from tests.vqae.commands import Outcome, assert_same_run, files_in, load
+from vqae.config import Config
 from vqae.training import trainer
+from vqae.training.optim import learning_rate_factor
 from vqae.training.trainer import Trainer
 
 Command = Callable[..., Outcome]
@@ -191,6 +193,76 @@ def test_resuming_a_finished_run_does_nothing(command: Command, finished_run: Pa
     outcome = command("vqae.train", "--out", finished_run, "--resume")
     assert (outcome.exit_code, outcome.out) == (0, f"the run in {finished_run} is finished: nothing to do\n")
     assert {file: file.stat().st_mtime_ns for file in finished_run.rglob("*")} == before
+
+
+def test_a_finished_run_can_be_extended(
+    command: Command, finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = shutil.copytree(finished_run, tmp_path / "run")
+    before = load(out / "last.pt")
+    rates: list[tuple[float, float]] = []
+    train_step = Trainer._train_step
+
+    def watched(self: Trainer, images: torch.Tensor) -> None:
+        if not rates:
+            assert all(torch.equal(value, before["model"][name]) for name, value in self.model.state_dict().items())
+        encoder, decoder, _ = self.optimizer.param_groups
+        rates.append((encoder["lr"], decoder["lr"]))
+        train_step(self, images)
+
+    monkeypatch.setattr(Trainer, "_train_step", watched)
+    outcome = command("vqae.train", "--out", out, "--resume", "--epochs", 5)
+    assert outcome.exit_code == 0, outcome.err
+    state = load(out / "last.pt")
+    assert state["finished"]
+    assert (state["epoch"], state["config"]["epochs"]) == (5, 5)
+    assert state["history"][:2] == before["history"]
+    assert [line["step"] for line in state["history"]] == [3, 6, 9, 12, 15]
+    assert state["best_val_mse"] <= before["best_val_mse"]
+    # The rates are those of a run of 15 steps at its steps 6 to 14. Its encoder is trained from half of the run on.
+    config = Config.from_dict(state["config"], "the test")
+    for step, (encoder_lr, lr) in enumerate(rates, 6):
+        assert lr == pytest.approx(config.lr * learning_rate_factor(step / 15, config.warmup))
+        factor = learning_rate_factor((step / 15 - 0.5) / 0.5, config.warmup) if step >= 7.5 else 0.0
+        assert encoder_lr == pytest.approx(config.encoder_lr * factor)
+    assert len(rates) == 9
+    assert json.loads((out / "config.json").read_text())["epochs"] == 5
+    outcome = command("vqae.train", "--out", out, "--resume")
+    assert outcome.out == f"the run in {out} is finished: nothing to do\n"
+
+
+def test_an_extended_run_that_was_interrupted_resumes(
+    command: Command, finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extended = shutil.copytree(finished_run, tmp_path / "extended")
+    interrupted = shutil.copytree(finished_run, tmp_path / "interrupted")
+    assert command("vqae.train", "--out", extended, "--resume", "--epochs", 3).exit_code == 0
+    train_step, calls = Trainer._train_step, []
+
+    def stopping(*arguments: object) -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        train_step(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_train_step", stopping)
+        assert command("vqae.train", "--out", interrupted, "--resume", "--epochs", 3).exit_code == 143
+    outcome = command("vqae.train", "--out", interrupted, "--resume")
+    assert outcome.exit_code == 0, outcome.err
+    assert_same_run(interrupted, extended)
+
+
+def test_only_a_finished_run_can_be_extended(command: Command, stopped_run: Path) -> None:
+    outcome = command("vqae.train", "--out", stopped_run, "--resume", "--epochs", 5)
+    assert outcome.exit_code == 2
+    assert "--epochs was 2, got 5" in outcome.err
+
+
+def test_a_run_cannot_be_extended_to_fewer_epochs(command: Command, finished_run: Path) -> None:
+    outcome = command("vqae.train", "--out", finished_run, "--resume", "--epochs", 1)
+    assert outcome.exit_code == 2
+    assert "--epochs must be at least 2, which are finished, got 1" in outcome.err
 
 
 def test_resume_names_all_settings_that_differ(command: Command, finished_run: Path) -> None:

@@ -1,5 +1,6 @@
 """A whole run: what it leaves, what it learns, and what is refused before anything is written."""
 
+import dataclasses
 import errno
 import json
 import logging
@@ -48,7 +49,7 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 def test_a_run_writes_exactly_its_files(finished_run: Path) -> None:
     events = {name for name in files_in(finished_run) if name.startswith("events/events.out.tfevents.")}
-    assert len(events) == 2
+    assert len(events) == 1
     assert files_in(finished_run) == FILES | events | {"events"}
 
 
@@ -97,7 +98,7 @@ def test_the_model_sees_images_of_mean_0_and_variance_1(finished_run: Path, imag
 
 def test_checkpoints_are_tensors_and_plain_values_under_the_models_own_names(finished_run: Path) -> None:
     last, best = load(finished_run / "last.pt"), load(finished_run / "best.pt")
-    assert set(best) == {"format", "config", "dataset", "image_size", "model"}
+    assert set(best) == {"format", "config", "dataset", "image_size", "images", "model"}
     assert set(best) < set(last)
     assert last["finished"]
     for state in (last, best):
@@ -133,6 +134,43 @@ def test_events_hold_the_metrics(finished_run: Path) -> None:
         assert values == [(line["step"], pytest.approx(line[name])) for line in lines]
     for event in accumulator.Tensors("dataset/text_summary"):
         assert event.tensor_proto.string_val[0] == b"imagefolder"
+
+
+def test_a_process_writes_one_event_file(finished_run: Path) -> None:
+    assert len(list((finished_run / "events").iterdir())) == 1
+
+
+def test_a_resumed_run_has_no_event_twice(command: Command, tiny: tuple[str, ...], tmp_path: Path) -> None:
+    run = (*("vqae.train", *tiny, "--image-size", 8, "--out", tmp_path), "--resume")
+    assert command(*run).exit_code == 0
+    earlier = (tmp_path / "last.pt").read_bytes()
+    assert command(*run, "--epochs", 3).exit_code == 0
+    (tmp_path / "last.pt").write_bytes(earlier)  # as if the process had died before its first checkpoint
+    time.sleep(1)  # TensorBoard orders files by their second
+    assert command(*run, "--epochs", 4).exit_code == 0
+    assert len(list((tmp_path / "events").iterdir())) == 3
+    accumulator = EventAccumulator(str(tmp_path / "events"))
+    accumulator.Reload()
+    assert [event.step for event in accumulator.Scalars("test_mse")] == [3, 6, 9, 12]
+    values = [event.value for event in accumulator.Scalars("test_mse")]
+    assert values == [pytest.approx(line["test_mse"]) for line in metrics(tmp_path)]
+
+
+def test_events_can_be_read_after_every_epoch(tmp_path: Path) -> None:
+    writer = None
+    for step in (1, 2, 3):
+        writer = write_events(tmp_path, {"step": step, "test_mse": 0.5}, writer)
+        accumulator = EventAccumulator(str(tmp_path))
+        accumulator.Reload()
+        assert [event.step for event in accumulator.Scalars("test_mse")] == list(range(1, step + 1))
+    writer.close()
+    assert len(files_in(tmp_path)) == 1
+
+
+def test_the_checkpoint_of_a_finished_run_is_as_large_as_the_model(finished_run: Path) -> None:
+    last, best = finished_run / "last.pt", finished_run / "best.pt"
+    assert last.stat().st_size < 1.05 * best.stat().st_size
+    assert load(last)["optimizer"]["state"] == {}
 
 
 # -- the encoder's part
@@ -198,10 +236,54 @@ def test_restart_after_with_fewer_images_than_a_batch(
 ) -> None:
     made: list[trainer.Trainer] = []
     monkeypatch.setattr(trainer.Trainer, "run", lambda self: made.append(self))
-    sizes = ("--limit", 20, "--val-fraction", 0, "--batch-size", 256, "--restart-after", 100)
+    sizes = ("--limit", 20, "--val-fraction", 0, "--batch-size", 256, "--restart-after", 30)
     assert command("vqae.train", *tiny, *sizes, "--image-size", 8, "--out", tmp_path / "run").exit_code == 0
     assert made[0].batch_size == 20
-    assert made[0].model.quantizer.restart_after == 5
+    assert made[0].model.quantizer.restart_after == 2
+
+
+@pytest.mark.parametrize(
+    ("restart_after", "num_images", "images", "steps"),
+    [
+        (15_360, 49_000, 15_360, 60),
+        (15_360, 7_680, 15_360, 60),
+        (15_360, 289, 578, 3),
+        (100, 289, 100, 1),
+        (0, 9, 0, 0),
+    ],
+    ids=["CIFAR-10", "two epochs", "small", "small, sooner", "disabled"],
+)
+def test_codes_are_reset_after_two_epochs_at_the_latest(
+    restart_after: int, num_images: int, images: int, steps: int
+) -> None:
+    config = Config(restart_after=restart_after)
+    fitted = config.fitted_to(num_images)
+    assert (fitted.restart_after, fitted.restart_steps) == (images, steps)
+    assert fitted == dataclasses.replace(config, restart_after=images, batch_size=min(256, num_images))
+
+
+def test_default_resets_on_a_small_folder(command: Command, tiny: tuple[str, ...], tmp_path: Path) -> None:
+    default = ("--restart-after", Config.restart_after, "--epochs", 8, "--num-codes", 64, "--image-size", 8)
+    assert command("vqae.train", *tiny, *default, "--out", tmp_path / "run").exit_code == 0
+    lines = metrics(tmp_path / "run")
+    assert [line["restarts"] > 0 for line in lines[:2]] == [False, False]
+    assert sum(line["restarts"] for line in lines[2:]) > 0
+    assert lines[-1]["codes_used"] > lines[1]["codes_used"]
+
+
+def test_collapse_on_a_small_folder_is_warned_of(
+    command: Command, tiny: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = trainer.evaluate
+
+    def evaluate(model: VQAE, images: torch.Tensor, *others: Any) -> Evaluation:
+        return measure(model, images, *others)._replace(counts=torch.tensor([images.shape[0]] + 15 * [0]))
+
+    monkeypatch.setattr(trainer, "evaluate", evaluate)
+    default = ("--restart-after", Config.restart_after, "--epochs", 6, "--image-size", 8)
+    outcome = command("vqae.train", *tiny, *default, "--out", tmp_path / "run")
+    assert outcome.exit_code == 0, outcome.err
+    assert "45 held-out images use 1 of 16 codes" in outcome.err
 
 
 # -- a codebook that collapses
@@ -436,6 +518,36 @@ def test_full_disk_while_events_are_written(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(UsageError, match=f"no space left on the disk for {tmp_path}"):
         write_events(tmp_path, {"step": 1, "test_mse": 0.5})
     assert capfd.readouterr().err == ""
+
+
+def test_full_disk_after_events_were_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    writer = write_events(tmp_path, {"step": 1, "test_mse": 0.5})
+    monkeypatch.setattr(RecordWriter, "write", fail)
+    with pytest.raises(UsageError, match=f"no space left on the disk for {tmp_path}"):
+        write_events(tmp_path, {"step": 2, "test_mse": 0.5, "dataset": "cifar10"}, writer)
+    assert capfd.readouterr().err == ""
+
+
+def test_a_disk_that_fills_up_ends_the_run_with_a_message(
+    command: Command, tiny: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = RecordWriter.write
+
+    def fail_later(self: RecordWriter, data: bytes) -> None:
+        if len(metrics(tmp_path) if (tmp_path / "metrics.jsonl").exists() else []) == 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(self, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RecordWriter, "write", fail_later)
+        outcome = command("vqae.train", *tiny, "--image-size", 8, "--out", tmp_path)
+    assert (outcome.exit_code, "Traceback" in outcome.err) == (2, False)
+    assert f"error: no space left on the disk for {tmp_path / 'events'}" in outcome.err
+    assert command("vqae.train", "--out", tmp_path, "--resume").exit_code == 0
+    assert len(metrics(tmp_path)) == 2
 
 
 def test_without_tensorboard_there_are_no_events(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -35,50 +35,62 @@ class Images:
     dataset: str  # the data set that was loaded: "cifar10", "imagefolder" or "synthetic", never "auto"
 
 
-def load_images(dataset: Dataset, data_dir: Path | None, *, image_size: int | None = None, seed: int = 0) -> Images:
+def load_images(
+    dataset: Dataset, data_dir: Path | None, *, image_size: int | None = None, seed: int = 0, **folder_options: Any
+) -> Images:
     """Load both splits of a data set, always in the same order.
 
     Args:
         dataset: "cifar10" downloads CIFAR-10 if data_dir holds nothing of it. "imagefolder" reads
-            data_dir/train/<class>/* and data_dir/test/<class>/*. "synthetic" generates 20,000 training and 5,000 test
-            images. "auto" is CIFAR-10 if it is in data_dir or can be downloaded, otherwise synthetic with a warning. A
-            damaged CIFAR-10 is an error for "auto" too.
+            data_dir/train/<class>/* and data_dir/test/<class>/*, or splits the images in data_dir. "synthetic"
+            generates 20,000 training and 5,000 test images. "auto" is CIFAR-10 if it is in data_dir or can be
+            downloaded, otherwise synthetic with a warning. A damaged CIFAR-10 is an error for "auto" too.
         data_dir: folder of the images. None is "data", but "imagefolder" requires a folder. "synthetic" ignores it.
         image_size: resize the shorter side of each image to this, antialiased, and crop the centre. None keeps the
             images (32 x 32 for synthetic ones), which must then have one size.
-        seed: seed of the synthetic images.
+        seed: seed of the synthetic images, and of the split of an image folder without train/ and test/.
+        folder_options: test_fraction and skip_unreadable of `read_image_folder`.
 
     Raises:
         UsageError: the data set is missing, damaged or not available, or an argument is out of range.
     """
-    (train, test), actual_dataset = _load_splits(dataset, data_dir, ("train", "test"), image_size, seed)
-    return Images(train, test, actual_dataset)
+    (train, test), name = _load_splits(dataset, data_dir, ("train", "test"), image_size, seed, folder_options)
+    return Images(train, test, name)
 
 
 def load_split(
-    dataset: Dataset, data_dir: Path | None, split: Split, *, image_size: int | None = None, seed: int = 0
+    dataset: Dataset,
+    data_dir: Path | None,
+    split: Split,
+    *,
+    image_size: int | None = None,
+    seed: int = 0,
+    **folder: Any,
 ) -> tuple[Tensor, str]:
-    """Load one split. An image folder need not have the other one. Arguments and errors are those of `load_images`.
+    """Load one split, [N, 3, H, W] uint8, and name the data set that was read. An image folder need not have the other.
 
-    Returns:
-        The images [N, 3, H, W] uint8, and the data set that was read.
+    Arguments and errors are those of `load_images`.
     """
-    (images,), actual_dataset = _load_splits(dataset, data_dir, (split,), image_size, seed)
+    (images,), actual_dataset = _load_splits(dataset, data_dir, (split,), image_size, seed, folder)
     return images, actual_dataset
 
 
 def _load_splits(
-    dataset: Dataset, data_dir: Path | None, splits: tuple[Split, ...], image_size: int | None, seed: int
+    dataset: Dataset,
+    data_dir: Path | None,
+    splits: tuple[Split, ...],
+    image_size: int | None,
+    seed: int,
+    folder_options: dict[str, Any],
 ) -> tuple[list[Tensor], str]:
     """The images of each split, and the data set that was read."""
     if image_size is not None and image_size < 1:
         raise UsageError(f"--image-size must be at least 1, got {image_size}")
     if dataset == "imagefolder":
         if data_dir is None:
-            raise UsageError(
-                "--dataset imagefolder needs --data-dir DIR, with DIR/train/<class>/ and DIR/test/<class>/"
-            )
-        return read_image_folder(data_dir, splits, image_size), "imagefolder"
+            layout = "with images, or with DIR/train/<class>/ and DIR/test/<class>/"
+            raise UsageError(f"--dataset imagefolder needs --data-dir DIR, {layout}")
+        return read_image_folder(data_dir, splits, image_size, seed=seed, **folder_options), "imagefolder"
     if dataset in ("auto", "cifar10"):
         try:
             images = read_cifar10(data_dir or Path("data"), splits)

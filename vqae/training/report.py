@@ -78,25 +78,27 @@ class ProgressReporter:
         self._bar.close()
 
 
-def write_events(folder: Path, line: dict[str, Any]) -> None:
+def write_events(folder: Path, line: dict[str, Any], writer: Any = None) -> Any:
     """Write the metrics of an epoch as TensorBoard events of its step. Without tensorboard, nothing is written.
 
     Events that an interrupted process wrote for the same or a later step are hidden. Raises UsageError if the disk is
-    full or the folder is not writable.
+    full or the folder is not writable. Returns the SummaryWriter, which continues its file if it is given next time.
     """
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        return
-    # SummaryWriter writes in a thread. close() raises the thread's OSError, so its traceback is not needed.
+        return None
+    # SummaryWriter writes in a thread. flush() raises the thread's OSError, so its traceback is not needed.
     excepthook, threading.excepthook = threading.excepthook, lambda _: None
     try:
-        with SummaryWriter(folder, purge_step=line["step"]) as writer:
-            for name, value in line.items():
-                if isinstance(value, str):
-                    writer.add_text(name, value, line["step"])
-                elif value is not None and name not in ("epoch", "step"):
-                    writer.add_scalar(name, value, line["step"])
+        writer = writer or SummaryWriter(folder, purge_step=line["step"])
+        for name, value in line.items():
+            if isinstance(value, str):
+                writer.add_text(name, value, line["step"])
+            elif value is not None and name not in ("epoch", "step"):
+                writer.add_scalar(name, value, line["step"])
+        writer.flush()
+        return writer
     except OSError as error:
         raise write_error(folder, error) from None
     finally:

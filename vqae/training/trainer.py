@@ -1,5 +1,6 @@
 """The training loop: steps, epochs, evaluation, checkpoints."""
 
+import contextlib
 import math
 import sys
 import time
@@ -54,7 +55,7 @@ class Trainer:
         self.folder = RunFolder(config.out)
         self.train, self.val, self.test = (to_device(images, device) for images in (train, val, test))
         self.fingerprints = fingerprints(train, val, test)
-        self.batch_size = min(config.batch_size, train.shape[0])
+        self.batch_size = config.fitted_to(train.shape[0]).batch_size
         self.steps_per_epoch = train.shape[0] // self.batch_size
         self.is_rank0 = is_rank0()
 
@@ -75,8 +76,12 @@ class Trainer:
         if state is not None:
             self._restore(state)
         self._synchronise()
+        if state is not None and state["finished"]:  # an extended run: the learning rates of its new schedule
+            for group, factor in zip(self.optimizer.param_groups, self.schedule.lr_lambdas, strict=True):
+                group["lr"] = group["initial_lr"] * factor(self.global_step)
         self.forward = self._prepare_forward()
         self.saved_at = time.monotonic()
+        self.event_writer: Any = None  # see write_events
         self.reporter = ProgressReporter(self.progress(), silent=not self.is_rank0)
 
     @property
@@ -141,6 +146,9 @@ class Trainer:
                 raise
             finally:
                 self.reporter.close()
+                if self.event_writer is not None:
+                    with contextlib.suppress(OSError):  # everything is flushed, or an error has been raised
+                        self.event_writer.close()
 
     def train_steps(self, count: int) -> None:
         """Train for `count` steps of the current epoch, or until the time of the run is used up."""
@@ -246,13 +254,14 @@ class Trainer:
         """Print and log the epoch's metrics, and warn if the codebook has collapsed."""
         line = self.history[-1]
         if self.is_rank0:
-            write_events(self.folder.events, line)
+            self.event_writer = write_events(self.folder.events, line, self.event_writer)
         self.reporter.line(
             f"epoch {line['epoch']:g}/{self.config.epochs} ({self.dataset})  train MSE {line['train_mse']:.4f}  "
             f"test MSE {line['test_mse']:.4f}  PSNR {line['psnr_db']:.2f} dB  codes used {line['codes_used']}/"
             f"{self.config.num_codes}  perplexity {line['perplexity']:.0f}  {line['images_per_s']:.0f} images/s"
         )
-        warning = collapse_warning(self.config, held_out_counts, self.global_step * self.batch_size)
+        fitted = self.config.fitted_to(self.train.shape[0])
+        warning = collapse_warning(fitted, held_out_counts, self.global_step * self.batch_size)
         if warning is not None:
             self.reporter.line(warning, sys.stderr)
 
@@ -274,16 +283,20 @@ class Trainer:
                 plot()
 
     def _model_state(self) -> dict[str, Any]:
-        """The content of best.pt: what the model alone needs."""
+        """The content of best.pt: what the model needs, and the fingerprints of the run's images."""
         return {
             "config": self.config.to_dict(),
             "dataset": self.dataset,
             "image_size": list(self.model.image_size),
+            "images": self.fingerprints,
             "model": self.model.state_dict(),
         }
 
     def _save(self, *, finished: bool) -> None:
-        """Write last.pt, from which any number of processes can resume."""
+        """Write last.pt, from which any number of processes can resume.
+
+        That of a finished run has no momentum, which takes as much space as the model. An extended run starts with 0.
+        """
         if not self.is_rank0:
             return
         self.losses.check()
@@ -293,11 +306,10 @@ class Trainer:
         state = {
             **self._model_state(),
             **{name: getattr(self, name) for name in _SAVED},
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": {**self.optimizer.state_dict(), **({"state": {}} if finished else {})},
             "schedule": self.schedule.state_dict(),
             "rng": rng,
             "losses": {"sums": self.losses.sums, "steps": self.losses.steps},
-            "images": self.fingerprints,
             "elapsed_s": self._elapsed_s(),
             "finished": finished,
             "job": Launch.from_environment().job,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vqae.data.image_folder import read_image, read_image_folder
+from vqae.data.image_folder import BACKGROUND, list_files, read_image_folder, read_images, split_files
 from vqae.runtime.errors import UsageError
 
 REAL_IMAGES = Path(__file__).parents[4] / "shared" / "data" / "cifar10-jpeg.tar.xz"
@@ -20,6 +20,11 @@ def _save(path: Path, image: Image.Image | None = None, **options: object) -> Pa
     path.parent.mkdir(parents=True, exist_ok=True)
     (Image.new("RGB", (8, 6), "red") if image is None else image).save(path, **options)
     return path
+
+
+def read_one(path: Path) -> torch.Tensor:
+    images, _ = read_images([str(path)], None, skip_unreadable=False)
+    return images[0]
 
 
 def _noise(height: int, width: int, seed: int = 0) -> Image.Image:
@@ -82,13 +87,19 @@ def _transparent_palette() -> Image.Image:
     [
         (Image.new("L", (8, 6), 77), {}, (77, 77, 77)),
         (Image.new("1", (8, 6), 1), {}, (255, 255, 255)),
-        (Image.new("LA", (8, 6), (77, 10)), {}, (77, 77, 77)),
-        (Image.new("RGBA", (8, 6), (200, 100, 50, 128)), {}, (200, 100, 50)),
+        (Image.new("LA", (8, 6), (77, 51)), {}, (219, 219, 219)),  # a fifth of 77, the rest white
+        (Image.new("RGBA", (8, 6), (200, 100, 50, 51)), {}, (244, 224, 214)),
+        (Image.new("RGBA", (8, 6), (200, 100, 50, 255)), {}, (200, 100, 50)),
+        (Image.new("RGBA", (8, 6), (200, 100, 50, 0)), {}, BACKGROUND),
+        (Image.new("RGB", (8, 6), (200, 100, 50)), {"transparency": (200, 100, 50)}, BACKGROUND),
         (_transparent_palette(), {}, (200, 100, 50)),
-        (_transparent_palette(), {"transparency": b"\x00\x80"}, (200, 100, 50)),
+        (_transparent_palette(), {"transparency": b"\x00\x33"}, (244, 224, 214)),
         (Image.fromarray(np.full((6, 8), 0x4D80, dtype=np.uint16)), {}, (77, 77, 77)),
     ],
-    ids=["grey", "black and white", "grey with alpha", "RGBA", "palette", "transparent palette", "16-bit grey"],
+    ids=[
+        *("grey", "black and white", "grey with alpha", "RGBA", "opaque", "invisible", "transparent colour"),
+        *("palette", "transparent palette", "16-bit grey"),
+    ],
 )
 def test_every_kind_of_image_becomes_rgb(
     image: Image.Image, options: dict[str, object], expected: tuple[int, int, int], tmp_path: Path
@@ -97,6 +108,24 @@ def test_every_kind_of_image_becomes_rgb(
     (images,) = read_image_folder(tmp_path, ["test"], None)
     assert images.shape == (1, 3, 6, 8)
     assert torch.equal(images[0], torch.tensor(expected, dtype=torch.uint8)[:, None, None].expand(3, 6, 8))
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+def test_exif_rotation_is_applied(suffix: str, tmp_path: Path) -> None:
+    upright = np.zeros((16, 24, 3), dtype=np.uint8)
+    upright[:8] = 255  # white above black
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: the top of the scene is at the left of the stored image
+    path = _save(tmp_path / f"1.{suffix}", Image.fromarray(np.rot90(upright).copy()), exif=exif, quality=95)
+    image = read_one(path)
+    assert image.shape == (3, 16, 24)
+    assert image[:, :7].min() > 200
+    assert image[:, 9:].max() < 50
+
+
+def test_damaged_exif_is_ignored(tmp_path: Path) -> None:
+    path = _save(tmp_path / "1.png", _noise(5, 7), exif=b"Exif\x00\x00no TIFF header")
+    assert read_one(path).shape == (3, 5, 7)
 
 
 def test_image_size_cuts_out_the_centre(tmp_path: Path) -> None:
@@ -131,6 +160,88 @@ def test_splits_of_different_sizes(folder: Path) -> None:
         _save(folder / "test" / name / "1.png", _noise(5, 7))
     with pytest.raises(UsageError, match=r"train.cats.1\.png is 8 x 6, .*test.cats.1\.png is 7 x 5"):
         read_image_folder(folder, ["train", "test"], None)
+
+
+# -- flat folders
+
+
+@pytest.fixture
+def flat(tmp_path: Path) -> Path:
+    """Ten images of noise, some in folders."""
+    for index in range(10):
+        _save(tmp_path / ("" if index % 2 else f"folder {index}") / f"{index}.png", _noise(6, 8, index))
+    (tmp_path / ".DS_Store").write_bytes(b"no image")
+    return tmp_path
+
+
+def _rows(images: torch.Tensor) -> set[bytes]:
+    return {image.numpy().tobytes() for image in images}
+
+
+@pytest.mark.parametrize(("test_fraction", "num_test"), [(0.1, 1), (0.26, 3), (0.001, 1), (0.999, 9)])
+def test_a_flat_folder_is_split_by_seed(flat: Path, test_fraction: float, num_test: int) -> None:
+    def read(*splits: str, seed: int = 0) -> list[torch.Tensor]:
+        return read_image_folder(flat, splits, None, test_fraction=test_fraction, seed=seed)
+
+    train, test = read("train", "test")
+    assert (len(train), len(test)) == (10 - num_test, num_test)
+    assert len(_rows(train) | _rows(test)) == 10
+    assert torch.equal(read("test")[0], test)
+    assert torch.equal(read("train")[0], train)
+    assert len({frozenset(_rows(read("test", seed=seed)[0])) for seed in range(8)}) > 1
+
+
+def test_the_split_does_not_depend_on_where_the_folder_is(flat: Path, tmp_path: Path) -> None:
+    def names(folder: Path) -> list[str]:
+        files = [folder / f"{index}.png" for index in range(100)]
+        return [Path(file).name for file in split_files(folder, files, 0.2, 3)["test"]]
+
+    assert names(tmp_path / "here") == names(tmp_path / "there")
+    assert names(tmp_path)[:4] == ["5.png", "8.png", "11.png", "12.png"]  # on every machine
+
+
+def test_most_images_keep_their_split_when_others_are_added(tmp_path: Path) -> None:
+    files = [tmp_path / f"{index}.png" for index in range(220)]
+    before, after = (set(split_files(tmp_path, files[:num], 0.2, 0)["test"]) for num in (200, 220))
+    assert len(before - after) <= 4
+
+
+def test_a_flat_folder_needs_two_images(tmp_path: Path) -> None:
+    _save(tmp_path / "1.png")
+    with pytest.raises(UsageError, match="must hold at least 2 images to be split into train and test, got 1"):
+        read_image_folder(tmp_path, ["train", "test"], None)
+
+
+def test_hidden_files_are_not_listed(flat: Path) -> None:
+    _save(flat / ".cache" / "1.png")
+    assert len(list_files(flat)) == 10
+
+
+# -- files that cannot be read
+
+
+def test_unreadable_files_are_skipped_and_counted(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    expected = read_image_folder(folder, ["train", "test"], None)
+    (folder / "train" / "cats" / "0.jpg").write_bytes(b"\xff\xd8\xff\xe0 half a header")
+    (folder / "train" / "dogs" / "notes.txt").write_text("notes")
+    images = read_image_folder(folder, ["train", "test"], None, skip_unreadable=True)
+    assert all(torch.equal(one, other) for one, other in zip(images, expected, strict=True))
+    assert [record.getMessage() for record in caplog.records] == [
+        f"skipped 2 of 6 files, which cannot be read: {folder / 'train' / 'cats' / '0.jpg'} ..."
+    ]
+
+
+def test_a_split_without_a_readable_image_is_an_error(folder: Path) -> None:
+    for name in ("cats", "dogs"):
+        (folder / "test" / name / "1.png").write_bytes(b"")
+    with pytest.raises(UsageError, match=r"none of the test images of .* can be read"):
+        read_image_folder(folder, ["train", "test"], None, skip_unreadable=True)
+
+
+def test_skipping_does_not_hide_several_sizes(folder: Path) -> None:
+    _save(folder / "train" / "dogs" / "2.png", _noise(5, 7))
+    with pytest.raises(UsageError, match="the images differ in size"):
+        read_image_folder(folder, ["train"], None, skip_unreadable=True)
 
 
 def _remove(path: Path) -> None:
@@ -213,12 +324,12 @@ def test_decompression_bomb_is_named(folder: Path, monkeypatch: pytest.MonkeyPat
 
 def test_one_image(tmp_path: Path) -> None:
     path = _save(tmp_path / "1.png", _noise(5, 7))
-    image = read_image(path)
+    image = read_one(path)
     assert image.dtype == torch.uint8
     assert torch.equal(image.permute(1, 2, 0), torch.from_numpy(np.array(_noise(5, 7))))
     for no_image in (tmp_path, tmp_path / "2.png"):
         with pytest.raises(UsageError, match=rf"{no_image} is damaged, not an image"):
-            read_image(no_image)
+            read_one(no_image)
 
 
 class _StoppedError(Exception):
