@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
+ROOT = Path(__file__).parents[3]
 
 
 def extra_mib(call: str, num_rows: int, num_codes: int, code_dim: int) -> float:
@@ -20,8 +20,8 @@ def extra_mib(call: str, num_rows: int, num_codes: int, code_dim: int) -> float:
         pytest.skip("needs Linux, for the peak of the resident memory")
     program = f"""
         import sys, torch
-        sys.path.insert(0, {str(BENCHMARKS)!r})
-        from search_timing import peak_mib
+        sys.path.insert(0, {str(ROOT)!r})
+        from benchmarks.timing import peak_mib
         from vq_kernels import *
         torch.manual_seed(0)
         rows, codebook = torch.randn({num_rows}, {code_dim}), torch.randn({num_codes}, {code_dim})
