@@ -23,8 +23,8 @@ def rows(after: str) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("after", "theirs", "refused"),
     [
-        ("Each keyword at construction", Theirs, AT_CONSTRUCTION),
-        ("Each keyword of a call", Theirs.forward, IN_A_CALL),
+        ("Keywords of the constructor", Theirs, AT_CONSTRUCTION),
+        ("Keywords of the forward pass", Theirs.forward, IN_A_CALL),
     ],
 )
 def test_every_keyword_is_in_its_table(after: str, theirs: Any, refused: dict[str, Any]) -> None:
