@@ -176,16 +176,15 @@ class QuantizerBase(Codebook):
             The results for the codebooks, head by head, and stage after stage in each.
 
         Raises:
-            TypeError, ValueError: as for `kmeans`; or the metric is "cosine".
+            TypeError, ValueError: as for `kmeans`.
         """
-        if self.metric == "cosine":
-            raise ValueError("fit needs metric='euclidean', got 'cosine'")
+        options = {"metric": self.metric, "backend": self.backend, "synchronise": self.synchronise} | options
         results = []
         for head in range(self._layout.num_codebooks):
             rows: Iterable[Tensor] = Mapped([x] if isinstance(x, Tensor) else x, partial(self._rows_of_head, head))
             for _ in range(self._num_stages):
                 rows = list(rows) if isinstance(x, Tensor) else rows  # residuals in memory are computed once
-                result = kmeans(rows, self.num_codes, backend=self.backend, synchronise=self.synchronise, **options)
+                result = kmeans(rows, self.num_codes, **options)
                 results.append(result)
                 rows = Mapped(rows, partial(_residual, codebook=result.codebook, backend=self.backend))
         self.set_codes(torch.stack([result.codebook for result in results]).view(self.codebook.shape))

@@ -1,5 +1,6 @@
 """k-means: as good as the published algorithm, deterministic, in batches and over processes the same."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,10 @@ import torch.multiprocessing
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from vq_kernels import kmeans, nearest_code
+from vq_kernels import kmeans, most_similar_code, nearest_code
+from vq_kernels.gradient.autograd import Metric
+from vq_kernels.learning import kmeans as module
+from vq_kernels.learning.kmeans import _Batches, _iterate
 
 
 def blobs(num_rows: int = 3000, num_blobs: int = 20, code_dim: int = 4, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -42,6 +46,39 @@ def test_each_code_is_the_mean_of_its_rows() -> None:
     means = torch.stack([x[indices == k].mean(dim=0) for k in range(30)])
     assert result.codebook.dtype == torch.float64
     torch.testing.assert_close(result.codebook, means)
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_overshooting_halves_the_iterations_and_never_raises_the_inertia(
+    metric: Metric, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = torch.randn(4000, 8, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    batches = _Batches(x, metric, "torch", synchronise=False)
+    needed = lloyds = 0
+    for start in x[:300].split(100):
+        inertias: list[float] = []
+        assert _iterate(batches, batches.normalise(start), 300, 1e-4, 0, inertias.append).converged
+        assert all(after < before for before, after in pairwise(inertias))
+        with monkeypatch.context() as patched:
+            patched.setattr(module, "_OVERSHOOT", 1.0)
+            lloyd = _iterate(batches, batches.normalise(start), 300, 1e-4, 0)
+        needed += sum(inertia > lloyd.inertia for inertia in inertias) + 1
+        lloyds += lloyd.num_iterations
+    assert needed < 0.6 * lloyds
+
+
+def test_cosine_is_spherical_kmeans() -> None:
+    x, centres = blobs(1000)
+    result = kmeans(x * torch.rand(1000, 1, generator=torch.Generator().manual_seed(0)), 20, metric="cosine")
+    directions, found = torch.nn.functional.normalize(x), most_similar_code(x, result.codebook)
+    assert torch.equal(found.indices.bincount(minlength=20), result.counts)
+    assert result.inertia == pytest.approx(float((directions - found.codes).square().sum()), rel=1e-4)
+    assert (result.counts == 50).all()
+    for k in range(20):
+        mean = directions[found.indices == k].mean(dim=0)
+        torch.testing.assert_close(result.codebook[k], mean / mean.norm(), rtol=0, atol=1e-6)
+    given = kmeans(x, 20, init=centres, metric="cosine", max_iterations=0)
+    torch.testing.assert_close(given.codebook, torch.nn.functional.normalize(centres))
 
 
 def test_better_start_ends_lower() -> None:
@@ -116,6 +153,7 @@ def test_progress_is_shown_on_request(capsys: pytest.CaptureFixture[str]) -> Non
         (torch.zeros(4, 2), {"num_codes": 2, "max_iterations": -1}, ValueError, "max_iterations must be >= 0, got -1"),
         (torch.zeros(4, 2), {"num_codes": 2, "init": "best"}, ValueError, "init must be one of k-means"),
         (torch.zeros(4, 2), {"num_codes": 2, "init": torch.zeros(3, 2)}, ValueError, r"init must be \[2, D\]"),
+        (torch.zeros(4, 2), {"num_codes": 2, "metric": "dot"}, ValueError, "metric must be one of euclidean, cosine"),
         (torch.zeros(4), {"num_codes": 2}, ValueError, r"x must be \[N, D\], got \(4,\)"),
         (torch.zeros(4, 2, dtype=torch.int64), {"num_codes": 2}, TypeError, "x must be float32"),
         (
