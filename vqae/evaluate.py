@@ -21,7 +21,7 @@ from vqae.data.load import fingerprints, load_split
 from vqae.model.vqae import VQAE, model_from_checkpoint
 from vqae.runtime.distributed import check_same, is_rank0, local_rank0_first, on_all_ranks, process_group
 from vqae.runtime.errors import UsageError
-from vqae.runtime.process import SignalHandler
+from vqae.runtime.process import SignalHandler, program
 from vqae.training.checkpoint import json_line, load_checkpoint
 from vqae.training.metrics import evaluate
 
@@ -51,7 +51,7 @@ class Command:
 
 def main(arguments: list[str], signals: SignalHandler) -> None:
     """Run the command line. Raises the exceptions that `run_command` turns into exit codes."""
-    command = tyro.cli(Command, args=arguments, prog="python -m vqae.evaluate")
+    command = tyro.cli(Command, args=arguments, prog=program("evaluate"))
     if command.batch_size < 1:
         raise UsageError(f"--batch-size must be at least 1, got {command.batch_size}")
     with process_group(command.device) as device:

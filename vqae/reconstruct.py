@@ -7,17 +7,18 @@ if __name__ == "__main__":
 
     run_command("vqae.reconstruct")  # imports this module again, after the signal handlers are installed
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
 from vqae.config import find_device
-from vqae.data.image_folder import list_files, read_images
+from vqae.data.image_folder import check_outside, list_files, read_folders, read_images
 from vqae.model.vqae import model_from_checkpoint
 from vqae.runtime.errors import UsageError
-from vqae.runtime.process import SignalHandler
+from vqae.runtime.process import SignalHandler, program
 from vqae.training.checkpoint import load_checkpoint
 from vqae.training.report import plot_reconstructions
 
@@ -42,7 +43,7 @@ class Command:
 
 def main(arguments: list[str], signals: SignalHandler) -> None:
     """Run the command line. Raises the exceptions that `run_command` turns into exit codes."""
-    command = tyro.cli(Command, args=arguments, prog="python -m vqae.reconstruct")
+    command = tyro.cli(Command, args=arguments, prog=program("reconstruct"))
     if not command.images:
         raise UsageError("at least one image must be given, got none")
     if command.out.suffix.lower() != ".png":
@@ -52,7 +53,11 @@ def main(arguments: list[str], signals: SignalHandler) -> None:
     device = find_device(command.device)
     state = load_checkpoint(command.checkpoint)
     model = model_from_checkpoint(state).to(device).eval()
-    files = [file for path in command.images for file in (list_files(path) if path.is_dir() else [path])]
+    folders = [path for path in command.images if os.path.isdir(path)]
+    check_outside(command.out.parent, [*folders, *_folders_of_run(state)])
+    files = [file for path in command.images for file in (list_files(path) if path in folders else [path])]
+    if os.path.realpath(command.out) in map(os.path.realpath, files):
+        raise UsageError(f"--out must not be one of the images, got {command.out}")
     if not files:
         raise UsageError(f"{', '.join(map(str, command.images))} holds no images")
     paths = [str(file) for file in files[: command.limit]]
@@ -61,3 +66,9 @@ def main(arguments: list[str], signals: SignalHandler) -> None:
     plot_reconstructions(model, originals.to(device), command.out, title, columns=min(16, len(originals)))
     of = f" of {len(files)}" if len(files) > command.limit else ""
     print(f"{len(originals)}{of} images in {command.out}")
+
+
+def _folders_of_run(state: dict[str, Any]) -> list[Path]:
+    """The folders that a run on an image folder has read."""
+    data_dir = state["config"].get("data_dir")
+    return read_folders(Path(data_dir)) if data_dir and state["dataset"] == "imagefolder" else []

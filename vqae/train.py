@@ -17,13 +17,14 @@ import torch
 import tyro
 
 from vqae.config import RECIPES, Config, Dataset, flag, with_current_flags
+from vqae.data.image_folder import check_outside, read_folders
 from vqae.data.load import Images, fingerprints, load_images, split_train
 from vqae.model.pca_init import init_by_pca
 from vqae.model.vqae import VQAE, build_model
 from vqae.runtime import distributed as dist
 from vqae.runtime.distributed import world_size
 from vqae.runtime.errors import LostProcessError, UsageError
-from vqae.runtime.process import Launch, SignalHandler
+from vqae.runtime.process import Launch, SignalHandler, program
 from vqae.training.checkpoint import RunFolder, load_checkpoint
 from vqae.training.trainer import Trainer
 
@@ -69,7 +70,7 @@ def parse(arguments: list[str]) -> Command:
 
 
 def _parse(arguments: list[str], defaults: Config) -> Command:
-    return tyro.cli(Command, args=arguments, default=Command(run=defaults), prog="python -m vqae.train")
+    return tyro.cli(Command, args=arguments, default=Command(run=defaults), prog=program("train"))
 
 
 def main(arguments: list[str], signals: SignalHandler) -> None:
@@ -89,6 +90,7 @@ def main(arguments: list[str], signals: SignalHandler) -> None:
 def _train(command: Command, device: torch.device, signals: SignalHandler) -> None:
     """Load the images and train, in a single process or as one of the process group."""
     config, folder = command.run, RunFolder(command.run.out)
+    dist.broadcast_from_rank0(lambda: _check_outside_images(config, folder))
     (restarts,) = dist.max_over_ranks(Launch.from_environment().restarts)  # each machine counts only its own
     state = dist.broadcast_from_rank0(lambda: _checkpoint_to_resume(folder, command, restarted=restarts > 0))
     if state and state["finished"] and all(state["config"][name] == getattr(config, name) for name in _EXTENDS):
@@ -131,6 +133,13 @@ def _load_images(config: Config, dataset: Dataset) -> Images:
     images = load(lambda: load_images(dataset, config.data_dir, **config.folder_options))
     dist.check_same("the images", (images.dataset, *fingerprints(images.train, images.test)))
     return images
+
+
+def _check_outside_images(config: Config, folder: RunFolder) -> None:
+    """Raise UsageError if the next run would read the files of this one as images."""
+    if config.dataset == "imagefolder" and config.data_dir is not None:
+        for path in (folder.path, folder.events):
+            check_outside(path, read_folders(config.data_dir))
 
 
 def _checkpoint_to_resume(folder: RunFolder, command: Command, *, restarted: bool) -> dict[str, Any] | None:

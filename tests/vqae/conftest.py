@@ -59,7 +59,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
     logger = logging.getLogger("vqae")
 
     def run(module: str, *arguments: object) -> Outcome:
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
         level = logger.level
         capsys.readouterr()
         monkeypatch.setattr(sys, "argv", [module, *map(str, arguments)])

@@ -113,3 +113,18 @@ def test_unreadable_files_of_a_folder(
     assert not out.exists()
     assert command(*arguments, "--skip-unreadable").out == f"1 images in {out}\n"
     assert f"skipped 1 of 2 files, which cannot be read: {folder / 'notes.txt'}" in caplog.text
+
+
+def test_out_must_not_be_among_the_images(command: Command, finished_run: Path, images: Path, tmp_path: Path) -> None:
+    file = shutil.copy(next((images / "train" / "colours").iterdir()), tmp_path / "1.png")
+    before, best = file.read_bytes(), finished_run / "best.pt"
+    for arguments, message in (
+        ((file, "--out", file), f"--out must not be one of the images, got {file}"),
+        ((tmp_path, "--out", tmp_path / "out.png"), f"--out must be outside {tmp_path}, where every file is read"),
+        ((file, "--out", images / "test" / "out.png"), f"--out must be outside {images / 'test'}"),  # read by the run
+    ):
+        outcome = command("vqae.reconstruct", "--checkpoint", best, *arguments)
+        assert (outcome.exit_code, outcome.out) == (2, "")
+        assert message in outcome.err
+    assert file.read_bytes() == before
+    assert not list(tmp_path.glob("out*")) + list((images / "test").glob("out*"))

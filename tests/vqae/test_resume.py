@@ -75,6 +75,27 @@ def test_sigterm_during_training(
     assert not [name for name in files_in(out) if name.endswith(".part")]
 
 
+def test_a_terminal_that_closes_ends_in_a_checkpoint(
+    tiny: tuple[str, ...], tmp_path: Path, environment: dict[str, str]
+) -> None:
+    """The kernel sends SIGHUP, and nothing can be printed any more."""
+    code = "import fcntl, runpy, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); runpy.run_module"
+    code += "('vqae.train', None, '__main__')"
+    out, (master, terminal) = tmp_path / "run", os.openpty()
+    settings = (*tiny, "--image-size", "8", "--epochs", "100000", "--out", str(out))
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), terminal)
+    with subprocess.Popen(
+        [sys.executable, "-c", code, *settings], env=environment, start_new_session=True, **streams
+    ) as process:
+        os.close(terminal)
+        wait_for(out / "best.pt", process)
+        os.close(master)
+        assert process.wait(60) == 129
+    state = load(out / "last.pt")
+    assert not state["finished"]
+    assert state["epoch"] >= 1
+
+
 def test_interruptions_at_every_stage_of_a_run(
     command: Command, tiny: tuple[str, ...], finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

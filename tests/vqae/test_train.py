@@ -173,6 +173,12 @@ def test_the_checkpoint_of_a_finished_run_is_as_large_as_the_model(finished_run:
     assert load(last)["optimizer"]["state"] == {}
 
 
+def test_no_events_in_a_folder_whose_name_is_not_utf_8(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    with pytest.warns(UserWarning, match=r"no TensorBoard events are written: the path '.*caf.*' is not in UTF-8"):
+        assert write_events(folder, {"step": 1, "test_mse": 0.5}) is None
+
+
 # -- the encoder's part
 
 
@@ -339,27 +345,36 @@ def test_overwrite_removes_the_run_and_nothing_else(command: Command, tiny: tupl
         assert (tmp_path / name).read_text() == "old"
 
 
+def timed_run(*arguments: object, environment: dict[str, str]) -> float:
+    """Run vqae.train in a process of its own. Returns the seconds from start to exit."""
+    command = [sys.executable, "-m", "vqae.train", *map(str, arguments)]
+    start = time.monotonic()
+    subprocess.run(command, env=environment, capture_output=True, check=True, timeout=200)
+    return time.monotonic() - start
+
+
 def test_max_minutes_is_the_time_from_start_to_exit(
     tiny: tuple[str, ...], tmp_path: Path, environment: dict[str, str]
 ) -> None:
-    limit_s = 16.0
-    arguments = (*tiny, "--epochs", "100000", "--max-minutes", str(limit_s / 60), "--out", str(tmp_path / "run"))
-    start = time.monotonic()
-    finished = subprocess.run(
-        [sys.executable, "-m", "vqae.train", *arguments], env=environment, capture_output=True, text=True, timeout=60
-    )
-    assert time.monotonic() - start < limit_s
-    assert finished.returncode == 0, finished.stderr
-    line = metrics(tmp_path / "run")[-1]
+    """Without load, within the limit. A busy machine, where closing takes longer than reserved, gets what it needs.
+
+    How long start and closing take is measured in the shortest run, which has one step.
+    """
+    short, long = tmp_path / "short", tmp_path / "long"
+    shortest_s = timed_run(*tiny, "--max-minutes", 0.001, "--out", short, environment=environment)
+    (line,) = metrics(short)
+    assert line["step"] == 1
+    assert files_in(short) >= FILES
+    closing_s = shortest_s - line["elapsed_s"]
+
+    reserved_s = trainer._CLOSING_S
+    limit_s = shortest_s + reserved_s
+    settings = (*tiny, "--epochs", 100_000, "--max-minutes", limit_s / 60, "--out", long)
+    assert timed_run(*settings, environment=environment) < limit_s + max(0, 1.5 * closing_s - reserved_s)
+    line = metrics(long)[-1]
+    assert line["elapsed_s"] < limit_s - reserved_s / 2
     assert line["lr"] < 0.01 * Config().lr  # the schedule ends where the time does
-    assert files_in(tmp_path / "run") >= FILES
-
-
-def test_max_minutes_shorter_than_a_step(command: Command, tiny: tuple[str, ...], tmp_path: Path) -> None:
-    outcome = command("vqae.train", *tiny, "--image-size", 8, "--max-minutes", 0.001, "--out", tmp_path / "run")
-    assert outcome.exit_code == 0, outcome.err
-    assert [line["step"] for line in metrics(tmp_path / "run")] == [1]
-    assert files_in(tmp_path / "run") >= FILES
+    assert files_in(long) >= FILES
 
 
 # -- refused before anything is written
@@ -439,6 +454,25 @@ def test_invalid_folder_name_is_refused(command: Command, tiny: tuple[str, ...],
         outcome = command(module, *(tiny if option == "--out" else ()), option, tmp_path / ("x" * 300))
         assert outcome.exit_code == 2
         assert "cannot be read: File name too long" in outcome.err
+
+
+@pytest.mark.parametrize("option", [(), ("--overwrite",), ("--resume",)])
+def test_out_must_not_be_among_the_images(
+    command: Command, tiny: tuple[str, ...], images: Path, tmp_path: Path, option: tuple[str, ...]
+) -> None:
+    (tmp_path / "images").symlink_to(images)
+    (tmp_path / "run" / "events").mkdir(parents=True)
+    for arguments in (
+        ("--out", images / "train" / "run"),
+        ("--out", tmp_path / "images" / "test" / "colours"),
+        ("--data-dir", images / "train", "--out", images / "train"),  # a flat folder
+        ("--data-dir", tmp_path / "run" / "events", "--out", tmp_path / "run"),  # into which TensorBoard would write
+    ):
+        before = files_in(images) | files_in(tmp_path)
+        outcome = command("vqae.train", *tiny, *arguments, *option)
+        assert (outcome.exit_code, outcome.out) == (2, "")
+        assert outcome.err.startswith("error: --out must be outside ")
+        assert files_in(images) | files_in(tmp_path) == before
 
 
 @pytest.mark.parametrize("option", [(), ("--overwrite",), ("--resume",)])

@@ -7,10 +7,11 @@ Images are decoded in one thread. Two are not faster, because most of the time i
 import contextlib
 import hashlib
 import logging
+import os
 import struct
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,6 @@ import numpy.typing as npt
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from torchvision.datasets.folder import make_dataset
 from tqdm import tqdm
 
 from vqae.runtime.errors import UsageError
@@ -45,7 +45,7 @@ def read_image_folder(
     seed: int = 0,
     skip_unreadable: bool = False,
 ) -> list[Tensor]:
-    """Read splits of an image folder, each sorted by path. Hidden files and folders are ignored.
+    """Read splits of an image folder, each sorted by folder and name. Hidden files and folders are ignored.
 
     A folder without train/ and test/ is flat: all images below it are split by `split_files`. All splits are listed
     before any image is decoded.
@@ -57,11 +57,11 @@ def read_image_folder(
     Returns [N, 3, H, W] uint8 for each split, with the same H and W. Raises UsageError if a folder is missing or empty,
     a file is damaged or not an image, no image is left, or the images differ in size and `image_size` is None.
     """
-    if not data_dir.is_dir():
-        problem = "is a file" if data_dir.exists() else "does not exist"
+    if not os.path.isdir(data_dir):
+        problem = "is a file" if os.path.exists(data_dir) else "does not exist"
         raise UsageError(f"--data-dir must be a folder, but {data_dir} {problem}")
     try:
-        flat = [] if any((data_dir / split).is_dir() for split in ("train", "test")) else list_files(data_dir)
+        flat = list_files(data_dir) if read_folders(data_dir) == [data_dir] else []
         parts = split_files(data_dir, flat, test_fraction, seed) if flat else {}
         paths = [parts[split] if flat else _list_images(data_dir / split) for split in splits]
     except OSError as error:
@@ -109,16 +109,46 @@ def read_images(paths: Sequence[str], size: tuple[int, int] | None, skip_unreada
 
 
 def list_files(folder: Path) -> list[Path]:
-    """All files below a folder that are not hidden or in a hidden folder, sorted by path."""
-    return [
-        file
-        for file in sorted(folder.rglob("*"))
-        if not file.is_dir() and not any(part.startswith(".") for part in file.relative_to(folder).parts)
-    ]
+    """All files below a folder, sorted by their folder and name. What is hidden is left out, and links are followed."""
+    return [Path(directory, name) for directory, names in sorted(_walk(folder)) for name in sorted(names)]
+
+
+def _walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """The folder and those below it, each once, with the names of their files."""
+
+    def fail(error: OSError) -> None:
+        raise UsageError(f"{error.filename} cannot be read: {error.strerror}") from error
+
+    seen = set()
+    for directory, subfolders, names in os.walk(folder, onerror=fail, followlinks=True):
+        if (real := os.path.realpath(directory)) in seen:
+            subfolders.clear()
+            continue
+        seen.add(real)
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        yield directory, [name for name in names if not name.startswith(".")]
+
+
+def read_folders(data_dir: Path) -> list[Path]:
+    """The folders of an image folder in which every file is read as an image."""
+    splits = [folder for split in ("train", "test") if os.path.isdir(folder := data_dir / split)]
+    return splits or [data_dir]
+
+
+def check_outside(out: Path, folders: Sequence[Path]) -> None:
+    """Raise UsageError if a file in the folder `out` would be read as one of the images in these folders."""
+    target = Path(os.path.realpath(out))
+    for folder in filter(os.path.isdir, folders):
+        walked = {os.path.realpath(directory) for directory, _ in _walk(folder)}
+        for path in (target, *target.parents):
+            if str(path) in walked:
+                raise UsageError(f"--out must be outside {folder}, where every file is read as an image, got {out}")
+            if path.name.startswith("."):
+                break  # hidden, if it is in the folder
 
 
 def split_files(folder: Path, files: Sequence[Path], test_fraction: float, seed: int) -> dict[str, list[str]]:
-    """Split files by the hash of the seed and of their path in `folder`, each split sorted by path.
+    """Split files by the hash of the seed and of their path in `folder`, and keep their order.
 
     The hash decides the order in which files are taken for the test split, so that most files keep their split when
     others are added. Each split gets at least one of two files. Raises UsageError if there is only one.
@@ -135,7 +165,7 @@ def split_files(folder: Path, files: Sequence[Path], test_fraction: float, seed:
 
 
 def _list_images(folder: Path) -> list[str]:
-    """The paths folder/<class>/*, sorted by class and path. Every file that is not hidden must be an image."""
+    """The paths folder/<class>/*, sorted by class, folder and name. Every file that is not hidden must be an image."""
     if not folder.is_dir():
         raise UsageError(
             f"{folder.parent} must hold the folder {folder.name}/, with one folder per class, or images without train/ "
@@ -147,16 +177,11 @@ def _list_images(folder: Path) -> list[str]:
             raise UsageError(f"{entry} is not in the folder of a class: images must be in {folder}/<class>/")
     if not classes:
         raise UsageError(f"{folder} is empty: it must hold one folder per class, with images")
-
-    def is_visible(path: str) -> bool:
-        return not any(part.startswith(".") for part in Path(path).relative_to(folder).parts)
-
-    indices = {entry.name: index for index, entry in enumerate(classes)}
-    samples = make_dataset(str(folder), indices, is_valid_file=is_visible, allow_empty=True)
-    empty = set(indices.values()) - {index for _, index in samples}
-    if empty:
-        raise UsageError(f"{classes[min(empty)]} is empty: the folder of a class must hold at least one image")
-    return [path for path, _ in samples]
+    files = {entry: list_files(entry) for entry in classes}
+    for entry in classes:
+        if not files[entry]:
+            raise UsageError(f"{entry} is empty: the folder of a class must hold at least one image")
+    return [str(file) for entry in classes for file in files[entry]]
 
 
 def _decode(path: str, size: tuple[int, int] | None) -> npt.NDArray[np.uint8]:

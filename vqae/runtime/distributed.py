@@ -3,9 +3,11 @@
 A single process has no process group, and the functions here return what they would for a group of one.
 """
 
+import gc
 import inspect
 import os
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -41,8 +43,9 @@ def is_rank0() -> bool:
 def process_group(device_name: str) -> Iterator[torch.device]:
     """Join the process group of torchrun, gloo for the CPU and NCCL for GPUs, and yield this process's device.
 
-    Raises UsageError if the device or a backend is not available or the processes do not find each other, and in the
-    block LostProcessError if a collective fails because another process died.
+    The group is destroyed after the block. Raises UsageError if the device or a backend is not available or the
+    processes do not find each other, and in the block LostProcessError if a collective fails because another process
+    died. The group is then left as it is, because destroying it would wait for that process.
     """
     launch = Launch.from_environment()
     if launch.world_size == 1:
@@ -52,10 +55,19 @@ def process_group(device_name: str) -> Iterator[torch.device]:
     _join(device, launch)
     try:
         yield device
-    except RuntimeError as error:
-        if isinstance(error, torch.distributed.DistError) or "gloo" in str(error) or "NCCL" in str(error):
+    except BaseException as error:
+        text = str(error) if isinstance(error, RuntimeError) else ""
+        if isinstance(error, torch.distributed.DistError) or "gloo" in text or "NCCL" in text:
             raise LostProcessError(f"rank {launch.rank} of {launch.world_size} lost another process") from error
+        traceback.clear_frames(error.__traceback__)
+        _leave()
         raise
+    _leave()
+
+
+def _leave() -> None:
+    """Destroy the process group. The models in DistributedDataParallel, which use it, go first."""
+    gc.collect()
     torch.distributed.destroy_process_group()
 
 

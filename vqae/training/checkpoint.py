@@ -32,16 +32,17 @@ def atomic_write(file: Path, data: bytes | memoryview) -> None:
             os.fsync(stream.fileno())
         os.replace(temporary, file)
     except OSError as error:
-        raise write_error(file, error) from None
+        raise write_error(file, error, memoryview(data).nbytes) from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
 
 
-def write_error(file: Path, error: OSError) -> UsageError:
-    """The message for a file that cannot be written."""
+def write_error(file: Path, error: OSError, num_bytes: int | None = None) -> UsageError:
+    """The message for a file that cannot be written. `num_bytes` is its size, if that is known."""
     if error.errno == errno.ENOSPC:
-        return UsageError(f"no space left on the disk for {file}; existing files are kept")
+        size = "" if num_bytes is None else f" (the new one has {num_bytes:,} bytes)"
+        return UsageError(f"no space left on the disk for {file}; existing files are kept{size}")
     return UsageError(f"{file} cannot be written: {error.strerror}")
 
 

@@ -2,9 +2,11 @@
 
 import io
 import math
+import os
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -79,7 +81,9 @@ class ProgressReporter:
 
 
 def write_events(folder: Path, line: dict[str, Any], writer: Any = None) -> Any:
-    """Write the metrics of an epoch as TensorBoard events of its step. Without tensorboard, nothing is written.
+    """Write the metrics of an epoch as TensorBoard events of its step.
+
+    Nothing is written without tensorboard, or, with a warning, if the path is not in UTF-8.
 
     Events that an interrupted process wrote for the same or a later step are hidden. Raises UsageError if the disk is
     full or the folder is not writable. Returns the SummaryWriter, which continues its file if it is given next time.
@@ -87,6 +91,9 @@ def write_events(folder: Path, line: dict[str, Any], writer: Any = None) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
+        return None
+    if os.fsencode(folder) != str(folder).encode(errors="replace"):  # TensorBoard encodes every path in UTF-8
+        warnings.warn(f"no TensorBoard events are written: the path {str(folder)!r} is not in UTF-8", stacklevel=2)
         return None
     # SummaryWriter writes in a thread. flush() raises the thread's OSError, so its traceback is not needed.
     excepthook, threading.excepthook = threading.excepthook, lambda _: None

@@ -1,5 +1,8 @@
 """Folders of images: what is read, in which order, and what is said of a folder that will not do."""
 
+import contextlib
+import errno
+import os
 import signal
 import tarfile
 from collections.abc import Callable
@@ -10,7 +13,15 @@ import pytest
 import torch
 from PIL import Image
 
-from vqae.data.image_folder import BACKGROUND, list_files, read_image_folder, read_images, split_files
+from vqae.data.image_folder import (
+    BACKGROUND,
+    check_outside,
+    list_files,
+    read_folders,
+    read_image_folder,
+    read_images,
+    split_files,
+)
 from vqae.runtime.errors import UsageError
 
 REAL_IMAGES = Path(__file__).parents[4] / "shared" / "data" / "cifar10-jpeg.tar.xz"
@@ -368,3 +379,63 @@ def test_real_images(tmp_path: Path) -> None:
     with first:
         assert np.array_equal(images[0].permute(1, 2, 0).numpy(), np.asarray(first))
     assert 40 < images.float().std() < 90
+
+
+# -- the folders that are read
+
+
+def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
+    for name in ("images/b/2.png", "images/a/1.png", "elsewhere/3.png", "hidden/4.png"):
+        _save(tmp_path / name)
+    (tmp_path / "images" / "c").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "images" / ".d").symlink_to(tmp_path / "hidden")
+    (tmp_path / "images" / "b" / "up").symlink_to(tmp_path / "images")
+    files = list_files(tmp_path / "images")
+    assert [str(file.relative_to(tmp_path / "images")) for file in files] == ["a/1.png", "b/2.png", "c/3.png"]
+
+
+def test_a_folder_that_cannot_be_read_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scandir = os.scandir
+
+    def refuse(path: str) -> object:
+        if path.endswith("dogs"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UsageError, match="train/dogs cannot be read: Permission denied"):
+        read_image_folder(folder, ["train"], None)
+
+
+@pytest.mark.parametrize(
+    ("out", "flat", "refused"),
+    [
+        ("images", True, True),
+        ("images/runs/first", True, True),
+        ("images/../images/cats", True, True),
+        ("link/runs", True, True),
+        ("elsewhere/runs", True, True),  # images/linked leads to it
+        ("images/.runs/first", True, False),
+        ("images/.runs", True, False),
+        ("images 2", True, False),
+        (".", True, False),
+        ("images", False, False),
+        ("images/runs", False, False),
+        ("images/train", False, True),
+        ("images/test/runs", False, True),
+        ("images/train/.runs", False, False),
+        ("images/../link/train/cats", False, True),
+    ],
+)
+def test_out_must_be_outside_the_folders_that_are_read(out: str, flat: bool, refused: bool, tmp_path: Path) -> None:
+    for name in ("train/cats/1.png", "test/cats/1.png") if not flat else ("cats/1.png", "2.png"):
+        _save(tmp_path / "images" / name)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "images" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "link").symlink_to(tmp_path / "images")
+    with pytest.raises(UsageError, match="--out must be outside") if refused else contextlib.nullcontext():
+        check_outside(tmp_path / out, read_folders(tmp_path / "images"))
+
+
+def test_a_folder_that_does_not_exist_holds_nothing(tmp_path: Path) -> None:
+    check_outside(tmp_path, read_folders(tmp_path / "missing"))

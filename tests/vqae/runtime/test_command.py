@@ -47,6 +47,7 @@ def fail(error: BaseException) -> Callable[[], None]:
         ),
         (lambda: signal.raise_signal(signal.SIGINT), 130, "stopped by SIGINT\n"),
         (lambda: signal.raise_signal(signal.SIGTERM), 143, "stopped by SIGTERM\n"),
+        (lambda: signal.raise_signal(signal.SIGHUP), 129, "stopped by SIGHUP\n"),
     ],
 )
 def test_exit_codes_and_messages(
@@ -60,7 +61,7 @@ def test_exit_codes_and_messages(
 
 
 def test_other_exceptions_are_not_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     main = fail(ZeroDivisionError("a bug"))
     monkeypatch.setattr(process, "import_module", lambda name: SimpleNamespace(main=lambda *_: main()))
     try:

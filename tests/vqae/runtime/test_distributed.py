@@ -159,6 +159,13 @@ def test_one_rank_writes_and_prints(ranks: list[dict[str, Any]], stopped: Path) 
     assert not [name for name in load(stopped / "last.pt")["model"] if name.startswith("module.")]
 
 
+def test_the_group_is_destroyed_on_every_path(ranks: list[dict[str, Any]]) -> None:
+    """Except after a lost process, for which destroying it would wait."""
+    paths = dict.fromkeys(("None", "no", "SIGTERM", "a bug"), ([True], False))
+    for rank in ranks:
+        assert rank["after group"] == {**paths, "gloo: closed": ([], True)}
+
+
 # -- jobs of torchrun that lose processes, are told to stop, and go on
 
 
@@ -213,6 +220,16 @@ def test_an_interrupted_run_is_bit_identical(restarted: RestartedJob, stopped: P
     state, uninterrupted = load(restarted.out / "last.pt"), load(stopped / "last.pt")
     for part in ("model", "optimizer", "schedule", "rng", "losses", "test_counts", "best_val_mse", "epoch", "step"):
         assert_equal(state[part], uninterrupted[part])
+
+
+@pytest.mark.parametrize("repetition", range(2))
+def test_two_ranks_end_a_run_with_0(
+    tiny: tuple[str, ...], environment: dict[str, str], tmp_path: Path, repetition: int
+) -> None:
+    arguments = (*tiny, "--image-size", 8, "--epochs", 1, "--out", tmp_path / "run")
+    done = torchrun({**environment, "PYTHONPATH": os.pathsep.join(sys.path)}, "-m", "vqae.train", *arguments)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert load(tmp_path / "run" / "last.pt")["finished"]
 
 
 def test_one_process_resumes_the_run_of_two(restarted: RestartedJob, command: Command, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What a signal does, by where it arrives."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -8,10 +9,11 @@ from collections.abc import Iterator
 
 import pytest
 
+from vqae.runtime import process
 from vqae.runtime.process import Interrupted, SignalHandler
 
-EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
-both = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
+each = pytest.mark.parametrize("number", EXIT_CODES)
 
 
 class ExitedAtOnce(BaseException):
@@ -32,14 +34,14 @@ def signals(monkeypatch: pytest.MonkeyPatch) -> Iterator[SignalHandler]:
         signal.signal(number, action)
 
 
-@both
+@each
 def test_the_first_signal_raises_in_a_raising_block(signals: SignalHandler, number: signal.Signals) -> None:
     with pytest.raises(Interrupted, match=number.name) as interrupted, signals.raising():
         signal.raise_signal(number)
     assert interrupted.value.exit_code == EXIT_CODES[number]
 
 
-@both
+@each
 def test_a_deferred_signal_waits_for_poll(signals: SignalHandler, number: signal.Signals) -> None:
     with signals.raising(), signals.deferred():
         signals.poll()
@@ -48,15 +50,56 @@ def test_a_deferred_signal_waits_for_poll(signals: SignalHandler, number: signal
             signals.poll()
 
 
-@both
-def test_a_second_signal_exits_at_once(signals: SignalHandler, number: signal.Signals) -> None:
+@each
+def test_a_second_signal_exits_at_once(
+    signals: SignalHandler, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with signals.raising(), signals.deferred():
         signal.raise_signal(signal.SIGINT)
+        monkeypatch.setattr(process, "_REPEATED_WITHIN_S", 0)  # a second later
         with pytest.raises(ExitedAtOnce, match=str(EXIT_CODES[number])):
             signal.raise_signal(number)
 
 
-@both
+@pytest.mark.parametrize(
+    ("first", "second", "ignored"),
+    [
+        (signal.SIGHUP, signal.SIGHUP, True),  # by the kernel and by a shell
+        (signal.SIGTERM, signal.SIGHUP, True),  # by systemd
+        (signal.SIGINT, signal.SIGINT, False),
+        (signal.SIGTERM, signal.SIGINT, False),
+    ],
+)
+@pytest.mark.parametrize("torchrun", [False, True])
+def test_a_repetition_of_the_first_signal_is_ignored(
+    signals: SignalHandler,
+    monkeypatch: pytest.MonkeyPatch,
+    first: signal.Signals,
+    second: signal.Signals,
+    ignored: bool,
+    torchrun: bool,
+) -> None:
+    if torchrun:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "this job")
+        ignored = ignored or first == second
+    with signals.raising(), signals.deferred():
+        signal.raise_signal(first)
+        with contextlib.nullcontext() if ignored else pytest.raises(ExitedAtOnce):
+            signal.raise_signal(second)
+        with pytest.raises(Interrupted, match=first.name):
+            signals.poll()
+
+
+def test_sighup_stays_ignored_under_nohup(signals: SignalHandler) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        SignalHandler().install()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@each
 def test_outside_the_blocks_the_first_signal_exits_at_once(signals: SignalHandler, number: signal.Signals) -> None:
     with pytest.raises(ExitedAtOnce, match=str(EXIT_CODES[number])):
         signal.raise_signal(number)
@@ -78,7 +121,8 @@ def test_interrupted_is_not_an_exception() -> None:
     assert not issubclass(Interrupted, Exception)
 
 
-def test_the_process_really_ends_at_the_second_signal() -> None:
+@pytest.mark.parametrize(("first", "second"), [(signal.SIGINT, signal.SIGTERM), (signal.SIGHUP, signal.SIGINT)])
+def test_the_process_really_ends_at_the_second_signal(first: signal.Signals, second: signal.Signals) -> None:
     code = """
 import time
 from vqae.runtime.process import SignalHandler
@@ -92,10 +136,10 @@ with signals.raising(), signals.deferred():
     print("received", flush=True)
     time.sleep(60)
 """
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        for line, number in ((b"ready\n", signal.SIGINT), (b"received\n", signal.SIGTERM)):
-            assert process.stdout.readline() == line
-            process.send_signal(number)
-        _, err = process.communicate(timeout=30)
-    assert (process.returncode, err) == (143, b"")
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+        assert running.stdout is not None
+        for line, number in ((b"ready\n", first), (b"received\n", second)):
+            assert running.stdout.readline() == line
+            running.send_signal(number)
+        _, err = running.communicate(timeout=30)
+    assert (running.returncode, err) == (EXIT_CODES[second], b"")

@@ -18,6 +18,7 @@ from vqae import train
 from vqae.config import Config
 from vqae.data.load import evaluation_batches, training_batches
 from vqae.model.vqae import VQAE, build_model
+from vqae.runtime import distributed
 from vqae.runtime.distributed import broadcast_from_rank0, check_same, is_rank0, max_over_ranks, on_all_ranks
 from vqae.runtime.errors import UsageError
 from vqae.runtime.process import Interrupted, SignalHandler
@@ -176,6 +177,37 @@ def stopped_run(rank: int, arguments: list[str]) -> dict[str, Any]:
     return {"begun with": begun_with, "stopped by": stopped_by, "out": out.getvalue(), "err": err.getvalue()}
 
 
+class User:
+    """Stands for DistributedDataParallel, which must go before the group that it uses."""
+
+    def __init__(self, gone: list[bool]) -> None:
+        self.itself, self.gone = self, gone  # a reference cycle, as between trainer and schedule
+
+    def __del__(self) -> None:
+        self.gone.append(torch.distributed.is_initialized())
+
+
+def after_group(rank: int, folder: str, error: BaseException | None) -> tuple[list[bool], bool]:
+    """A block that raises the error: whether the group was there when its user went, and is there after the block."""
+    meet, gone = f"file://{folder}/meet {error}", []
+    torch.distributed.init_process_group("gloo", init_method=meet, rank=rank, world_size=WORLD)
+    job = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD), "LOCAL_WORLD_SIZE": str(WORLD)}
+    job |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+
+    def use() -> None:
+        _user = User(gone)
+        if error is not None:
+            raise error
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.dict(os.environ, job))
+        stack.enter_context(mock.patch.object(distributed, "_join"))
+        stack.enter_context(contextlib.suppress(BaseException))
+        stack.enter_context(distributed.process_group("cpu"))
+        use()
+    return gone, torch.distributed.is_initialized()
+
+
 def run(rank: int, folder: str, arguments: list[str]) -> None:
     """All of it; save what is found."""
     torch.set_num_threads(1)
@@ -191,8 +223,10 @@ def run(rank: int, folder: str, arguments: list[str]) -> None:
         "in order": [batch.flatten().tolist() for batch in evaluation_batches(numbers, 7, CPU)],
         "stopped run": stopped_run(rank, arguments),
     }
-    torch.save(found, Path(folder) / f"{rank}.pt")
     torch.distributed.destroy_process_group()
+    errors = (None, UsageError("no"), Interrupted(signal.SIGTERM), RuntimeError("a bug"), RuntimeError("gloo: closed"))
+    found["after group"] = {str(error): after_group(rank, folder, error) for error in errors}
+    torch.save(found, Path(folder) / f"{rank}.pt")
 
 
 def largest_difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:

@@ -66,7 +66,7 @@ def test_files_respect_the_umask(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("code", "message"),
     [
-        (errno.ENOSPC, r"no space left on the disk for .*file; existing files are kept"),
+        (errno.ENOSPC, r"no space left on the disk for .*file; existing files are kept \(the new one has 3 bytes\)"),
         (errno.EIO, r"file cannot be written: Input/output error"),
     ],
 )
