@@ -5,9 +5,9 @@
 
 A table stands between `<!-- begin NAME -->` and `<!-- end NAME -->`; `TABLES` lists the names. CPU results are in
 benchmarks/results/cpu: argmin.jsonl (argmin_bench.py), exactness.jsonl (exactness.py), train_bench.jsonl
-(train.py), quantizer_step.jsonl, ablation.jsonl, rate_distortion.jsonl, and batch_sizes.jsonl (rate_distortion.py at
-other batch sizes). GPU results are in benchmarks/results/h200/gpu.jsonl, or in h100/gpu.jsonl if that one is missing;
-`gpu.py` writes them.
+(train.py), quantizer_step.jsonl, semantic_ids.jsonl, ablation.jsonl, rate_distortion.jsonl, and batch_sizes.jsonl
+(rate_distortion.py at other batch sizes). GPU results are in benchmarks/results/h200/gpu.jsonl, or in h100/gpu.jsonl if
+that one is missing; `gpu.py` writes them.
 """
 
 from __future__ import annotations
@@ -151,6 +151,25 @@ def step_table() -> str:
     size = f"x [{row['batch']}, {row['length']}, {row['dim']}], {row['num_codes']:,} codes"
     what = f"Forward, backward and moving averages; {size}; medians of steps taken in turns"
     return f"{markdown(cells)}\n\n{what}; {_where([row])}."
+
+
+def semantic_ids_table() -> str:
+    """Residual codes of this library, faiss and scikit-learn: error of each level, collisions and time."""
+    rows = _cpu("semantic_ids")
+    if not rows:
+        return NO_RESULTS
+    settings = rows[-1]["settings"]
+    rows = [row for row in rows if row["settings"] == settings]
+    levels = range(settings["num_levels"])
+    cells = [["by", *(f"error after {level + 1}" for level in levels), "collisions", "CPU seconds"]]
+    for method in dict.fromkeys(row["method"] for row in rows):
+        own = [row for row in rows if row["method"] == method]
+        errors = [spread([row["errors"][level] for row in own], 4) for level in levels]
+        counts = [spread([row[name] for row in own], digits) for name, digits in (("collisions", 0), ("seconds", 1))]
+        cells.append([method.replace("vq_kernels", "this library"), *errors, *counts])
+    items = f"{settings['num_items']:,} synthetic items of {settings['code_dim']} dimensions"
+    what = f"{items}, {settings['num_codes']} codes per level"
+    return f"{markdown(cells)}\n\nMean ± standard deviation over {len(own)} draws; {what}; {_where(rows)}."
 
 
 def ablation_table(rows: Sequence[Row]) -> str:
@@ -357,6 +376,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "model": model_table,
     "search": search_table,
     "step": step_table,
+    "semantic-ids": semantic_ids_table,
     "ablation": lambda: ablation_table(_cpu("ablation")),
     "rate-distortion": lambda: rate_distortion_table(_cpu("rate_distortion")),
     "use": lambda: use_table([*_cpu("rate_distortion"), *_cpu("batch_sizes")]),

@@ -2,11 +2,17 @@
 
 import re
 import runpy
+import subprocess
+import sys
 import time
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+
+from vq_kernels import ResidualVectorQuantizer
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -19,7 +25,8 @@ def run(name: str, capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def test_every_example_is_tested() -> None:
-    assert {file.name for file in EXAMPLES.glob("*.py")} == {"kmeans.py", "residual_signal.py", "swap_quantizer.py"}
+    names = {"kmeans.py", "residual_signal.py", "semantic_ids.py", "swap_quantizer.py"}
+    assert {file.name for file in EXAMPLES.glob("*.py")} == names
 
 
 def test_kmeans_starts_better_with_plus_plus(capsys: pytest.CaptureFixture[str]) -> None:
@@ -40,3 +47,45 @@ def test_the_new_quantizer_is_better(capsys: pytest.CaptureFixture[str]) -> None
     (error_before, codes_before), (error_after, codes_after) = ((float(error), int(codes)) for error, codes in found)
     assert error_after < 0.7 * error_before
     assert codes_after > 200 > codes_before
+
+
+def run_semantic_ids(*arguments: str | Path) -> str:
+    """Runs the example in a process of its own, because it chooses Triton's interpreter before Triton is imported."""
+    command = [sys.executable, "-W", "error", "-W", "ignore::DeprecationWarning", EXAMPLES / "semantic_ids.py"]
+    finished = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
+
+
+def test_no_semantic_id_changes(tmp_path: Path) -> None:
+    embeddings = np.random.default_rng(0).standard_normal((1300, 8), dtype=np.float32)
+    np.save(tmp_path / "items.npy", embeddings)
+    options = ("--num-codes", "8", "--num-levels", "2", "--out", tmp_path / "out")
+    printed = run_semantic_ids("--embeddings", tmp_path / "items.npy", *options)
+    checks = re.findall(r"(\d+) of (\d+) IDs change: (.*)", printed)
+    assert {changed for changed, _, _ in checks} == {"0"}
+    assert [int(count) for _, count, _ in checks] == [256, 1300, 1300, 1300, 1300, 1300, 1300, 256]
+    assert [way for _, _, way in checks][-2:] == ["saved and loaded", "Triton backend, interpreted"]
+    assert re.findall(r"(\S+): share of the variance lost 0.\d+, 0.\d+;", printed) == [
+        "vq_kernels",
+        "faiss",
+        "scikit-learn",
+    ]
+    assert f"{1300} items, {1300} different IDs" in printed
+
+    ids = np.load(tmp_path / "out" / "semantic_ids.npy")
+    assert ids.shape == (1300, 3)
+    assert len(np.unique(ids, axis=0)) == 1300
+    assert len(np.unique(ids[:, :2], axis=0)) <= 64
+    codebook = torch.load(tmp_path / "out" / "codebook.pt")
+    quantizer = ResidualVectorQuantizer.from_codebook(codebook, freeze=True)
+    assert torch.equal(quantizer.encode(torch.from_numpy(embeddings)), torch.from_numpy(ids[:, :2]))
+
+
+def test_the_last_index_counts_the_items_before() -> None:
+    names = runpy.run_path(str(EXAMPLES / "semantic_ids.py"))
+    indices = torch.tensor([[1, 2], [0, 0], [1, 2], [1, 1], [1, 2], [0, 0]])
+    unique = names["with_last_index"](indices)
+    assert torch.equal(unique[:, :2], indices)
+    assert unique[:, 2].tolist() == [0, 0, 1, 0, 2, 1]
+    assert torch.equal(names["with_last_index"](indices[:4]), unique[:4])
