@@ -90,7 +90,7 @@ def _soak_block(options: Options, name: str, number: int, rows: int, count: dict
         seed=options.seed * 1_000_003 + number, draw_on_device=True,
     )  # fmt: skip
     x = x.to(x_dtype)
-    indices, _, _, statistics = nearest_code_op(x, codebook, [], options.backend, "exact")
+    indices, _, _, statistics = nearest_code_op(x, codebook, [], options.backend)
     count["rows"] += rows
     count["wrong"] += int(wrong_rows(x, codebook, indices).sum())
     for step, found in zip(STEPS, statistics.tolist(), strict=True):

@@ -129,36 +129,34 @@ def _recorder(launches: dict[str, Launch], labels: dict[str, str], other: str, a
     return run
 
 
-def _cases() -> Iterator[tuple[str, tuple[str, ...], torch.Tensor, torch.Tensor]]:
-    """Yields each case: a suffix for its layout, the precisions, and meta tensors x and codebook."""
+def _cases() -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    """Yields each case: a suffix for its layout, and meta tensors x and codebook."""
     for shape in _SHAPES:
         n, k, d, dtype = shape
         codebook = torch.empty(k, d, dtype=dtype, device="meta")
-        yield "", ("exact", "fast"), torch.empty(n, d, dtype=dtype, device="meta"), codebook
+        yield "", torch.empty(n, d, dtype=dtype, device="meta"), codebook
         if shape in _VIEWED_SHAPES:
-            yield " unaligned", ("exact",), torch.empty(n, d + 1, dtype=dtype, device="meta")[:, :d], codebook
-            yield " transposed", ("exact",), torch.empty(d, n, dtype=dtype, device="meta").t(), codebook
+            yield " unaligned", torch.empty(n, d + 1, dtype=dtype, device="meta")[:, :d], codebook
+            yield " transposed", torch.empty(d, n, dtype=dtype, device="meta").t(), codebook
     for n, k, d, x_dtype, codebook_dtype in _EXACT_SHAPES:
         x, codebook = (torch.empty(rows, d, dtype=t, device="meta") for rows, t in ((n, x_dtype), (k, codebook_dtype)))
-        yield "", ("exact",), x, codebook
+        yield "", x, codebook
 
 
 def collect_launches(arch: int) -> list[Launch]:
     """Collects every kernel that a search or a gradient launches on an architecture, each specialisation once."""
     properties = DeviceProperties((arch // 10, arch % 10), _MULTIPROCESSORS[arch])
     launches: dict[str, Launch] = {}
-    for layout, precisions, x, codebook in _cases():
+    for layout, x, codebook in _cases():
         (n, d), k = x.shape, codebook.shape[0]
         config = pick_config(n, k, d, x.dtype, properties, aligned=not layout)
         plan = plan_search(n, k, d, config, properties)
         dtypes = "/".join(str(dtype).removeprefix("torch.") for dtype in dict.fromkeys((x.dtype, codebook.dtype)))
         scan_label = f"{config.name} D={d} {dtypes}{layout}{' split' if plan.splits > 1 else ''}"
 
-        for precision in precisions:
-            suffix = "" if precision == "exact" else f" {precision}"
-            labels = {"_scan_kernel": scan_label + suffix, "_merge_kernel": dtypes + layout + suffix}
-            with mock.patch.object(JITFunction, "run", _recorder(launches, labels, dtypes + layout, arch)):
-                search_with_plan(x, codebook, [], precision, plan)
+        labels = {"_scan_kernel": scan_label, "_merge_kernel": dtypes + layout}
+        with mock.patch.object(JITFunction, "run", _recorder(launches, labels, dtypes + layout, arch)):
+            search_with_plan(x, codebook, [], plan)
         if layout:
             continue
         indices = torch.empty(n, dtype=torch.int64, device="meta")

@@ -70,7 +70,7 @@ def choose(
         found = most_similar_code(x, codebook, backend=backend)
         indices, codes = found.indices, found.codes
     else:
-        indices, codes, sq_distances, _ = nearest_code_op(x, codebook, list(operands), backend, "exact")
+        indices, codes, sq_distances, _ = nearest_code_op(x, codebook, list(operands), backend)
     if metric == "cosine" or torch.float64 in (x.dtype, codebook.dtype):  # the operator's sq_distances are float32
         sq_distances = (x - codebook[indices]).square().sum(dim=1)
     return Choice(indices[None], codes, sq_distances[None])

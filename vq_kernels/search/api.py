@@ -7,7 +7,7 @@ export to ONNX, onnx_export.py replaces it.
 
 import warnings
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,8 +15,6 @@ from torch import Tensor
 from vq_kernels.search import onnx_export
 from vq_kernels.search.backend import BACKENDS, Backend, Found, backend_module, choose_backend, has_float64
 from vq_kernels.search.validation import check_choice, check_codebook, check_pair
-
-PRECISIONS = ("exact", "fast")
 
 
 class NearestCode(NamedTuple):
@@ -99,13 +97,7 @@ class PreparedCodebook:
             return cls(copy, name, tuple(backend_module(name).prepare(copy)))
 
 
-def nearest_code(
-    x: Tensor,
-    codebook: Tensor | PreparedCodebook,
-    *,
-    backend: Backend = "auto",
-    precision: Literal["exact", "fast"] = "exact",
-) -> NearestCode:
+def nearest_code(x: Tensor, codebook: Tensor | PreparedCodebook, *, backend: Backend = "auto") -> NearestCode:
     """Find the codebook row closest to each vector, exactly.
 
     The indices equal those of a float64 brute-force search over the same values, with the lowest index on a tie. (If
@@ -117,13 +109,6 @@ def nearest_code(
         x: [..., D], float32, float16, bfloat16 or float64, any strides.
         codebook: [K, D], K >= 1, on x's device; its dtype may differ from x's. Or a `PreparedCodebook`.
         backend: "auto", "triton" or "torch"; see `select_backend`. Only "torch" supports float64.
-        precision: "exact", or "fast", which returns the code with the best rounded score of the first scan without
-            certifying it. Its error depends on the norms of x and of the codes, both relative to the codebook's mean.
-            With "torch" the squared distance exceeds the minimum by at most 1.1·(D + 16)·2⁻²²·‖c‖·(‖x‖ + ‖c‖), where c
-            is the returned code; typically it exceeds it by a hundredth of that, in one row of a thousand. With
-            "triton", which rounds to 16 bits, the excess is up to a thousand times as large, typically in up to 3 % of
-            rows. The error matters where a few far codes dominate the norms or x is far from all codes: most indices
-            may then be wrong, some of them by a large distance.
 
     Returns:
         NearestCode(indices [...] int64 in [0, K), codes [..., D] in x's dtype, sq_distances [...] float32, within 1e-5
@@ -133,19 +118,19 @@ def nearest_code(
 
     Raises:
         TypeError: a dtype is not supported.
-        ValueError: D, the device or K does not match, the backend or precision is unknown, or the codebook was prepared
-            for another backend.
+        ValueError: D, the device or K does not match, the backend is unknown, or the codebook was prepared for another
+            one.
         RuntimeError: backend="triton" cannot run here, with the reason.
 
     Source: van den Oord et al. 2017, arXiv:1711.00937, eq. 1.
     """
-    indices, codes, sq_distances, _ = _search(x, codebook, backend, precision)
+    indices, codes, sq_distances, _ = _search(x, codebook, backend)
     return NearestCode(indices.view(x.shape[:-1]), codes.view(x.shape), sq_distances.view(x.shape[:-1]))
 
 
 def search_statistics(x: Tensor, codebook: Tensor | PreparedCodebook, *, backend: Backend = "auto") -> SearchStatistics:
     """Count the rows of x that each step of the search decides. Arguments and errors as for `nearest_code`."""
-    statistics = _search(x, codebook, backend, "exact")[3]
+    statistics = _search(x, codebook, backend)[3]
     return SearchStatistics(*statistics.tolist())
 
 
@@ -187,37 +172,36 @@ def unpacked(codebook: Tensor | PreparedCodebook, backend: Backend) -> tuple[Ten
     return codebook.codebook, list(codebook.operands), codebook.backend
 
 
-def _search(x: Tensor, codebook: Tensor | PreparedCodebook, backend: Backend, precision: str) -> Found:
-    check_choice("precision", precision, PRECISIONS)
+def _search(x: Tensor, codebook: Tensor | PreparedCodebook, backend: Backend) -> Found:
     codebook, operands, backend = unpacked(codebook, backend)
     check_pair(x, codebook)
-    return nearest_code_op(x.detach().reshape(-1, x.shape[-1]), codebook.detach(), operands, backend, precision)
+    return nearest_code_op(x.detach().reshape(-1, x.shape[-1]), codebook.detach(), operands, backend)
 
 
-def nearest_code_op(x: Tensor, codebook: Tensor, operands: list[Tensor], backend: str, precision: str) -> Found:
+def nearest_code_op(x: Tensor, codebook: Tensor, operands: list[Tensor], backend: str) -> Found:
     """Search x [N, D] in codebook [K, D] by the operator; during export to ONNX, by its replacement.
 
     `operands` are the backend's prepared tensors, or empty.
     """
     if torch.onnx.is_in_onnx_export():
         return onnx_export.search(x, codebook)
-    found: Found = _operator(x, codebook, operands, backend, precision)
+    found: Found = _operator(x, codebook, operands, backend)
     return found
 
 
 @torch.library.custom_op("vq_kernels::nearest_code", mutates_args=())
-def _operator(x: Tensor, codebook: Tensor, operands: list[Tensor], backend: str, precision: str) -> Found:
+def _operator(x: Tensor, codebook: Tensor, operands: list[Tensor], backend: str) -> Found:
     if not has_float64(x.device):
-        on_cpu = _operator(x.cpu(), codebook.cpu(), [operand.cpu() for operand in operands], backend, precision)
+        on_cpu = _operator(x.cpu(), codebook.cpu(), [operand.cpu() for operand in operands], backend)
         indices, codes, sq_distances, statistics = (result.to(x.device) for result in on_cpu)
         return indices, codes, sq_distances, statistics
     name, _ = choose_backend(x, codebook, backend)
-    found: Found = backend_module(name).search(x, codebook, operands, precision)
+    found: Found = backend_module(name).search(x, codebook, operands)
     return found
 
 
 @_operator.register_fake
-def _(x: Tensor, codebook: Tensor, operands: list[Tensor], backend: str, precision: str) -> Found:
+def _(x: Tensor, codebook: Tensor, operands: list[Tensor], backend: str) -> Found:
     num_rows = x.shape[0]
     indices, sq_distances = x.new_empty(num_rows, dtype=torch.int64), x.new_empty(num_rows, dtype=torch.float32)
     return indices, x.new_empty(x.shape), sq_distances, x.new_empty(3, dtype=torch.int64)

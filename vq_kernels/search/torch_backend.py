@@ -33,14 +33,13 @@ _MANY_CANDIDATES = 16  # per row; with more, float64 scores (or after them, remo
 _TINY_SQ_DISTANCE = 2.0**-80  # below it a float32 sum of squares may have lost terms to underflow
 
 
-def search(x: Tensor, codebook: Tensor, prepared: list[Tensor], precision: str) -> Found:
+def search(x: Tensor, codebook: Tensor, prepared: list[Tensor]) -> Found:
     """Find the nearest code of each row.
 
     Args:
         x: [N, D], a floating dtype.
         codebook: [K, D], on x's device.
         prepared: what `prepare(codebook)` returned, as a list; or empty to prepare here.
-        precision: "exact"; or "fast", which takes the code with the largest upper bound and only decides ties.
 
     Returns:
         indices [N] int64, codes [N, D] in x's dtype, sq_distances [N] float32, statistics [3] int64: the number of
@@ -52,7 +51,7 @@ def search(x: Tensor, codebook: Tensor, prepared: list[Tensor], precision: str) 
         if not float32_is_sufficient(x):
             operand = prepare(codebook, torch.float64)
         scan = _scan_one_tile if x.shape[0] * max(operand.matrix.shape) <= TILE_ELEMENTS else _scan_tiles
-        indices, uncertified, counts = scan(x, codebook, operand, certify=precision == "exact")
+        indices, uncertified, counts = scan(x, codebook, operand)
         many = counts > _MANY_CANDIDATES
         exhaustive = int(many.sum())
         if exhaustive:
@@ -63,9 +62,7 @@ def search(x: Tensor, codebook: Tensor, prepared: list[Tensor], precision: str) 
     return indices, codes, sq_distances, statistics
 
 
-def _scan_one_tile(
-    x: Tensor, codebook: Tensor, operand: CodebookOperand, *, certify: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def _scan_one_tile(x: Tensor, codebook: Tensor, operand: CodebookOperand) -> tuple[Tensor, Tensor, Tensor]:
     """`_scan_tiles` for few rows, whose scores are kept for the reranking."""
     norms = operand.matrix.new_empty(x.shape[0])
     left = augment(x, operand, operand.matrix.new_empty(x.shape[0], operand.matrix.shape[1]), norms)
@@ -73,21 +70,19 @@ def _scan_one_tile(
     best, indices = scores.max(dim=1)
     scores.scatter_(1, indices[:, None], -torch.inf)
     thresholds = operand.lower_bound(best, operand.errors(indices, norms), norms)
-    rows = _uncertified(best, scores.amax(dim=1), thresholds, certify).nonzero()[:, 0]
+    rows = (~(scores.amax(dim=1) < thresholds)).nonzero()[:, 0]  # not >=: NaN certifies nothing
     x, scores, thresholds, best, found = (each.index_select(0, rows) for each in (x, scores, thresholds, best, indices))
     scores.scatter_(1, found[:, None], best[:, None])
     indices[rows], counts = _rerank_scores(x, codebook, operand, scores, thresholds)
     return indices, rows, counts
 
 
-def _scan_tiles(
-    x: Tensor, codebook: Tensor, operand: CodebookOperand, *, certify: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def _scan_tiles(x: Tensor, codebook: Tensor, operand: CodebookOperand) -> tuple[Tensor, Tensor, Tensor]:
     """Steps 1 and 2 for x [N, D]: indices [N], the uncertified rows [M], and their numbers of candidates [M].
 
     Rows with more than _MANY_CANDIDATES remain undecided. Rows that are not finite have 0 candidates.
     """
-    indices, thresholds, rows = _scan(x, operand, certify=certify)
+    indices, thresholds, rows = _scan(x, operand)
     indices[rows], counts = _rerank(x, rows, codebook, operand, thresholds[rows])
     return indices, rows, counts
 
@@ -106,7 +101,7 @@ def _search_exhaustively(x: Tensor, codebook: Tensor, rows: Tensor, indices: Ten
         indices[part] = found
 
 
-def _scan(x: Tensor, operand: CodebookOperand, *, certify: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+def _scan(x: Tensor, operand: CodebookOperand) -> tuple[Tensor, Tensor, Tensor]:
     """Scan x [N, D]: the codes with the largest upper bounds [N], the lower bounds of their scores [N] (NaN for a row
     out of range), and the uncertified rows [M]."""
     dtype, num_rows, width = operand.matrix.dtype, x.shape[0], operand.matrix.shape[1]
@@ -128,14 +123,8 @@ def _scan(x: Tensor, operand: CodebookOperand, *, certify: bool = True) -> tuple
         errors = torch.where(second < best, operand.errors(index, row_norms), operand.largest_errors(row_norms))
         threshold = operand.lower_bound(best, errors, row_norms)
         indices[chunk], thresholds[chunk] = index, threshold
-        uncertified[chunk] = _uncertified(best, second, threshold, certify)
+        uncertified[chunk] = ~(second < threshold)
     return indices, thresholds, uncertified.nonzero()[:, 0]
-
-
-def _uncertified(best: Tensor, second: Tensor, threshold: Tensor, certify: bool) -> Tensor:
-    """[N] bool: the runner-up may be as near. Without `certify`: it has the same upper bound, or there is no bound."""
-    limit = threshold if certify else torch.where(threshold.isnan(), torch.nan, best)
-    return ~(second < limit)
 
 
 def _rerank(

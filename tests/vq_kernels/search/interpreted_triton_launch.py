@@ -44,10 +44,7 @@ def brute_force(x: Tensor, codebook: Tensor) -> Tensor:
 
 def check(x: Tensor, codebook: Tensor, plan: SearchPlan | None = None) -> tuple[int, int, int]:
     """Compare a search with the brute force. Returns the numbers of certified, reranked and exhaustive rows."""
-    if plan is None:
-        results = launch.search(x, codebook, [], "exact")
-    else:
-        results = launch.search_with_plan(x, codebook, [], "exact", plan)
+    results = launch.search(x, codebook, []) if plan is None else launch.search_with_plan(x, codebook, [], plan)
     indices, codes, sq_distances, statistics = results
     assert indices.dtype == torch.int64
     assert ((indices >= 0) & (indices < codebook.shape[0])).all()
@@ -87,7 +84,7 @@ def test_more_than_one_tile(dims: tuple[int, int, int]):
 
 
 def test_no_rows():
-    indices, codes, sq_distances, statistics = launch.search(torch.empty(0, 5), torch.ones(3, 5), [], "exact")
+    indices, codes, sq_distances, statistics = launch.search(torch.empty(0, 5), torch.ones(3, 5), [])
     assert (indices.shape, codes.shape, sq_distances.shape) == ((0,), (0, 5), (0,))
     assert statistics.tolist() == [0, 0, 0]
 
@@ -110,16 +107,8 @@ def test_prepared_tensors_serve_many_searches():
     prepared = launch.prepare(codebook)
     before = [tensor.clone() for tensor in prepared]
     for rows in (x[:7], x):
-        assert torch.equal(launch.search(rows, codebook, prepared, "exact")[0], brute_force(rows, codebook))
+        assert torch.equal(launch.search(rows, codebook, prepared)[0], brute_force(rows, codebook))
     assert all(torch.equal(tensor, old) for tensor, old in zip(prepared, before, strict=True))
-
-
-def test_fast_takes_the_best_score():
-    x, codebook = gaussian(200, 300, 32)
-    indices, codes, _, statistics = launch.search(x, codebook, [], "fast")
-    assert (indices == brute_force(x, codebook)).float().mean() > 0.98
-    assert torch.equal(codes, codebook[indices])
-    assert statistics.tolist() == [200, 0, 0]
 
 
 def test_each_step_decides_rows():
@@ -150,9 +139,6 @@ def test_scores_that_order_two_codes_wrongly():
     codebook = torch.randn(64, 32, generator=generator)
     pairs = codebook.view(32, 2, 32)
     x = pairs.mean(1) + 1e-5 * (pairs[:, 0] - pairs[:, 1])
-    expected = brute_force(x, codebook)
-    fast = launch.search(x, codebook, [], "fast")[0]
-    assert not torch.equal(fast, expected)
     _, reranked, exhaustive = check(x, codebook)
     assert reranked + exhaustive > 0
 
@@ -166,7 +152,7 @@ def test_rows_and_codes_of_different_sizes(scale: float):
 
 def test_results_do_not_depend_on_the_order_of_rows():
     x, codebook = gaussian(150, 90, 10)
-    first = launch.search(x, codebook.repeat(3, 1), [], "exact")
-    backwards = launch.search(x.flip(0), codebook.repeat(3, 1), [], "exact")
+    first = launch.search(x, codebook.repeat(3, 1), [])
+    backwards = launch.search(x.flip(0), codebook.repeat(3, 1), [])
     for name, one, other in zip(("indices", "codes", "sq_distances"), first, backwards, strict=False):
         assert torch.equal(one, other.flip(0)), name

@@ -125,11 +125,8 @@ def test_a_finite_code_is_not_mistaken_for_an_unusable_one() -> None:
 def test_codes_whose_sum_overflows(backend: str, steps: Counter[str], size: float) -> None:
     num_rows = 100 if INTERPRETED else 1000
     x, codebook = (size * (0.5 + 0.5 * t.sigmoid()) for t in gaussian(num_rows, 64, 4))
-    found = check_exact(backend, x, codebook)
+    check_exact(backend, x, codebook)
     assert steps["certified"] > (990 if backend == "torch" else num_rows // 2)
-    device = device_of(backend)
-    fast = nearest_code(x.to(device), codebook.to(device), backend=backend, precision="fast")
-    assert (fast.indices.cpu() != found.indices).sum() <= (1 if backend == "torch" else num_rows // 20)
 
 
 def test_rows_count_as_certified_if_no_code_is_finite(backend: str, steps: Counter[str]) -> None:

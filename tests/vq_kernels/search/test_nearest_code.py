@@ -85,8 +85,6 @@ def test_error_messages_name_the_choices() -> None:
     x, codebook = draw(3, 4), draw(5, 4)
     with pytest.raises(ValueError, match="backend must be one of auto, triton, torch, got 'cuda'"):
         nearest_code(x, codebook, backend="cuda")
-    with pytest.raises(ValueError, match="precision must be one of exact, fast, got 'half'"):
-        nearest_code(x, codebook, precision="half")
 
 
 def test_auto_selects_pytorch_on_the_cpu_without_a_warning() -> None:
@@ -142,16 +140,6 @@ def test_prepared_codebook_is_a_copy_with_the_same_results() -> None:
         nearest_code(x, prepared, backend="triton")
 
 
-def test_fast_is_in_range_and_close() -> None:
-    x, codebook = draw(2000, 16), draw(300, 16, seed=1)
-    x[0], x[1] = torch.nan, 3e38
-    exact, fast = nearest_code(x, codebook), nearest_code(x, codebook, precision="fast")
-    assert (fast.indices >= 0).all()
-    assert (fast.indices < 300).all()
-    assert fast.indices[0] == 0
-    torch.testing.assert_close(fast.sq_distances, exact.sq_distances, rtol=1e-5, atol=0, equal_nan=True)
-
-
 def test_statistics_add_up_and_each_step_is_reached() -> None:
     codebook = draw(400, 8, seed=1)
     ties = (codebook[:50] + codebook[50:100]) / 2  # nearly equidistant to two codes
@@ -190,7 +178,6 @@ def test_the_result_is_not_differentiable() -> None:
     assert not any(result.requires_grad for result in nearest_code(x, codebook))
 
 
-@pytest.mark.parametrize("precision", ["exact", "fast"])
 @pytest.mark.parametrize("prepared", [False, True], ids=["plain", "prepared"])
 @pytest.mark.parametrize(
     ("x", "codebook"),
@@ -207,9 +194,9 @@ def test_the_result_is_not_differentiable() -> None:
     ],
     ids=["float32", "no-rows", "one-number", "half", "bfloat16-codes", "mixed", "transposed", "strided", "expanded"],
 )
-def test_operator_is_well_formed(x: torch.Tensor, codebook: torch.Tensor, prepared: bool, precision: str) -> None:
+def test_operator_is_well_formed(x: torch.Tensor, codebook: torch.Tensor, prepared: bool) -> None:
     operands = list(PreparedCodebook.from_codebook(codebook).operands) if prepared else []
-    torch.library.opcheck(torch.ops.vq_kernels.nearest_code.default, (x, codebook, operands, "torch", precision))
+    torch.library.opcheck(torch.ops.vq_kernels.nearest_code.default, (x, codebook, operands, "torch"))
 
 
 def test_import_needs_torch_alone() -> None:

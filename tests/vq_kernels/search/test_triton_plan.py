@@ -99,7 +99,7 @@ def test_a_search_stays_within_its_memory_limit(
     monkeypatch.setattr(launch, "device_properties", lambda device: properties)
     x, codebook = (torch.empty(rows, d, device="meta") for rows in (n, k))
     with Allocations() as allocations:
-        found = launch.search(x, codebook, [], "exact")
+        found = launch.search(x, codebook, [])
         assert allocations.most - allocations.live <= workspace_limit(n, k, d)
     assert found[0].shape == (n,)
 

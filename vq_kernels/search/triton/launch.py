@@ -27,27 +27,26 @@ def prepare(codebook: Tensor) -> list[Tensor]:
     return list(launch_prepare(codebook))
 
 
-def search(x: Tensor, codebook: Tensor, prepared: list[Tensor], precision: str) -> Found:
+def search(x: Tensor, codebook: Tensor, prepared: list[Tensor]) -> Found:
     """Find the nearest code of each row.
 
     Args:
         x: [N, D], float32, float16 or bfloat16, any strides.
         codebook: [K, D], K >= 1, on x's device; its dtype may differ from x's.
         prepared: what `prepare(codebook)` returned, or empty to prepare here.
-        precision: "exact"; or "fast", which takes the best 16-bit score without a certificate.
 
     Returns:
         indices [N] int64, codes [N, D] in x's dtype, sq_distances [N] float32, statistics [3] int64: the number of
-        certified, reranked and exhaustive rows. "fast" counts every row as certified.
+        certified, reranked and exhaustive rows.
     """
     properties = device_properties(x.device)
     (n, d), k = x.shape, codebook.shape[0]
     aligned = x.stride(1) == 1 and x.stride(0) % 16 == 0 and x.data_ptr() % 16 == 0
     config = pick_config(n, k, d, x.dtype, properties, aligned=aligned)
-    return search_with_plan(x, codebook, prepared, precision, plan_search(n, k, d, config, properties))
+    return search_with_plan(x, codebook, prepared, plan_search(n, k, d, config, properties))
 
 
-def search_with_plan(x: Tensor, codebook: Tensor, prepared: list[Tensor], precision: str, plan: SearchPlan) -> Found:
+def search_with_plan(x: Tensor, codebook: Tensor, prepared: list[Tensor], plan: SearchPlan) -> Found:
     """`search` with the given plan."""
     num_rows = x.shape[0]
     operands = TritonCodebook(*prepared) if prepared else launch_prepare(codebook)
@@ -57,19 +56,15 @@ def search_with_plan(x: Tensor, codebook: Tensor, prepared: list[Tensor], precis
         sq_distances=torch.empty(num_rows, dtype=torch.float32, device=x.device),
     )
     statistics = torch.zeros(3, dtype=torch.int64, device=x.device)
-    if precision != "exact":
-        statistics[0].fill_(num_rows)
     for start in range(0, num_rows, plan.rows_per_launch):
         part = slice(start, min(start + plan.rows_per_launch, num_rows))
         rows, written = x[part], Outputs(*(output[part] for output in outputs))
-        uncertified = _no_rows_yet(rows) if precision == "exact" else None
+        uncertified = _no_rows_yet(rows)
         states = launch_scan(rows, codebook, operands, plan, written, uncertified)
         if states is not None:
             launch_merge(rows, codebook, plan, states, written, uncertified)
-        if uncertified is not None:
-            multiprocessors = device_properties(x.device).multiprocessors
-            launch_rerank(rows, codebook, written, uncertified, statistics, multiprocessors)
-        uncertified = states = None  # freed here, so that the next round reuses their memory
+        launch_rerank(rows, codebook, written, uncertified, statistics, device_properties(x.device).multiprocessors)
+        del uncertified, states  # freed here, so that the next round reuses their memory
     return *outputs, statistics
 
 

@@ -25,7 +25,6 @@ from vq_kernels.search.triton.common import (
     ceil_div,
     certify,
     device_of,
-    is_settled,
     round_to,
     write_rows,
 )
@@ -61,8 +60,8 @@ def _merge_kernel(
     codebook_ptr, stride_ck, stride_cd,  # [K, D], any strides
     indices_ptr, codes_ptr, sq_distances_ptr,  # Outputs
     state_scores_ptr, state_codes_ptr,  # SplitStates
-    counters_ptr, rerank_rows_ptr, candidates_ptr, exhaustive_rows_ptr,  # Uncertified, if EXACT
-    N, splits, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EXACT: tl.constexpr,
+    counters_ptr, rerank_rows_ptr, candidates_ptr, exhaustive_rows_ptr,  # Uncertified
+    N, splits, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_rows = offs_n < N
@@ -80,13 +79,10 @@ def _merge_kernel(
             v0, v1, v2, v3, i0, i1, i2, i3, hidden = _insert(score, index, v0, v1, v2, v3, i0, i1, i2, i3, hidden)
         score_ptrs += 5 * N
         state_code_ptrs += 4 * N
-    if EXACT:
-        index = certify(
-            v0, v1, v2, v3, i0, i1, i2, i3, hidden, margin, offs_n, in_rows, counters_ptr, rerank_rows_ptr,
-            candidates_ptr, exhaustive_rows_ptr,
-        )  # fmt: skip
-    else:
-        index = tl.where(is_settled(v0, margin), 0, i0)
+    index = certify(
+        v0, v1, v2, v3, i0, i1, i2, i3, hidden, margin, offs_n, in_rows, counters_ptr, rerank_rows_ptr,
+        candidates_ptr, exhaustive_rows_ptr,
+    )  # fmt: skip
     write_rows(
         index, margin, offs_n, in_rows, x_ptr, stride_xn, stride_xd, codebook_ptr, stride_ck, stride_cd, indices_ptr,
         codes_ptr, sq_distances_ptr, D, BLOCK_N, BLOCK_D,
@@ -229,15 +225,15 @@ def launch_merge(
     plan: SearchPlan,
     states: SplitStates,
     outputs: Outputs,
-    uncertified: Uncertified | None,
+    uncertified: Uncertified,
 ) -> None:
     """Merge the states of the parts of a codebook, and write `outputs` as a scan of one part does."""
     num_rows, code_dim = x.shape
     with device_of(x):
         _merge_kernel[(ceil_div(num_rows, _MERGE_ROWS),)](
             x, *x.stride(), states.margins, codebook, *codebook.stride(), *outputs, states.scores, states.codes,
-            *(uncertified or (None,) * 4), num_rows, plan.splits, D=code_dim, BLOCK_N=_MERGE_ROWS,
-            BLOCK_D=_MERGE_COLUMNS, EXACT=uncertified is not None, num_warps=4, enable_fp_fusion=ENABLE_FP_FUSION,
+            *uncertified, num_rows, plan.splits, D=code_dim, BLOCK_N=_MERGE_ROWS,
+            BLOCK_D=_MERGE_COLUMNS, num_warps=4, enable_fp_fusion=ENABLE_FP_FUSION,
         )  # fmt: skip
 
 

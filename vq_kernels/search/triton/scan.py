@@ -26,7 +26,6 @@ from vq_kernels.search.triton.common import (
     certify,
     device_of,
     half_norm_ratio,
-    is_settled,
     load_shifted,
     mark_margin,
     round_rows,
@@ -41,7 +40,6 @@ from vq_kernels.search.triton.prepare import TritonCodebook, launch_rows
 @triton.jit
 def _fold(
     scores, best, lost, position, keep_mask, parity_bit, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    EXACT: tl.constexpr,
 ):  # fmt: skip
     """Fold one tile of scores [BLOCK_N, BLOCK_K] into the slots: 4 ALU instructions per score, all within a thread.
 
@@ -53,24 +51,19 @@ def _fold(
     even = ((even & keep_mask) + position).to(tl.float32, bitcast=True)
     odd = ((odd & keep_mask) + (position + parity_bit)).to(tl.float32, bitcast=True)
     higher = tl.maximum(even, odd)
-    if EXACT:
-        dropped = tl.maximum(tl.minimum(even, odd), tl.minimum(best, higher))
-        lost = tl.maximum(lost, tl.max(tl.reshape(dropped, (BLOCK_N, BLOCK_K // 16, 8)), axis=1))
+    dropped = tl.maximum(tl.minimum(even, odd), tl.minimum(best, higher))
+    lost = tl.maximum(lost, tl.max(tl.reshape(dropped, (BLOCK_N, BLOCK_K // 16, 8)), axis=1))
     return tl.maximum(best, higher), lost
 
 
 @triton.jit
-def _slot_winners(best, lost, first_tile, tile_mask, K, BLOCK_K: tl.constexpr, EXACT: tl.constexpr):
+def _slot_winners(best, lost, first_tile, tile_mask, K, BLOCK_K: tl.constexpr):
     """The row state (v0..v3, i0..i3, hidden) of best [BLOCK_N, BLOCK_K // 2] and lost [BLOCK_N, 8].
-
-    Without EXACT only v0 and i0 are meaningful.
 
     Note: a winner is removed by its slot, not by its value, so that an equal score remains.
     """
     slots = tl.arange(0, BLOCK_K // 2)
     v0, i0, best = _take_best(best, slots, first_tile, tile_mask, K, BLOCK_K)
-    if not EXACT:
-        return v0, v0, v0, v0, i0, i0, i0, i0, v0
     v1, i1, best = _take_best(best, slots, first_tile, tile_mask, K, BLOCK_K)
     v2, i2, best = _take_best(best, slots, first_tile, tile_mask, K, BLOCK_K)
     v3, i3, best = _take_best(best, slots, first_tile, tile_mask, K, BLOCK_K)
@@ -107,10 +100,10 @@ def _scan_kernel(
     exponent_ptr,  # [1] int32
     indices_ptr, codes_ptr, sq_distances_ptr,  # Outputs
     state_scores_ptr, state_codes_ptr,  # SplitStates, if SPLIT
-    counters_ptr, rerank_rows_ptr, candidates_ptr, exhaustive_rows_ptr,  # Uncertified, if EXACT
+    counters_ptr, rerank_rows_ptr, candidates_ptr, exhaustive_rows_ptr,  # Uncertified
     N, K, tiles_per_split, tile_mask, D: tl.constexpr, PITCH: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-    RESIDENT: tl.constexpr, SPLIT: tl.constexpr, EXACT: tl.constexpr,
+    RESIDENT: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_rows = offs_n < N
@@ -149,7 +142,7 @@ def _scan_kernel(
             code_addresses = codes16_ptr + start_k.to(tl.int64) * PITCH + (offs_k[:, None] * PITCH + offs_d[None, :])
             codes16 = tl.load(code_addresses, mask=(offs_d < PITCH)[None, :], other=0.0)
             scores = tl.dot(rows16, tl.trans(codes16), half_norms[None, :] * descent[:, None])
-            best, lost = _fold(scores, best, lost, tile - first_tile, keep_mask, parity_bit, BLOCK_N, BLOCK_K, EXACT)
+            best, lost = _fold(scores, best, lost, tile - first_tile, keep_mask, parity_bit, BLOCK_N, BLOCK_K)
     else:
         for tile in tl.range(first_tile, last_tile, flatten=True):
             start_k = tile * BLOCK_K
@@ -164,9 +157,9 @@ def _scan_kernel(
                 )
                 codes16 = tl.load(code_addresses, mask=(columns < PITCH)[None, :], other=0.0)
                 scores = tl.dot(rows16, tl.trans(codes16), scores)
-            best, lost = _fold(scores, best, lost, tile - first_tile, keep_mask, parity_bit, BLOCK_N, BLOCK_K, EXACT)
+            best, lost = _fold(scores, best, lost, tile - first_tile, keep_mask, parity_bit, BLOCK_N, BLOCK_K)
 
-    v0, v1, v2, v3, i0, i1, i2, i3, hidden = _slot_winners(best, lost, first_tile, tile_mask, K, BLOCK_K, EXACT)
+    v0, v1, v2, v3, i0, i1, i2, i3, hidden = _slot_winners(best, lost, first_tile, tile_mask, K, BLOCK_K)
     if SPLIT:
         score_ptrs = state_scores_ptr + (split * 5).to(tl.int64) * N + offs_n
         code_ptrs = state_codes_ptr + (split * 4).to(tl.int64) * N + offs_n
@@ -180,13 +173,10 @@ def _scan_kernel(
         tl.store(code_ptrs + 2 * N, i2, mask=in_rows)
         tl.store(code_ptrs + 3 * N, i3, mask=in_rows)
     else:
-        if EXACT:
-            index = certify(
-                v0, v1, v2, v3, i0, i1, i2, i3, hidden, margin, offs_n, in_rows, counters_ptr, rerank_rows_ptr,
-                candidates_ptr, exhaustive_rows_ptr,
-            )  # fmt: skip
-        else:
-            index = tl.where(is_settled(v0, margin), 0, i0)
+        index = certify(
+            v0, v1, v2, v3, i0, i1, i2, i3, hidden, margin, offs_n, in_rows, counters_ptr, rerank_rows_ptr,
+            candidates_ptr, exhaustive_rows_ptr,
+        )  # fmt: skip
         write_rows(
             index, margin, offs_n, in_rows, x_ptr, stride_xn, stride_xd, codebook_ptr, stride_ck, stride_cd,
             indices_ptr, codes_ptr, sq_distances_ptr, D, BLOCK_N, 32 if D > 16 else 16,
@@ -207,12 +197,11 @@ def launch_scan(
     prepared: TritonCodebook,
     plan: SearchPlan,
     outputs: Outputs,
-    uncertified: Uncertified | None,
+    uncertified: Uncertified,
 ) -> SplitStates | None:
     """Scan the codebook for at most plan.rows_per_launch rows x [N, D].
 
-    Writes `outputs` and adds to `uncertified`, or takes the best score without a certificate if that is None. If the
-    codebook is split, it returns the states to merge instead.
+    Writes `outputs` and adds to `uncertified`. If the codebook is split, it returns the states to merge instead.
     """
     config = plan.config
     (num_rows, code_dim), num_codes = x.shape, codebook.shape[0]
@@ -228,10 +217,10 @@ def launch_scan(
     with device_of(x):
         _scan_kernel[(ceil_div(num_rows, config.block_n), plan.splits)](
             x, *x.stride(), rows16, ratios, margins, codebook, *codebook.stride(), *prepared, *outputs,
-            *(states[:2] if states else (None, None)), *(uncertified or (None,) * 4), num_rows, num_codes,
+            *(states[:2] if states else (None, None)), *uncertified, num_rows, num_codes,
             plan.tiles_per_split, plan.tile_mask, D=code_dim, PITCH=row_pitch(code_dim), BLOCK_N=config.block_n,
             BLOCK_K=config.block_k, BLOCK_D=config.columns(code_dim), RESIDENT=config.resident,
-            SPLIT=states is not None, EXACT=uncertified is not None, num_warps=config.num_warps,
+            SPLIT=states is not None, num_warps=config.num_warps,
             num_stages=config.num_stages, maxnreg=config.max_registers, enable_fp_fusion=ENABLE_FP_FUSION,
         )  # fmt: skip
     return states
