@@ -125,7 +125,7 @@ def nearest_code(x: Tensor, codebook: Tensor | PreparedCodebook, *, backend: Bac
     Source: van den Oord et al. 2017, arXiv:1711.00937, eq. 1.
     """
     indices, codes, sq_distances, _ = _search(x, codebook, backend)
-    return NearestCode(indices.view(x.shape[:-1]), codes.view(x.shape), sq_distances.view(x.shape[:-1]))
+    return NearestCode(indices.view(x.shape[:-1]), codes.view(x.shape), sq_distances.view(x.shape[:-1]).float())
 
 
 def search_statistics(x: Tensor, codebook: Tensor | PreparedCodebook, *, backend: Backend = "auto") -> SearchStatistics:
@@ -192,9 +192,10 @@ def nearest_code_op(x: Tensor, codebook: Tensor, operands: list[Tensor], backend
 @torch.library.custom_op("vq_kernels::nearest_code", mutates_args=())
 def _operator(x: Tensor, codebook: Tensor, operands: list[Tensor], backend: str) -> Found:
     if not has_float64(x.device):
-        on_cpu = _operator(x.cpu(), codebook.cpu(), [operand.cpu() for operand in operands], backend)
-        indices, codes, sq_distances, statistics = (result.to(x.device) for result in on_cpu)
-        return indices, codes, sq_distances, statistics
+        indices, codes, sq_distances, statistics = _operator(
+            x.cpu(), codebook.cpu(), [operand.cpu() for operand in operands], backend
+        )
+        return indices.to(x.device), codes.to(x.device), sq_distances.float().to(x.device), statistics.to(x.device)
     name, _ = choose_backend(x, codebook, backend)
     found: Found = backend_module(name).search(x, codebook, operands)
     return found
@@ -202,6 +203,6 @@ def _operator(x: Tensor, codebook: Tensor, operands: list[Tensor], backend: str)
 
 @_operator.register_fake
 def _(x: Tensor, codebook: Tensor, operands: list[Tensor], backend: str) -> Found:
-    num_rows = x.shape[0]
-    indices, sq_distances = x.new_empty(num_rows, dtype=torch.int64), x.new_empty(num_rows, dtype=torch.float32)
+    wide = torch.float64 if has_float64(x.device) else torch.float32
+    indices, sq_distances = (x.new_empty(x.shape[0], dtype=dtype) for dtype in (torch.int64, wide))
     return indices, x.new_empty(x.shape), sq_distances, x.new_empty(3, dtype=torch.int64)

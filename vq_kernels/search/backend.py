@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 Backend = Literal["auto", "triton", "torch"]
-# What a backend's `search` returns: indices [N], codes [N, D], sq_distances [N], statistics [3].
+# What a backend's `search` returns: indices [N] int64, codes [N, D] in x's dtype, sq_distances [N] float64 (NaN for a
+# row that is not finite), statistics [3] int64: the number of certified, reranked and exhaustive rows.
 Found = tuple[Tensor, Tensor, Tensor, Tensor]
 
 BACKENDS = ("auto", "triton", "torch")

@@ -33,8 +33,7 @@ def search(x: Tensor, codebook: Tensor) -> Found:
     `program.run_decompositions({torch.ops.vq_kernels.nearest_code.default: lambda x, codes, *_: search(x, codes)})`.
 
     Returns:
-        indices [N] int64, codes [N, D] in x's dtype, sq_distances [N] float32, statistics [3] int64: the number of
-        certified rows (including rows that are not finite), 0, and the number of exhaustive rows.
+        As a backend's `search`; no row is reranked.
 
     Raises:
         RuntimeError: the export uses TorchScript (dynamo=False).
@@ -49,7 +48,7 @@ def search(x: Tensor, codebook: Tensor) -> Found:
     chosen = _search_exhaustively(rows[places], codes, usable)
     indices = torch.where(finite, indices.scatter(0, places, chosen), 0)
     sq_distances = (rows - codes.index_select(0, indices)).square().sum(dim=1)
-    sq_distances = torch.where(finite, sq_distances, torch.nan).float()
+    sq_distances = torch.where(finite, sq_distances, torch.nan)
     exhaustive = undecided.sum()
     statistics = torch.stack([undecided.numel() - exhaustive, torch.zeros_like(exhaustive), exhaustive])
     return indices, codebook.index_select(0, indices).to(x.dtype), sq_distances, statistics

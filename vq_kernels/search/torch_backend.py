@@ -42,8 +42,7 @@ def search(x: Tensor, codebook: Tensor, prepared: list[Tensor]) -> Found:
         prepared: what `prepare(codebook)` returned, as a list; or empty to prepare here.
 
     Returns:
-        indices [N] int64, codes [N, D] in x's dtype, sq_distances [N] float32, statistics [3] int64: the number of
-        certified, reranked and exhaustive rows. Rows that are not finite count as certified.
+        As described at `Found`. Rows that are not finite count as certified.
     """
     autocast = torch.is_autocast_enabled(x.device.type)
     with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
@@ -204,12 +203,12 @@ def _first_of_identical(codebook: Tensor) -> Tensor:
 
 
 def gather_codes(x: Tensor, codebook: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-    """Gather codes [N, D] in x's dtype, and compute sq_distances [N] float32 to the codes in the codebook's dtype.
+    """Gather codes [N, D] in x's dtype, and compute sq_distances [N] float64 to the codes in the codebook's dtype.
 
     Rows that are not finite get a NaN distance.
     """
     codes = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    sq_distances = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+    sq_distances = torch.empty(x.shape[0], dtype=torch.float64, device=x.device)
     one_dtype = x.dtype == codebook.dtype
     wider = torch.promote_types(torch.promote_types(x.dtype, codebook.dtype), torch.float32)
     rows = max(1, min(x.shape[0], _GATHER_ELEMENTS // x.shape[1]))
@@ -226,6 +225,6 @@ def gather_codes(x: Tensor, codebook: Tensor, indices: Tensor) -> tuple[Tensor, 
     if not (least >= _TINY_SQ_DISTANCE and largest < torch.inf):  # a row with Inf has distance Inf here, but needs NaN
         rare = (~((sq_distances >= _TINY_SQ_DISTANCE) & sq_distances.isfinite())).nonzero()[:, 0]
         for some in torch.split(rare, max(1, _DIRECT_ELEMENTS // x.shape[1])):
-            wide = pair_distances(x, codebook, some, indices[some]).float()
-            sq_distances[some] = torch.where(x.index_select(0, some).isfinite().all(dim=1), wide, torch.nan)
+            exact = pair_distances(x, codebook, some, indices[some])
+            sq_distances[some] = exact.masked_fill_(~x.index_select(0, some).isfinite().all(dim=1), torch.nan)
     return codes, sq_distances

@@ -10,11 +10,13 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from tests.vq_kernels.search.exactness import poisoned_allocations
 from vq_kernels.search.triton import launch
-from vq_kernels.search.triton.common import ceil_div
+from vq_kernels.search.triton.common import Outputs, ceil_div, write_rows
 from vq_kernels.search.triton.plan import CONFIGS, ScanConfig, SearchPlan
 
 # The tests include overflow, of which numpy warns.
@@ -58,7 +60,7 @@ def check(x: Tensor, codebook: Tensor, plan: SearchPlan | None = None) -> tuple[
     torch.testing.assert_close(codes, codebook[indices].to(x.dtype), rtol=0, atol=0, equal_nan=True)
     true_sq_distances = ((codebook[indices].double() - x.double()) ** 2).sum(1)
     true_sq_distances[~x.isfinite().all(1)] = torch.nan
-    torch.testing.assert_close(sq_distances, true_sq_distances.float(), rtol=1e-5, atol=1.5e-45, equal_nan=True)
+    torch.testing.assert_close(sq_distances, true_sq_distances, rtol=1e-6, atol=0, equal_nan=True)
     certified, reranked, exhaustive = statistics.tolist()
     assert certified + reranked + exhaustive == x.shape[0]
     return certified, reranked, exhaustive
@@ -91,6 +93,23 @@ def test_no_rows():
 
 def test_4096_dimensions():
     check(*gaussian(2, 3, 4096))
+
+
+@triton.jit
+def _write_rows_kernel(x_ptr, codebook_ptr, indices_ptr, codes_ptr, sq_distances_ptr, D: tl.constexpr):
+    offs_n = tl.arange(0, 4)
+    write_rows(
+        offs_n * 0, offs_n.to(tl.float32), offs_n, offs_n < 3, x_ptr, D, 1, codebook_ptr, D, 1, indices_ptr, codes_ptr,
+        sq_distances_ptr, D, 4, 32,
+    )  # fmt: skip
+
+
+def test_distances_of_32768_equal_differences():
+    """In float32, the roundings of 1,024 sums of 32 such squares all go the same way."""
+    x = 1.4406174421310425 * torch.tensor([[1e-30], [1.0], [1e18]]).expand(3, 1 << 15)
+    outputs = Outputs(torch.empty(3, dtype=torch.int64), torch.empty(x.shape), torch.empty(3, dtype=torch.float64))
+    _write_rows_kernel[(1,)](x.contiguous(), torch.zeros(1, 1 << 15), *outputs, D=1 << 15)
+    torch.testing.assert_close(outputs.sq_distances, x.double().square().sum(dim=1), rtol=1e-7, atol=0)
 
 
 @pytest.mark.parametrize("name", [config.name for config in CONFIGS])

@@ -52,7 +52,7 @@ class Outputs(NamedTuple):
 
     indices: Tensor  # [N] int64
     codes: Tensor  # [N, D], in x's dtype
-    sq_distances: Tensor  # [N] float32
+    sq_distances: Tensor  # [N] float64
 
 
 class Uncertified(NamedTuple):
@@ -214,13 +214,12 @@ def write_rows(
 ):  # fmt: skip
     """Write index, code and squared distance of BLOCK_N rows.
 
-    The differences are rounded to float32. Their squares are summed twice, plain and scaled by 2**128: the second sum
-    holds what underflows in the first, and is taken if it is finite.
+    The differences are rounded to float32. Their squares are summed in float64, where they neither overflow nor
+    underflow.
     """
     offs_d = tl.arange(0, BLOCK_D)
     rows = offs_n.to(tl.int64)
-    plain = tl.zeros([BLOCK_N], tl.float32)
-    raised = tl.zeros([BLOCK_N], tl.float32)
+    sq_distance = tl.zeros([BLOCK_N], tl.float64)
     for start_d in range(0, D, BLOCK_D):
         columns = (start_d + offs_d).to(tl.int64)[None, :]
         mask = in_rows[:, None] & (columns < D)
@@ -228,11 +227,8 @@ def write_rows(
         source = codebook_ptr + index.to(tl.int64)[:, None] * stride_ck + columns * stride_cd
         code = tl.load(source, mask=mask, other=0.0)
         tl.store(codes_ptr + rows[:, None] * D + columns, round_to(code, codes_ptr.dtype.element_ty), mask=mask)
-        difference = code.to(tl.float32) - values.to(tl.float32)
-        large = difference * 2.0**64
-        plain += tl.sum(difference * difference, axis=1)
-        raised += tl.sum(large * large, axis=1)
-    sq_distance = tl.where(raised < float("inf"), (raised * 2.0**-64) * 2.0**-64, plain)
+        difference = (code.to(tl.float32) - values.to(tl.float32)).to(tl.float64)
+        sq_distance += tl.sum(difference * difference, axis=1)
     sq_distance = tl.where(margin < 0, float("nan"), sq_distance)  # a row with NaN or Inf
     tl.store(indices_ptr + rows, index.to(tl.int64), mask=in_rows)
     tl.store(sq_distances_ptr + rows, sq_distance, mask=in_rows)

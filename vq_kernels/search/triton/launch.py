@@ -36,8 +36,7 @@ def search(x: Tensor, codebook: Tensor, prepared: list[Tensor]) -> Found:
         prepared: what `prepare(codebook)` returned, or empty to prepare here.
 
     Returns:
-        indices [N] int64, codes [N, D] in x's dtype, sq_distances [N] float32, statistics [3] int64: the number of
-        certified, reranked and exhaustive rows.
+        As described at `Found`.
     """
     properties = device_properties(x.device)
     (n, d), k = x.shape, codebook.shape[0]
@@ -53,7 +52,7 @@ def search_with_plan(x: Tensor, codebook: Tensor, prepared: list[Tensor], plan: 
     outputs = Outputs(
         indices=torch.empty(num_rows, dtype=torch.int64, device=x.device),
         codes=torch.empty(x.shape, dtype=x.dtype, device=x.device),
-        sq_distances=torch.empty(num_rows, dtype=torch.float32, device=x.device),
+        sq_distances=torch.empty(num_rows, dtype=torch.float64, device=x.device),
     )
     statistics = torch.zeros(3, dtype=torch.int64, device=x.device)
     for start in range(0, num_rows, plan.rows_per_launch):

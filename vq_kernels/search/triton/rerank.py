@@ -31,7 +31,6 @@ from vq_kernels.search.triton.common import (
 from vq_kernels.search.triton.plan import SearchPlan
 from vq_kernels.search.triton.scan import SplitStates
 
-_FLOAT32_OVERFLOW = tl.constexpr(3.4028235677973366e38)  # the least float64 that rounds to infinity in float32
 _CANDIDATES = tl.constexpr(4)
 _MERGE_ROWS, _MERGE_COLUMNS = 64, 32
 _RERANK_ROWS, _EXHAUSTIVE_ROWS, _EXHAUSTIVE_CODES = 8, 4, 16
@@ -134,8 +133,6 @@ def _rewrite_rows(
         code = tl.load(source, mask=mask, other=0.0)
         tl.store(codes_ptr + rows[:, None] * D + columns, round_to(code, codes_ptr.dtype.element_ty), mask=mask)
     tl.store(indices_ptr + rows, index.to(tl.int64), mask=in_list)
-    overflows = sq_distance >= _FLOAT32_OVERFLOW
-    sq_distance = tl.where(overflows, float("inf"), tl.where(overflows, 0.0, sq_distance).to(tl.float32))
     tl.store(sq_distances_ptr + rows, sq_distance, mask=in_list)
 
 
