@@ -162,7 +162,7 @@ def collect_launches(arch: int) -> list[Launch]:
         indices = torch.empty(n, dtype=torch.int64, device="meta")
         for deterministic in (True, False):
             with mock.patch.object(JITFunction, "run", _recorder(launches, {}, dtypes + layout, arch)):
-                codebook_gradient(x, codebook, indices, deterministic)
+                codebook_gradient(x, codebook, indices, 1, deterministic)
     return list(launches.values())
 
 

@@ -30,7 +30,7 @@ VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
 def test_indices_and_how_many_rows_are_certified(shape: tuple[int, int, int]) -> None:
     """A miscompiled scan could still be right, only slow: most rows must be certified."""
     x, codebook = gaussian(*shape)
-    indices, codes, sq_distances, statistics = search(x, codebook, [], "exact")
+    indices, codes, sq_distances, statistics = search(x, codebook, [])
     assert torch.equal(indices, brute_force_nearest(x, codebook))
     assert torch.equal(codes, codebook[indices])
     true_distances = (x.double() - codes.double()).square().sum(1)
@@ -76,28 +76,28 @@ def test_nan_and_inf() -> None:
     x, codebook = gaussian(70, 200, 64)
     x[3, 5], x[4, 0], x[5, 1] = float("nan"), float("inf"), -float("inf")
     codebook[0, 0], codebook[9, 2] = float("nan"), float("inf")
-    indices, _, sq_distances, _ = search(x, codebook, [], "exact")
+    indices, _, sq_distances, _ = search(x, codebook, [])
     assert torch.equal(indices, brute_force_nearest(x, codebook))
     assert torch.equal(sq_distances.isnan(), ~x.isfinite().all(1))
-    assert not search(x, torch.full_like(codebook, float("nan")), [], "exact")[0].any()
+    assert not search(x, torch.full_like(codebook, float("nan")), [])[0].any()
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 2, 1), (5, 3, 2), (1, 129, 3)])
 def test_the_smallest_sizes(shape: tuple[int, int, int]) -> None:
     x, codebook = gaussian(*shape)
-    assert torch.equal(search(x, codebook, [], "exact")[0], brute_force_nearest(x, codebook))
+    assert torch.equal(search(x, codebook, [])[0], brute_force_nearest(x, codebook))
 
 
 @pytest.mark.parametrize("scales", [(1e-38, 1e-39), (1e-30, 1e30), (3e37, 3e37)])
 def test_subnormal_and_huge_values(scales: tuple[float, float]) -> None:
     x, codebook = (tensor * scale for tensor, scale in zip(gaussian(64, 100, 8), scales, strict=True))
-    assert torch.equal(search(x, codebook, [], "exact")[0], brute_force_nearest(x, codebook))
+    assert torch.equal(search(x, codebook, [])[0], brute_force_nearest(x, codebook))
 
 
 @pytest.mark.parametrize("copies", [3, 8])
 def test_of_identical_codes_the_lowest_wins_and_none_is_certified(copies: int) -> None:
     x, codebook = gaussian(8 if SMALL else 3000, 64, 32)
-    indices, _, _, statistics = search(x, codebook.repeat(copies, 1), [], "exact")
+    indices, _, _, statistics = search(x, codebook.repeat(copies, 1), [])
     assert torch.equal(indices, brute_force_nearest(x, codebook))
     assert statistics[0] == 0
     assert statistics.sum() == x.shape[0]
@@ -106,13 +106,13 @@ def test_of_identical_codes_the_lowest_wins_and_none_is_certified(copies: int) -
 @pytest.mark.parametrize("name", VIEWS)
 def test_views(name: str) -> None:
     x, codebook = gaussian(40 if SMALL else 2000, 300, 64)
-    found = search(VIEWS[name](x), VIEWS[name](codebook), [], "exact")[0]
+    found = search(VIEWS[name](x), VIEWS[name](codebook), [])[0]
     assert torch.equal(found, brute_force_nearest(x, codebook))
 
 
 def test_an_expanded_row() -> None:
     x, codebook = gaussian(1, 300, 64)
-    indices = search(x.expand(500, -1), codebook, [], "exact")[0]
+    indices = search(x.expand(500, -1), codebook, [])[0]
     assert (indices == brute_force_nearest(x, codebook)).all()
 
 
@@ -121,7 +121,7 @@ def test_an_expanded_row() -> None:
 def test_16_bits_and_mixed_dtypes(dtypes: tuple[torch.dtype, torch.dtype], offset: float) -> None:
     x, codebook = gaussian(16 if SMALL else 2000, 300, 64, offset=offset)
     x, codebook = x.to(dtypes[0]), codebook.to(dtypes[1])
-    indices, codes, _, _ = search(x, codebook, [], "exact")
+    indices, codes, _, _ = search(x, codebook, [])
     assert torch.equal(indices, brute_force_nearest(x, codebook))
     assert torch.equal(codes, codebook[indices].to(x.dtype))
 
@@ -129,10 +129,10 @@ def test_16_bits_and_mixed_dtypes(dtypes: tuple[torch.dtype, torch.dtype], offse
 @pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a GPU")
 def test_a_cuda_graph_is_replayed_with_other_rows() -> None:
     x, codebook = gaussian(5000, 600, 64)
-    search(x, codebook, [], "exact")
+    search(x, codebook, [])
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        indices, _, _, statistics = search(x, codebook, [], "exact")
+        indices, _, _, statistics = search(x, codebook, [])
     between_codes = (codebook + codebook.flip(0)).repeat(9, 1)[:5000] / 2
     for rows in (x.flip(0).clone(), between_codes, x.clone()):
         x.copy_(rows)
@@ -144,14 +144,14 @@ def test_a_cuda_graph_is_replayed_with_other_rows() -> None:
 @pytest.mark.skipif(DEVICE == "cpu", reason="only a GPU runs asynchronously")
 def test_nothing_waits_for_the_device() -> None:
     x, codebook = gaussian(5000, 600, 64)
-    indices = search(x, codebook, [], "exact")[0]
+    indices = search(x, codebook, [])[0]
     for deterministic in (True, False):
-        codebook_gradient(x, codebook, indices, deterministic)  # compiles
+        codebook_gradient(x, codebook, indices, 1, deterministic)  # compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
-        search(x, codebook, [], "exact")
+        search(x, codebook, [])
         for deterministic in (True, False):
-            codebook_gradient(x, codebook, indices, deterministic)
+            codebook_gradient(x, codebook, indices, 1, deterministic)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -168,8 +168,9 @@ def test_the_gradient(shape: tuple[int, int, int], deterministic: bool) -> None:
     expected, magnitude = torch.zeros(2, k, d, dtype=torch.float64, device=DEVICE)
     expected.index_add_(0, indices, difference)
     magnitude.index_add_(0, indices, difference.abs())
-    sums, counts = codebook_gradient(x, codebook, indices, deterministic)
+    means, counts = codebook_gradient(x, codebook, indices, n, deterministic)
     assert torch.equal(counts, torch.bincount(indices, minlength=k))
-    assert ((sums - expected).abs() <= expected.abs() * 2.0**-24 + 1e-12 * magnitude).all()
+    difference = (means.double() * n - expected).abs()
+    assert (difference <= expected.abs() * (2.0**-24 + 1e-12) + 1e-12 * magnitude).all()
     if deterministic:
-        assert torch.equal(sums, codebook_gradient(x, codebook, indices, True)[0])
+        assert torch.equal(means, codebook_gradient(x, codebook, indices, n, True)[0])

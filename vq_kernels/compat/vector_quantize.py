@@ -377,11 +377,11 @@ def _projections(dim: int, inner_dim: int, layernorm: bool) -> tuple[nn.Module, 
 
 def _commitment_loss(rows: Tensor, codes: Tensor, row_mask: Tensor | None) -> Tensor:
     """Returns the mean of (row - code)², [], over rows [C, M, D] that row_mask [M] does not exclude; 0 for none."""
+    sq_distances = F.mse_loss(rows, codes, reduction="none").sum(dim=-1)  # [C, M]
     if row_mask is None:
-        return F.mse_loss(rows, codes, reduction="sum") / max(rows.numel(), 1)
-    squares = F.mse_loss(rows, codes, reduction="none")
+        return (sq_distances / max(rows.numel(), 1)).sum()  # divided first, so that the sum is finite
     num_numbers = row_mask.sum() * rows.shape[0] * rows.shape[2]
-    return torch.where(row_mask[:, None], squares, 0).sum() / num_numbers.clamp(min=1)
+    return (torch.where(row_mask, sq_distances, 0) / num_numbers.clamp(min=1)).sum()
 
 
 def _cross_entropy(

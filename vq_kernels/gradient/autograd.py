@@ -41,7 +41,7 @@ class Choice(NamedTuple):
     Attributes:
         indices: [Q, N] int64, in [0, K), or LEFT_OUT.
         codes: [N, D], the sum of the chosen codes, in x's dtype.
-        sq_distances: [Q, N], from each residual to its code; undefined for rows left out.
+        sq_distances: [Q, N], float64 if the device has it, from each residual to its code; undefined for rows left out.
     """
 
     indices: Tensor
@@ -67,12 +67,10 @@ def choose(
         backend: as for `nearest_code`.
     """
     if metric == "cosine":
-        found = most_similar_code(x, codebook, backend=backend)
-        indices, codes = found.indices, found.codes
+        indices, codes, _ = most_similar_code(x, codebook, backend=backend)
+        sq_distances = (x - codebook[indices]).square().sum(dim=1)
     else:
         indices, codes, sq_distances, _ = nearest_code_op(x, codebook, list(operands), backend)
-    if metric == "cosine" or torch.float64 in (x.dtype, codebook.dtype):  # the operator's sq_distances are float32
-        sq_distances = (x - codebook[indices]).square().sum(dim=1)
     return Choice(indices[None], codes, sq_distances[None])
 
 
@@ -116,7 +114,9 @@ class _Quantize(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         if not complete:
             sq_distances = sq_distances.masked_fill(indices == LEFT_OUT, 0)
-        loss = sq_distances.sum() / _num_numbers(x, indices, complete)
+        wide = torch.float64 in (x.dtype, codebooks.dtype)
+        mean = (sq_distances / _num_numbers(x, indices, complete)).sum()  # divided first, so that the sum is finite
+        loss = mean.to(torch.float64 if wide else torch.float32)
         return codes.clone(), loss, loss.clone()
 
     @staticmethod
@@ -131,6 +131,7 @@ class _Quantize(torch.autograd.Function):
         needs_x, needs_codebooks = ctx.needs_input_grad[:2]
         num_numbers = _num_numbers(x, indices, ctx.complete)
         commits = needs_x and ctx.commits
+        wide = torch.promote_types(torch.promote_types(x.dtype, codebooks.dtype), torch.float32)
         residual, residual_sum, grad_codebooks = x, None, []
         for stage, (codebook, chosen) in enumerate(zip(codebooks, indices, strict=True), start=1):
             left_out = None if ctx.complete else (chosen == LEFT_OUT)[:, None]
@@ -139,10 +140,10 @@ class _Quantize(torch.autograd.Function):
                 rows = residual.detach()
                 if left_out is not None:  # a row at its code adds 0
                     rows = torch.where(left_out, codebook[chosen], rows)
-                sums, _ = _DifferenceSums.apply(rows, codebook, chosen, ctx.backend)
-                grad_codebooks.append((2 * grad_loss / num_numbers * sums).to(codebook.dtype))
+                means, _ = _DifferenceMeans.apply(rows, codebook, chosen, max(x.shape[0], 1), ctx.backend)
+                grad_codebooks.append((2 * grad_loss * x.shape[0] / num_numbers * means).to(codebook.dtype))
             if commits or stage < len(indices):
-                residual = residual - codebook.detach()[chosen]
+                residual = residual.to(wide) - codebook.detach()[chosen]
                 residual = residual if left_out is None else residual.masked_fill(left_out, 0)
             if commits:
                 residual_sum = residual if residual_sum is None else residual_sum + residual
@@ -218,47 +219,49 @@ def _rotate_back(grad: Tensor, x: Tensor, codes: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("vq_kernels::codebook_gradient", mutates_args=())
-def codebook_gradient_op(x: Tensor, codebook: Tensor, indices: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    """x [N, D], codebook [K, D], indices [N] -> sums of (code - row) over the rows of each code, [K, D]; counts [K]."""
+def codebook_gradient_op(
+    x: Tensor, codebook: Tensor, indices: Tensor, divisor: int, backend: str
+) -> tuple[Tensor, Tensor]:
+    """x [N, D], codebook [K, D], indices [N] -> Σ (code - row) / divisor over the rows of a code [K, D], counts [K]."""
     if not has_float64(x.device):
-        sums, counts = codebook_gradient_op(x.cpu(), codebook.cpu(), indices.cpu(), backend)
-        return sums.to(x.device), counts.to(x.device)
+        means, counts = codebook_gradient_op(x.cpu(), codebook.cpu(), indices.cpu(), divisor, backend)
+        return means.to(x.device), counts.to(x.device)
     name, _ = choose_backend(x, codebook, backend)
     deterministic = x.device.type == "cpu" or torch.are_deterministic_algorithms_enabled()
     if name == "triton":
         triton_backend = import_module("vq_kernels.gradient.triton_backend")  # on first use
-        sums, counts = triton_backend.codebook_gradient(x, codebook, indices, deterministic)
-        return sums, counts
-    return codebook_gradient(x, codebook, indices, deterministic)
+        means, counts = triton_backend.codebook_gradient(x, codebook, indices, divisor, deterministic)
+        return means, counts
+    return codebook_gradient(x, codebook, indices, divisor, deterministic)
 
 
 @codebook_gradient_op.register_fake
-def _(x: Tensor, codebook: Tensor, indices: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, codebook: Tensor, indices: Tensor, divisor: int, backend: str) -> tuple[Tensor, Tensor]:
     wide = torch.float64 in (x.dtype, codebook.dtype)
-    sums = codebook.new_empty(codebook.shape, dtype=torch.float64 if wide else torch.float32)
-    return sums, codebook.new_empty(codebook.shape[0], dtype=torch.int64)
+    means = codebook.new_empty(codebook.shape, dtype=torch.float64 if wide else torch.float32)
+    return means, codebook.new_empty(codebook.shape[0], dtype=torch.int64)
 
 
-class _DifferenceSums(torch.autograd.Function):
+class _DifferenceMeans(torch.autograd.Function):
     """The operator above with a gradient, for second derivatives.
 
     A gradient registered with the operator would not do, because `torch.func.grad` rejects it.
     """
 
     @staticmethod
-    def forward(x: Tensor, codebook: Tensor, indices: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-        sums, counts = codebook_gradient_op(x, codebook, indices, backend)
-        return sums, counts
+    def forward(x: Tensor, codebook: Tensor, indices: Tensor, divisor: int, backend: str) -> tuple[Tensor, Tensor]:
+        means, counts = codebook_gradient_op(x, codebook, indices, divisor, backend)
+        return means, counts
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, codebook, indices, _ = inputs
+        x, codebook, indices, ctx.divisor, _ = inputs
         ctx.dtypes = x.dtype, codebook.dtype
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(indices, output[1])
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        grad = grad_outputs[0]  # [K, D]
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         indices, counts = ctx.saved_tensors
-        return -grad[indices].to(ctx.dtypes[0]), (counts[:, None] * grad).to(ctx.dtypes[1]), None, None
+        grad = grad_outputs[0] / ctx.divisor  # [K, D]
+        return -grad[indices].to(ctx.dtypes[0]), (counts[:, None] * grad).to(ctx.dtypes[1]), None, None, None

@@ -7,19 +7,23 @@ from torch.nn import functional as F
 _BUFFER_ELEMENTS = 1 << 20  # differences held at a time
 
 
-def codebook_gradient(x: Tensor, codebook: Tensor, indices: Tensor, deterministic: bool) -> tuple[Tensor, Tensor]:
-    """Sum (code - row) over the rows of each code, and count the rows.
+def codebook_gradient(
+    x: Tensor, codebook: Tensor, indices: Tensor, divisor: int, deterministic: bool
+) -> tuple[Tensor, Tensor]:
+    """Sum (code - row) / divisor over the rows of each code, and count the rows.
 
-    The differences are summed in float64, because n·c - Σx cancels if the codes are good.
+    The differences are summed in float64, because n·c - Σx cancels if the codes are good, and divided
+    before they are rounded, so that float32 holds the quotient.
 
     Args:
         x: [N, D], a floating dtype.
         codebook: [K, D].
         indices: [N] int64 in [0, K).
+        divisor: at least 1.
         deterministic: add the rows of each code in order, on every device; otherwise CUDA adds atomically.
 
     Returns:
-        difference_sums [K, D] float32 (float64 if an input is), and counts [K] int64.
+        [K, D] float32 (float64 if an input is), and counts [K] int64.
     """
     num_codes, code_dim = codebook.shape
     sums = torch.zeros(num_codes, code_dim, dtype=torch.float64, device=x.device)
@@ -34,4 +38,5 @@ def codebook_gradient(x: Tensor, codebook: Tensor, indices: Tensor, deterministi
         present, counts = torch.unique_consecutive(ordered, return_counts=True)
         sums[present] += F.embedding_bag(order, difference, counts.cumsum(0) - counts, mode="sum")
     wide = torch.float64 in (x.dtype, codebook.dtype)
-    return sums.to(torch.float64 if wide else torch.float32), torch.bincount(indices, minlength=num_codes)
+    means = sums.div_(divisor).to(torch.float64 if wide else torch.float32)
+    return means, torch.bincount(indices, minlength=num_codes)

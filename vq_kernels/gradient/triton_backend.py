@@ -1,10 +1,10 @@
 """The gradient of the codebook in Triton: a segmented sum, in two forms.
 
-    difference_sums[k] = sum over rows i with indices[i] = k of (c_k - x_i)
-    counts[k]          = number of those rows
+    means[k]  = sum over rows i with indices[i] = k of (c_k - x_i) / divisor
+    counts[k] = number of those rows
 
-The differences are summed in float64, because n c - sum(x) cancels if the codes are good. Reads x once, gathers the
-codes, writes [K, D].
+The differences are summed in float64, because n c - sum(x) cancels if the codes are good, and divided before they are
+rounded, so that float32 holds the quotient. Reads x once, gathers the codes, writes [K, D].
 
 Deterministic: rows are sorted by code (stable) and divided into segments of at most SEGMENT_ROWS rows of one code. Each
 segment has one sum in a workspace [N / SEGMENT_ROWS + K, D]; the segments of a code are added in order. Atomic: one
@@ -53,14 +53,14 @@ def _segment_kernel(
         tl.store(partials_ptr + segment * D + columns, tl.sum(difference, axis=0), mask=columns < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["divisor"])
 def _combine_kernel(
     segment_starts_ptr,  # [K + 1] int64
     partials_ptr,  # [segments, D] float64
-    sums_ptr,  # [K, D] float32
-    D, COMBINED_SEGMENTS: tl.constexpr, BLOCK_D: tl.constexpr,
+    means_ptr,  # [K, D] float32
+    divisor, D, COMBINED_SEGMENTS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Add the segments of a code, in order."""
+    """Add the segments of a code, in order, and divide."""
     code = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
     first = tl.load(segment_starts_ptr + code)
@@ -71,7 +71,7 @@ def _combine_kernel(
         mask = (segments < last)[:, None] & (columns < D)[None, :]
         partials = tl.load(partials_ptr + segments[:, None] * D + columns[None, :], mask=mask, other=0.0)
         total += tl.sum(partials, axis=0)
-    tl.store(sums_ptr + code * D + columns, total.to(tl.float32), mask=columns < D)
+    tl.store(means_ptr + code * D + columns, (total / divisor).to(tl.float32), mask=columns < D)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -96,22 +96,26 @@ def _atomic_kernel(
         tl.atomic_add(counts_ptr + codes, tl.full([BLOCK_N], 1, tl.int64), mask=rows < N, sem="relaxed")
 
 
-def codebook_gradient(x: Tensor, codebook: Tensor, indices: Tensor, deterministic: bool) -> tuple[Tensor, Tensor]:
-    """Sum (code - row) over the rows of each code, and count the rows.
+def codebook_gradient(
+    x: Tensor, codebook: Tensor, indices: Tensor, divisor: int, deterministic: bool
+) -> tuple[Tensor, Tensor]:
+    """Sum (code - row) / divisor over the rows of each code, and count the rows.
 
     Args:
         x: [N, D], float32, float16 or bfloat16, any strides.
         codebook: [K, D], on x's device; its dtype may differ from x's.
         indices: [N] int64 in [0, K).
+        divisor: at least 1.
         deterministic: sort first, for the same bits in every run; otherwise add atomically.
 
     Returns:
-        difference_sums [K, D] float32, counts [K] int64.
+        means [K, D] float32, counts [K] int64.
     """
-    return _sorted_gradient(x, codebook, indices) if deterministic else _atomic_gradient(x, codebook, indices)
+    find = _sorted_gradient if deterministic else _atomic_gradient
+    return find(x, codebook, indices, divisor)
 
 
-def _sorted_gradient(x: Tensor, codebook: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+def _sorted_gradient(x: Tensor, codebook: Tensor, indices: Tensor, divisor: int) -> tuple[Tensor, Tensor]:
     (num_rows, code_dim), num_codes = x.shape, codebook.shape[0]
     sorted_codes, order = torch.sort(indices, stable=True)
     row_starts = torch.searchsorted(sorted_codes, torch.arange(num_codes + 1, device=x.device))
@@ -123,7 +127,7 @@ def _sorted_gradient(x: Tensor, codebook: Tensor, indices: Tensor) -> tuple[Tens
     segments = torch.arange(num_segments, device=x.device)
     segment_codes = torch.searchsorted(segment_starts, segments, right=True) - 1
     partials = x.new_empty((num_segments, code_dim), dtype=torch.float64)
-    sums = codebook.new_empty((num_codes, code_dim), dtype=torch.float32)
+    means = codebook.new_empty((num_codes, code_dim), dtype=torch.float32)
     column_blocks = ceil_div(code_dim, _COLUMNS)
     with device_of(x):
         if num_segments:
@@ -133,13 +137,13 @@ def _sorted_gradient(x: Tensor, codebook: Tensor, indices: Tensor) -> tuple[Tens
                 enable_fp_fusion=ENABLE_FP_FUSION,
             )  # fmt: skip
         _combine_kernel[(num_codes, column_blocks)](
-            segment_starts, partials, sums, code_dim, COMBINED_SEGMENTS=_COMBINED_SEGMENTS, BLOCK_D=_COLUMNS,
-            enable_fp_fusion=ENABLE_FP_FUSION,
+            segment_starts, partials, means, divisor, code_dim, COMBINED_SEGMENTS=_COMBINED_SEGMENTS,
+            BLOCK_D=_COLUMNS, enable_fp_fusion=ENABLE_FP_FUSION,
         )  # fmt: skip
-    return sums, counts
+    return means, counts
 
 
-def _atomic_gradient(x: Tensor, codebook: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+def _atomic_gradient(x: Tensor, codebook: Tensor, indices: Tensor, divisor: int) -> tuple[Tensor, Tensor]:
     (num_rows, code_dim), num_codes = x.shape, codebook.shape[0]
     sums = codebook.new_zeros((num_codes, code_dim), dtype=torch.float64)
     counts = torch.zeros(num_codes, dtype=torch.int64, device=x.device)
@@ -149,4 +153,4 @@ def _atomic_gradient(x: Tensor, codebook: Tensor, indices: Tensor) -> tuple[Tens
                 x, *x.stride(), codebook, *codebook.stride(), indices.contiguous(), sums, counts, num_rows, code_dim,
                 BLOCK_N=_ATOMIC_ROWS, BLOCK_D=_COLUMNS, enable_fp_fusion=ENABLE_FP_FUSION,
             )  # fmt: skip
-    return sums.float(), counts
+    return (sums / divisor).float(), counts

@@ -47,7 +47,7 @@ def row_sums(
     """
     at_code = codebook.index_select(0, indices).to(rows.dtype)  # [M, D]
     kept = torch.where(counted[:, None], rows, at_code)  # a row at its code adds 0
-    difference_sums, _ = codebook_gradient_op(kept, codebook, indices, backend)  # Σ (code - row)
+    difference_sums, _ = codebook_gradient_op(kept, codebook, indices, 1, backend)  # Σ (code - row)
     counts = difference_sums.new_zeros(codebook.shape[0]).index_add_(0, indices, counted.to(difference_sums.dtype))
     packed = sum_over_ranks(torch.cat([counts[:, None], difference_sums], dim=1), synchronise)
     counts, difference_sums = packed[:, 0], packed[:, 1:]

@@ -16,13 +16,14 @@ def make(n: int, k: int, d: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]
 
 
 def check(x: Tensor, codebook: Tensor, indices: Tensor, deterministic: bool) -> None:
-    sums, counts = codebook_gradient(x, codebook, indices, deterministic)
+    means, counts = codebook_gradient(x, codebook, indices, max(x.shape[0], 1), deterministic)
     difference = codebook.double()[indices] - x.double()
     expected = torch.zeros(codebook.shape, dtype=torch.float64).index_add_(0, indices, difference)
     magnitude = torch.zeros(codebook.shape, dtype=torch.float64).index_add_(0, indices, difference.abs())
-    assert (sums.dtype, counts.dtype) == (torch.float32, torch.int64)
+    assert (means.dtype, counts.dtype) == (torch.float32, torch.int64)
     assert torch.equal(counts, torch.bincount(indices, minlength=codebook.shape[0]))
-    assert ((sums - expected).abs() <= expected.abs() * 2.0**-24 + 1e-12 * magnitude).all()  # rounded only once
+    difference = (means.double() * max(x.shape[0], 1) - expected).abs()
+    assert (difference <= expected.abs() * (2.0**-24 + 1e-12) + 1e-12 * magnitude).all()  # rounded only once
 
 
 @pytest.mark.parametrize("deterministic", [True, False])
@@ -52,7 +53,12 @@ def test_sums_do_not_cancel_for_good_codes(deterministic: bool):
     check(1000.0 + codebook[indices] + 1e-4 * x, 1000.0 + codebook, indices, deterministic)
 
 
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_float32_holds_the_mean_of_a_sum_that_it_does_not_hold(deterministic: bool):
+    check(torch.full((200, 3), 3e37), torch.zeros(2, 3), torch.arange(200) % 2, deterministic)
+
+
 def test_two_runs_give_the_same_bits():
     x, codebook, indices = make(700, 9, 20)
-    first, second = (codebook_gradient(x, codebook, indices, True)[0] for _ in range(2))
+    first, second = (codebook_gradient(x, codebook, indices, 1, True)[0] for _ in range(2))
     assert torch.equal(first.view(torch.int32), second.view(torch.int32))
