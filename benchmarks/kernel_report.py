@@ -51,10 +51,10 @@ _SHAPES = (
     *((1_024, 4_096, 64, _F32), (1_024, 65_536, 128, _F32), (1_024, 65_536, 512, _F32)),
     *((256, 1_024, 128, _F16), (256, 1_024, 512, _F32)),
 )
-# (rows, codes, D, dtype of x, dtype of the codebook), only for the exact search, which uses the most registers.
+# (rows, codes, D, dtype of x, dtype of the codebook).
 # D = 1; multiples of 16 that do not fill a product; a split codebook of short codes and in 16 bits; few rows without a
 # split; two dtypes, as under autocast and the other way round.
-_EXACT_SHAPES = (
+_MIXED_SHAPES = (
     (65_536, 1_024, 1, _F32, _F32),
     *((65_536, 1_024, d, _F32, _F32) for d in (48, 80, 96, 112)),
     *((65_536, 1_024, d, _BF16, _BF16) for d in (48, 96)),
@@ -138,7 +138,7 @@ def _cases() -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
         if shape in _VIEWED_SHAPES:
             yield " unaligned", torch.empty(n, d + 1, dtype=dtype, device="meta")[:, :d], codebook
             yield " transposed", torch.empty(d, n, dtype=dtype, device="meta").t(), codebook
-    for n, k, d, x_dtype, codebook_dtype in _EXACT_SHAPES:
+    for n, k, d, x_dtype, codebook_dtype in _MIXED_SHAPES:
         x, codebook = (torch.empty(rows, d, dtype=t, device="meta") for rows, t in ((n, x_dtype), (k, codebook_dtype)))
         yield "", x, codebook
 
