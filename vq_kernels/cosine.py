@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vq_kernels.search import nearest_code
-from vq_kernels.search.backend import Backend, has_float64
+from vq_kernels.search import nearest_code, torch_backend
+from vq_kernels.search.backend import Backend, choose_backend, has_float64
+from vq_kernels.search.torch_bounds import power_of_two_below
 from vq_kernels.search.validation import check_pair
 
-_SHORTEST_NORM = 1e-6
 _STEPS = 3  # added coordinates, of 22 bits each: 66 bits of M, more than float64 holds
 _BELOW = 1 - 2.0**-23  # keeps the rounding to float32 below the square root
 
@@ -30,12 +30,106 @@ class SimilarCode(NamedTuple):
 
 
 def unit(x: Tensor) -> Tensor:
-    """Divide x [..., D] by its norm, or by 1e-6 if that is larger, so that 0 stays 0."""
-    return F.normalize(x, dim=-1, eps=_SHORTEST_NORM)
+    """Divide each row of x [..., D] by its norm. Every finite row but 0 gets length 1; 0 stays 0."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    scaled = wide * _safe_scales(wide)
+    norms = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
+    return (scaled / torch.where(norms == 0, 1.0, norms)).to(x.dtype)
+
+
+def _safe_scales(x: Tensor) -> Tensor:
+    """Powers of two [..., 1] by which the rows of x [..., D] have squares in range; 1 for most rows, and for 0."""
+    wider = 8 if x.dtype == torch.float64 else 1  # than the range of float32's exponents
+    largest = x.detach().abs().amax(dim=-1, keepdim=True)
+    scales = torch.ones_like(largest).masked_fill(largest > 2.0 ** (40 * wider), 2.0 ** (-88 * wider))
+    return scales.masked_fill((largest > 0) & (largest < 2.0 ** (-40 * wider)), 2.0 ** (100 * wider))
 
 
 def most_similar_code(x: Tensor, codebook: Tensor, *, backend: Backend = "auto") -> SimilarCode:
     """Find the codebook row with the largest dot product with each vector. For `unit` vectors this is the cosine.
+
+    The indices equal those of a float64 brute force over the same values, with the lowest index on a tie. If two
+    products x·c differ by less than a float64 dot product is accurate to, 2⁻⁴⁷·D·‖x‖·‖c‖ for either code c, either may
+    be returned. Two kinds of ties do not depend on rounding: identical codes, and a row of zeros. Vectors may have any
+    length: none overflows or underflows.
+
+    Args:
+        x: [..., D], float32, float16, bfloat16 or float64.
+        codebook: [K, D], K >= 1, on x's device; its dtype may differ from x's.
+        backend: as for `nearest_code`. If code lengths differ by more than a factor of two, PyTorch operators search
+            for "triton" too.
+
+    Returns:
+        SimilarCode(indices [...] int64 in [0, K), codes [..., D] in x's dtype, similarities [...], inf if the dtype
+        overflows). Not differentiable. NaN and Inf are treated as by `nearest_code`.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `nearest_code`.
+
+    Source: docs/explanations/exactness.md.
+    """
+    check_pair(x, codebook)
+    rows = x.detach().reshape(-1, x.shape[-1])
+    indices = most_similar_index(rows, codebook.detach(), backend)
+    chosen = codebook.detach().index_select(0, indices)
+    wide = torch.promote_types(torch.promote_types(x.dtype, codebook.dtype), torch.float32)
+    left, right = rows.to(wide), chosen.to(wide)
+    left_scales, right_scales = _safe_scales(left), _safe_scales(right)
+    products = (left * left_scales * (right * right_scales)).sum(dim=1, keepdim=True)
+    both = left_scales * right_scales  # in range if they differ
+    products = torch.where(left_scales == right_scales, products / left_scales / right_scales, products / both)[:, 0]
+    similarities = torch.where(rows.isfinite().all(dim=1), products, torch.nan)
+    leading = x.shape[:-1]
+    return SimilarCode(indices.view(leading), chosen.to(x.dtype).view(x.shape), similarities.view(leading))
+
+
+def most_similar_index(x: Tensor, codebook: Tensor, backend: Backend, *, unit_codes: bool = False) -> Tensor:
+    """Find the indices [N] of `most_similar_code` for x [N, D] and codebook [K, D].
+
+    `unit_codes` promises that all codes have length 1 or 0, so that no step waits for the device to measure them.
+    """
+    if torch.onnx.is_in_onnx_export():
+        return _nearest_of_equal_length(x, codebook, backend)
+    found: Tensor = most_similar_code_op(x, codebook, backend, unit_codes)
+    return found
+
+
+@torch.library.custom_op("vq_kernels::most_similar_code", mutates_args=())
+def most_similar_code_op(x: Tensor, codebook: Tensor, backend: str, unit_codes: bool) -> Tensor:
+    """x [N, D], codebook [K, D] -> indices [N] int64."""
+    if not has_float64(x.device):
+        indices: Tensor = most_similar_code_op(x.cpu(), codebook.cpu(), backend, unit_codes)
+        return indices.to(x.device)
+    name, _ = choose_backend(x, codebook, backend)
+    if name == "torch":
+        return torch_backend.most_similar(x, codebook)
+    if not unit_codes:
+        scaled, equal = _scaled_if_equal(codebook.float())
+        if not equal:
+            return torch_backend.most_similar(x, codebook)
+        rows = x.float() * power_of_two_below(x.float().abs().amax(dim=1, keepdim=True))
+        x, codebook = rows * power_of_two_below(rows.norm(dim=1, keepdim=True)), scaled
+    return _nearest_of_equal_length(x, codebook, "triton")
+
+
+@most_similar_code_op.register_fake
+def _(x: Tensor, codebook: Tensor, backend: str, unit_codes: bool) -> Tensor:
+    return x.new_empty(x.shape[0], dtype=torch.int64)
+
+
+def _scaled_if_equal(codebook: Tensor) -> tuple[Tensor, bool]:
+    """The codes [K, D] scaled so that the longest has about length 1, and whether no other but 0 is half as long."""
+    usable = codebook.isfinite().all(dim=1)
+    largest = torch.where(usable[:, None], codebook.abs(), 0).amax()
+    scaled = codebook * power_of_two_below(largest)
+    lengths = scaled.double().norm(dim=1)
+    longest = torch.where(usable, lengths, 0).amax()
+    unequal = usable & (lengths > 0) & (2 * lengths < longest)
+    return scaled * power_of_two_below(longest).float(), not bool(unequal.any())
+
+
+def _nearest_of_equal_length(x: Tensor, codebook: Tensor, backend: Backend) -> Tensor:
+    """The indices [N] of the most similar codes, if all codes but 0 have about the same length.
 
     The nearest code is not always the most similar one, even among unit vectors: a norm rounded to float32 differs from
     1 by up to 1e-7, which changes the distances. Each code therefore gets additional coordinates a_k that give all
@@ -45,37 +139,15 @@ def most_similar_code(x: Tensor, codebook: Tensor, *, backend: Backend = "auto")
 
     so the nearest of these is the code with the largest x·c_k.
 
-    Two codes are distinguished if their dot products differ by more than about 4·D·2⁻⁵³·M, a few times the rounding
-    error of a float64 dot product (docs/explanations/exactness.md). Closer ones count as equal, and either may be
-    returned. Two kinds of ties do not depend on rounding and give the lowest index: identical codes, and a row of
-    zeros.
-
-    Args:
-        x: [..., D], float32, float16, bfloat16 or float64.
-        codebook: [K, D], K >= 1, on x's device; its dtype may differ from x's.
-        backend: as for `nearest_code`.
-
-    Returns:
-        SimilarCode(indices [...] int64 in [0, K), codes [..., D] in x's dtype, similarities [...]). Not differentiable.
-        NaN and Inf are treated as by `nearest_code`.
-
-    Raises:
-        TypeError, ValueError, RuntimeError: as `nearest_code`.
-
     Source: Bachrach et al. 2014, "Speeding up the Xbox recommender system using a Euclidean transformation for
     inner-product spaces", theorem 1.
     """
-    check_pair(x, codebook)
-    wider = torch.promote_types(torch.promote_types(x.dtype, codebook.dtype), torch.float32)
-    rows, codes = x.detach().reshape(-1, x.shape[-1]).to(wider), codebook.detach().to(wider)
+    wide = torch.promote_types(torch.promote_types(x.dtype, codebook.dtype), torch.float32)
+    rows, codes = x.to(wide), codebook.to(wide)
     lengthened = torch.cat([codes, _missing_length(codes)], dim=1)  # [K, D + 3]
     found = nearest_code(F.pad(rows, (0, _STEPS)), lengthened, backend=backend)
     first_usable = lengthened.isfinite().all(dim=1).int().argmax()
-    indices = torch.where(rows.any(dim=1), found.indices, first_usable)
-    chosen = codes.index_select(0, indices)
-    similarities = torch.where(rows.isfinite().all(dim=1), (rows * chosen).sum(dim=1), torch.nan)
-    leading = x.shape[:-1]
-    return SimilarCode(indices.view(leading), chosen.to(x.dtype).view(x.shape), similarities.view(leading))
+    return torch.where(rows.any(dim=1), found.indices, first_usable)
 
 
 def _missing_length(codes: Tensor) -> Tensor:

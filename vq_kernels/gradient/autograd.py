@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vq_kernels.cosine import most_similar_code
+from vq_kernels.cosine import most_similar_index, unit
 from vq_kernels.gradient.torch_backend import codebook_gradient
 from vq_kernels.search.api import nearest_code_op
 from vq_kernels.search.backend import Backend, choose_backend, has_float64
@@ -33,6 +33,7 @@ LEFT_OUT = -1
 """The index of a row that a stage leaves out. Its code is 0, and it does not count."""
 
 _SHORTEST_NORM = 1e-6
+_NORM_SCALE = 2.0**-16
 
 
 class Choice(NamedTuple):
@@ -67,8 +68,9 @@ def choose(
         backend: as for `nearest_code`.
     """
     if metric == "cosine":
-        indices, codes, _ = most_similar_code(x, codebook, backend=backend)
-        sq_distances = (x - codebook[indices]).square().sum(dim=1)
+        indices = most_similar_index(x, codebook, backend, unit_codes=True)
+        chosen = codebook.index_select(0, indices)
+        codes, sq_distances = chosen.to(x.dtype), (x - chosen).square().sum(dim=1)
     else:
         indices, codes, sq_distances, _ = nearest_code_op(x, codebook, list(operands), backend)
     return Choice(indices[None], codes, sq_distances[None])
@@ -174,7 +176,7 @@ def rotation_trick(x: Tensor, codes: Tensor) -> Tensor:
 
     A code c is R·x·‖c‖/‖x‖, where R rotates x's direction u to c's direction v: with w = (u + v)/‖u + v‖,
     R = 1 - 2·w·wᵀ + 2·v·uᵀ. Taken as a constant, this gives x the gradient ‖c‖/‖x‖·(g - 2·w·(w·g) + 2·u·(v·g)). The
-    codes get none. Norms under 1e-6 count as 1e-6.
+    codes get none. In the ratio, a norm ‖x‖ under 1e-6 counts as 1e-6.
 
     Source: Fifty et al. 2024, arXiv:2410.06424, section 4.2.
     """
@@ -207,10 +209,10 @@ def _rotate_back(grad: Tensor, x: Tensor, codes: Tensor) -> Tensor:
     """Rᵀ·grad·‖code‖/‖x‖, [..., D], in float32 at least."""
     wide = torch.promote_types(grad.dtype, torch.float32)
     g, x, codes = grad.to(wide), x.detach().to(wide), codes.detach().to(wide)
-    x_norm = x.norm(dim=-1, keepdim=True).clamp(min=_SHORTEST_NORM)
-    code_norm = codes.norm(dim=-1, keepdim=True)
-    from_direction = x / x_norm
-    to_direction = codes / code_norm.clamp(min=_SHORTEST_NORM)
+    from_direction, to_direction = unit(x), unit(codes)
+    # Norms without squares, and scaled, so that they do not overflow.
+    x_norm = (x * _NORM_SCALE * from_direction).sum(dim=-1, keepdim=True).clamp(min=_SHORTEST_NORM * _NORM_SCALE)
+    code_norm = (codes * _NORM_SCALE * to_direction).sum(dim=-1, keepdim=True)
     middle = F.normalize(from_direction + to_direction, dim=-1, eps=_SHORTEST_NORM)
     rotated = g - 2 * middle * (middle * g).sum(dim=-1, keepdim=True)
     rotated = rotated + 2 * from_direction * (to_direction * g).sum(dim=-1, keepdim=True)

@@ -16,16 +16,24 @@ Sources: van den Oord et al. 2017, arXiv:1711.00937, eq. 1, for the search; High
 Algorithms", 2nd ed., section 3.1, for the error of a sum in any order.
 """
 
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
 from vq_kernels.search.backend import Found
 from vq_kernels.search.top2 import TILE_ELEMENTS, Top2
-from vq_kernels.search.torch_bounds import CodebookOperand, augment, float32_is_sufficient, prepare
+from vq_kernels.search.torch_bounds import (
+    CodebookOperand,
+    augment,
+    float32_is_sufficient,
+    prepare,
+    prepare_products,
+    squared_distances,
+)
 
-__all__ = ["prepare", "search"]
+__all__ = ["most_similar", "prepare", "search"]
 
 _DIRECT_ELEMENTS = 1 << 16  # elements per step of direct differences
 _GATHER_ELEMENTS = 1 << 20  # elements gathered at a time
@@ -44,21 +52,38 @@ def search(x: Tensor, codebook: Tensor, prepared: list[Tensor]) -> Found:
     Returns:
         As described at `Found`. Rows that are not finite count as certified.
     """
-    autocast = torch.is_autocast_enabled(x.device.type)
-    with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
-        operand = CodebookOperand(*prepared) if prepared else prepare(codebook)
-        if not float32_is_sufficient(x):
-            operand = prepare(codebook, torch.float64)
-        scan = _scan_one_tile if x.shape[0] * max(operand.matrix.shape) <= TILE_ELEMENTS else _scan_tiles
-        indices, uncertified, counts = scan(x, codebook, operand)
-        many = counts > _MANY_CANDIDATES
-        exhaustive = int(many.sum())
-        if exhaustive:
-            _search_exhaustively(x, codebook, uncertified[many], indices)
+    with _no_autocast(x.device):
+        indices, statistics = _find(x, codebook, CodebookOperand(*prepared) if prepared else prepare(codebook))
         codes, sq_distances = gather_codes(x, codebook, indices)
-        reranked = int(counts.count_nonzero()) - exhaustive
-        statistics = torch.tensor([x.shape[0] - reranked - exhaustive, reranked, exhaustive], device=x.device)
     return indices, codes, sq_distances, statistics
+
+
+def most_similar(x: Tensor, codebook: Tensor) -> Tensor:
+    """Find the code of codebook [K, D] with the largest dot product with each row of x [N, D]. Returns indices [N].
+
+    In the steps above, S_k is x·c_k, and float64 sums of x_j·c_kj decide.
+    """
+    with _no_autocast(x.device):
+        return _find(x, codebook, prepare_products(codebook))[0]
+
+
+def _no_autocast(device: torch.device) -> AbstractContextManager[object]:
+    autocast = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if autocast else nullcontext()
+
+
+def _find(x: Tensor, codebook: Tensor, operand: CodebookOperand) -> tuple[Tensor, Tensor]:
+    """The indices [N] of x [N, D], and the statistics [3] of the search."""
+    if not float32_is_sufficient(x):
+        operand = operand.in_float64(codebook)
+    scan = _scan_one_tile if x.shape[0] * max(operand.matrix.shape) <= TILE_ELEMENTS else _scan_tiles
+    indices, uncertified, counts = scan(x, codebook, operand)
+    many = counts > _MANY_CANDIDATES
+    exhaustive = int(many.sum())
+    if exhaustive:
+        _search_exhaustively(x, codebook, operand, uncertified[many], indices)
+    reranked = int(counts.count_nonzero()) - exhaustive
+    return indices, torch.tensor([x.shape[0] - reranked - exhaustive, reranked, exhaustive], device=x.device)
 
 
 def _scan_one_tile(x: Tensor, codebook: Tensor, operand: CodebookOperand) -> tuple[Tensor, Tensor, Tensor]:
@@ -86,9 +111,9 @@ def _scan_tiles(x: Tensor, codebook: Tensor, operand: CodebookOperand) -> tuple[
     return indices, rows, counts
 
 
-def _search_exhaustively(x: Tensor, codebook: Tensor, rows: Tensor, indices: Tensor) -> None:
+def _search_exhaustively(x: Tensor, codebook: Tensor, operand: CodebookOperand, rows: Tensor, indices: Tensor) -> None:
     """Write to indices [N] those of the rows [M] for which float32 leaves many candidates or has no bound."""
-    operand, first = prepare(codebook, torch.float64), None
+    operand, first = operand.in_float64(codebook), None
     for part in torch.split(rows, max(1, _GATHER_ELEMENTS // x.shape[1])):
         chunk = x.index_select(0, part)
         found, thresholds, undecided = _scan(chunk, operand)
@@ -154,7 +179,7 @@ def _rerank_scores(
     thresholds: Tensor,
     allowed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Compare the candidates of x [N, D] by direct differences in float64.
+    """Compare the candidates of x [N, D] in float64, by direct differences or by products.
 
     Args:
         scores: [N, K], overwritten. The candidates are the codes whose score may reach the threshold.
@@ -175,23 +200,30 @@ def _rerank_scores(
     if allowed is None:
         candidates &= (counts <= _MANY_CANDIDATES)[:, None]
     row, code = candidates.nonzero(as_tuple=True)
-    distance = pair_distances(x, codebook, row, code)
-    least = distance.new_full((x.shape[0],), torch.inf).scatter_reduce_(0, row, distance, "amin")
+    cost = _pair_costs(x, codebook, row, code, operand.costs)
+    least = cost.new_full((x.shape[0],), torch.inf).scatter_reduce_(0, row, cost, "amin")
     none = codebook.shape[0]
-    code.masked_fill_(distance > least.index_select(0, row), none)
+    code.masked_fill_(cost > least.index_select(0, row), none)
     indices = code.new_full((x.shape[0],), none).scatter_reduce_(0, row, code, "amin")
     return indices.remainder_(none), counts
 
 
 def pair_distances(x: Tensor, codebook: Tensor, row: Tensor, code: Tensor) -> Tensor:
     """Squared distances [P] float64 from rows [P] of x to codes [P], by direct differences."""
-    distance = torch.empty(row.shape[0], dtype=torch.float64, device=x.device)
+    return _pair_costs(x, codebook, row, code, squared_distances)
+
+
+def _pair_costs(
+    x: Tensor, codebook: Tensor, row: Tensor, code: Tensor, costs: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """The `costs` [P] float64 of rows [P] of x and codes [P]."""
+    result = torch.empty(row.shape[0], dtype=torch.float64, device=x.device)
     pairs = max(1, _DIRECT_ELEMENTS // x.shape[1])
     for start in range(0, row.shape[0], pairs):
         part = slice(start, start + pairs)
         left, right = x.index_select(0, row[part]), codebook.index_select(0, code[part])
-        distance[part] = (left.double() - right.double()).square_().sum(dim=1)
-    return distance
+        result[part] = costs(left.double(), right.double())
+    return result
 
 
 def _first_of_identical(codebook: Tensor) -> Tensor:

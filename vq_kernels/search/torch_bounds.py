@@ -3,6 +3,8 @@
 The nearest code of x maximises S_k = (x - m)·(c_k - m) - ½‖c_k - m‖², where m is the mean of the codebook. The product
 of the row [x - m, 1, ‖x - m‖] and the code [c_k - m, E'_k - ½‖c_k - m‖², E''_k] is S_k plus E_k = E'_k + ‖x - m‖·E''_k,
 which bounds the rounding error: an upper bound U_k >= S_k. docs/explanations/exactness.md has the proof.
+
+The code with the largest dot product maximises S_k = x·c_k. That is the same without m and ‖c_k‖, and with E'_k = 0.
 """
 
 import math
@@ -48,6 +50,18 @@ class CodebookOperand(NamedTuple):
         """Return bounds [N] that hold for every code, for rows with norms [N]."""
         return torch.addcmul(self.error_constant.amax(), norms, self.matrix[:, -1].amax())
 
+    def row_scales(self, x: Tensor) -> Tensor:
+        """Return what to multiply the rows [N, D] by, [1] or [N, 1], powers of two."""
+        return self.scale
+
+    def costs(self, x: Tensor, codes: Tensor) -> Tensor:
+        """Return what decides between codes [P, D] for the rows x [P, D], both float64: the least of [P] wins."""
+        return squared_distances(x, codes)
+
+    def in_float64(self, codebook: Tensor) -> "CodebookOperand":
+        """Return the same of codebook [K, D] for scans in float64."""
+        return prepare(codebook, torch.float64)
+
     def lower_bound(self, upper_bounds: Tensor, errors: Tensor, norms: Tensor) -> Tensor:
         """Return the lower bounds U - 2·E of the scores, for rows with norms [N].
 
@@ -56,12 +70,29 @@ class CodebookOperand(NamedTuple):
         return torch.sub(upper_bounds, errors, alpha=2).masked_fill_(norms > _ROW_LIMIT[norms.dtype], torch.nan)
 
 
+class ProductOperand(CodebookOperand):
+    """A codebook scaled for a search of the largest dot product. Rows have scales of their own."""
+
+    __slots__ = ()
+
+    def row_scales(self, x: Tensor) -> Tensor:
+        """Return powers of two [N, 1] that bring the largest entry of each row into [1/2, 1)."""
+        return power_of_two_below(x.abs().amax(dim=1, keepdim=True))
+
+    def costs(self, x: Tensor, codes: Tensor) -> Tensor:
+        """Return minus the dot products [P], of scaled vectors."""
+        return (x * -self.row_scales(x)).mul_(codes * self.scale).sum(dim=1)
+
+    def in_float64(self, codebook: Tensor) -> CodebookOperand:
+        """Return the same of codebook [K, D] for scans in float64."""
+        return prepare_products(codebook, torch.float64)
+
+
 def prepare(codebook: Tensor, dtype: torch.dtype = torch.float32) -> CodebookOperand:
     """Prepare the codebook [K, D] for scans in `dtype` (float32 or float64)."""
     num_codes, code_dim = codebook.shape
     wide = codebook.to(torch.promote_types(codebook.dtype, dtype))
-    num_padded = padded(num_codes)
-    matrix = wide.new_empty(num_padded, code_dim + 2, dtype=dtype)
+    matrix = wide.new_empty(padded(num_codes), code_dim + 2, dtype=dtype)
     centred = matrix[:num_codes, :code_dim]
     scale, minus_mean, not_usable = 1.0, wide.mean(dim=0).neg_().to(dtype), None
     norms = _shift_and_scale(wide, scale, minus_mean, centred)
@@ -69,9 +100,31 @@ def prepare(codebook: Tensor, dtype: torch.dtype = torch.float32) -> CodebookOpe
     if not _SHORTEST_RADIUS <= radius <= _LONGEST_RADIUS:  # or NaN
         scale, minus_mean, not_usable, norms = _shift_and_scale_any(wide, centred)
         radius = float(norms.amax())
+    error_constant = _write_bounds(matrix, norms, norms.square(), radius, not_usable)
+    return CodebookOperand(matrix.new_full((1,), scale), minus_mean, matrix, error_constant)
 
+
+def prepare_products(codebook: Tensor, dtype: torch.dtype = torch.float32) -> ProductOperand:
+    """Prepare the codebook [K, D] for scans in `dtype` that look for the largest dot product."""
+    num_codes, code_dim = codebook.shape
+    wide = codebook.to(torch.promote_types(codebook.dtype, dtype))
+    not_usable = ~wide.isfinite().all(dim=1)
+    wide = wide.masked_fill(not_usable[:, None], 0)
+    scale = power_of_two_below(wide.abs().amax())[None]
+    matrix = wide.new_empty(padded(num_codes), code_dim + 2, dtype=dtype)
+    torch.mul(wide, scale, out=matrix[:num_codes, :code_dim])
+    norms = torch.linalg.vector_norm(matrix[:num_codes, :code_dim], dim=1)
+    error_constant = _write_bounds(matrix, norms, torch.zeros_like(norms), 1.0, not_usable)
+    return ProductOperand(scale, matrix.new_zeros(code_dim), matrix, error_constant)
+
+
+def _write_bounds(matrix: Tensor, norms: Tensor, sq_norms: Tensor, radius: float, not_usable: Tensor | None) -> Tensor:
+    """Write the last two columns of matrix [K padded, D + 2], and the padding. Return error_constant [K].
+
+    norms [K] and sq_norms [K], or zeros for dot products, are those of the codes; radius is the largest norm.
+    """
+    dtype, num_codes, code_dim = matrix.dtype, norms.shape[0], matrix.shape[1] - 2
     error = 1.01 * (code_dim + 16) * (_UNIT[dtype] + _UNIT[torch.float64])
-    sq_norms = norms.square()
     error_constant = (error * sq_norms).add_(_TINY[dtype])  # one half for the product, one for the norm
     torch.sub(error_constant, sq_norms, alpha=0.5, out=matrix[:num_codes, code_dim])
     torch.mul(norms, error, out=matrix[:num_codes, code_dim + 1]).add_(error * _HIDDEN_NORM)
@@ -79,10 +132,10 @@ def prepare(codebook: Tensor, dtype: torch.dtype = torch.float32) -> CodebookOpe
         matrix[:num_codes, code_dim:] = torch.nan  # no bounds, so every row is decided by direct differences
     if not_usable is not None:
         matrix[:num_codes, code_dim].masked_fill_(not_usable, _NEVER[dtype])
-    if num_padded > num_codes:
+    if matrix.shape[0] > num_codes:
         matrix[num_codes:] = 0
         matrix[num_codes:, code_dim] = _NEVER[dtype]
-    return CodebookOperand(matrix.new_full((1,), scale), minus_mean, matrix, error_constant)
+    return error_constant
 
 
 def _shift_and_scale_any(wide: Tensor, centred: Tensor) -> tuple[float, Tensor, Tensor | None, Tensor]:
@@ -121,6 +174,18 @@ def _power_of_two_for(radius: float) -> float:
     return 2.0 ** (1 - math.frexp(min(max(radius, 2.0**-100), 2.0**100))[1]) if radius > 0 else 1.0
 
 
+def squared_distances(x: Tensor, codes: Tensor) -> Tensor:
+    """Squared distances [P] from rows x [P, D] to codes [P, D], by direct differences."""
+    return (x - codes).square_().sum(dim=1)
+
+
+def power_of_two_below(sizes: Tensor) -> Tensor:
+    """Powers of two that bring `sizes` into [1/2, 1); limited to the dtype's normal numbers. NaN and inf count as 1."""
+    limit = 1 - math.frexp(torch.finfo(sizes.dtype).tiny)[1]
+    exponents = torch.frexp(sizes.nan_to_num(1, 1)).exponent.clamp_(-limit, limit)
+    return torch.ldexp(torch.ones_like(sizes), -exponents)
+
+
 def _shift_and_scale(
     wide: Tensor, scale: float, minus_mean: Tensor, centred: Tensor, left_out: Tensor | None = None
 ) -> Tensor:
@@ -143,7 +208,8 @@ def augment(x: Tensor, operand: CodebookOperand, left: Tensor, norms: Tensor) ->
     # Scaled first, so that a difference flushed to zero is small compared to the codebook. In the wider dtype, so that
     # it is rounded once.
     wider = torch.promote_types(x.dtype, left.dtype)
-    torch.addcmul(operand.minus_mean.to(wider), x.to(wider), operand.scale.to(wider), out=shifted)
+    x = x.to(wider)
+    torch.addcmul(operand.minus_mean.to(wider), x, operand.row_scales(x).to(wider), out=shifted)
     torch.linalg.vector_norm(shifted, dim=1, out=norms)
     norms.add_(_HIDDEN_NORM)
     left[:, code_dim] = 1

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tests.vq_kernels.search.exactness import poisoned_allocations
+from vq_kernels.cosine import most_similar_code
 from vq_kernels.search.triton import launch
 from vq_kernels.search.triton.common import Outputs, ceil_div, write_rows
 from vq_kernels.search.triton.plan import CONFIGS, ScanConfig, SearchPlan
@@ -167,6 +168,18 @@ def test_rows_and_codes_of_different_sizes(scale: float):
     x, codebook = gaussian(40, 50, 8)
     check(x, codebook * scale)
     check(x * scale, codebook)
+
+
+@pytest.mark.parametrize("longest", [1.0, 1e8])
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_the_most_similar_code(scale: float, longest: float):
+    x, codebook = gaussian(60, 40, 6)
+    codebook[3] *= longest
+    expected = (x.double() @ codebook.double().t()).argmax(1)
+    assert torch.equal(most_similar_code(scale * x, codebook, backend="triton").indices, expected)
+    codebook = torch.nn.functional.normalize(codebook)
+    expected = (x.double() @ codebook.double().t()).argmax(1)
+    assert torch.equal(most_similar_code(scale * x, codebook, backend="triton").indices, expected)
 
 
 def test_results_do_not_depend_on_the_order_of_rows():
