@@ -32,7 +32,7 @@ def code_cross_entropy(x: Tensor, codebook: Tensor, targets: Tensor, *, metric: 
 
     Args:
         x: [N, D], any floating dtype; gets a gradient.
-        codebook: [K, D]; gets a gradient. It must not change before the backward.
+        codebook: [K, D]; gets a gradient. It is copied for the backward, so it may change in between.
         targets: [N] int64, in [0, K), or -1 to ignore the row.
         metric: "euclidean" or "dot", see the formulas at the head of this file.
 
@@ -40,7 +40,8 @@ def code_cross_entropy(x: Tensor, codebook: Tensor, targets: Tensor, *, metric: 
         [], float32, or float64 if an input is.
     """
     wide = torch.promote_types(torch.promote_types(x.dtype, codebook.dtype), torch.float32)
-    losses, _ = _CodeCrossEntropy.apply(x.to(wide), codebook.to(wide), targets, metric)
+    codebook = codebook.to(wide, copy=torch.is_grad_enabled())
+    losses, _ = _CodeCrossEntropy.apply(x.to(wide), codebook, targets, metric)
     total: Tensor = losses.sum()
     return total
 

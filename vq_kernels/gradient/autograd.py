@@ -83,7 +83,7 @@ def pass_gradients(
 
     Args:
         x: [N, D], any floating dtype.
-        codebooks: [Q, K, D]. They must not change until the backward.
+        codebooks: [Q, K, D]. They are copied for the backward, so they may change in between.
         choice: for x in these codebooks.
         commitment_weight: w above.
         complete: no stage leaves out a row.
@@ -92,6 +92,7 @@ def pass_gradients(
     Returns:
         quantized [N, D] in x's dtype, and the loss [], which is 0 if no row counts.
     """
+    codebooks = codebooks.clone() if torch.is_grad_enabled() else codebooks
     quantized, loss, commitment = _Quantize.apply(x, codebooks, *choice, commitment_weight > 0, complete, backend)
     return quantized, loss + commitment_weight * commitment if commitment_weight > 0 else loss
 
