@@ -6,8 +6,8 @@ export to ONNX, onnx_export.py replaces it.
 """
 
 import warnings
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -70,10 +70,11 @@ class PreparedCodebook:
     """A codebook prepared for repeated searches: shifted, scaled and rounded, with its norms and error bounds.
 
     Created by `PreparedCodebook.from_codebook` for one backend. It holds a copy of the codes, so later changes to the
-    codebook do not affect it. Prepare it again after the codebook has changed.
+    codebook do not affect it: `is_current` tells whether there were any. Prepare it again after the codebook has
+    changed.
 
     Attributes:
-        codebook: [K, D], the copy.
+        codebook: [K, D], the copy. Do not write to it: the next search would raise a RuntimeError.
         backend: "triton" or "torch", the backend it is prepared for.
         operands: the tensors that backend reads.
     """
@@ -81,6 +82,16 @@ class PreparedCodebook:
     codebook: Tensor
     backend: Backend
     operands: tuple[Tensor, ...]
+    _versions: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_versions", self._count_writes())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.codebook, self.backend, self.operands)  # a copy counts from the start
+
+    def _count_writes(self) -> list[int]:
+        return [tensor._version for tensor in (self.codebook, *self.operands)]
 
     @classmethod
     def from_codebook(cls, codebook: Tensor, *, backend: str = "auto") -> "PreparedCodebook":
@@ -91,10 +102,20 @@ class PreparedCodebook:
             RuntimeError: backend="triton" cannot run here, with the reason.
         """
         check_codebook(codebook)
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():  # not in inference mode, for use in training
             copy = codebook.detach().clone(memory_format=torch.contiguous_format)
             name, _ = choose_backend(copy, copy, backend)
             return cls(copy, name, tuple(backend_module(name).prepare(copy)))
+
+    def is_current(self, codebook: Tensor) -> bool:
+        """Return whether `codebook` [K, D] has the values, the dtype and the device that were prepared.
+
+        It compares the values, however they were changed, and waits for the device.
+        """
+        mine = self.codebook
+        if (codebook.shape, codebook.dtype, codebook.device) != (mine.shape, mine.dtype, mine.device):
+            return False
+        return bool(((codebook == mine) | (codebook.isnan() & mine.isnan())).all())
 
 
 def nearest_code(x: Tensor, codebook: Tensor | PreparedCodebook, *, backend: Backend = "auto") -> NearestCode:
@@ -161,6 +182,7 @@ def unpacked(codebook: Tensor | PreparedCodebook, backend: Backend) -> tuple[Ten
 
     Raises:
         ValueError: the backend is unknown, or the codebook was prepared for another one.
+        RuntimeError: the tensors of a prepared codebook were written to.
     """
     check_choice("backend", backend, BACKENDS)
     if not isinstance(codebook, PreparedCodebook):
@@ -169,6 +191,8 @@ def unpacked(codebook: Tensor | PreparedCodebook, backend: Backend) -> tuple[Ten
         raise ValueError(
             f"backend must be 'auto' or {codebook.backend!r}, which codebook was prepared for, got {backend!r}"
         )
+    if not torch.compiler.is_compiling() and codebook._count_writes() != codebook._versions:
+        raise RuntimeError("codebook was written to after it was prepared; prepare the new codes by from_codebook")
     return codebook.codebook, list(codebook.operands), codebook.backend
 
 

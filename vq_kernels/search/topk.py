@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vq_kernels.search.api import PreparedCodebook
+from vq_kernels.search.api import PreparedCodebook, unpacked
 from vq_kernels.search.backend import has_float64
 from vq_kernels.search.top2 import TILE_ELEMENTS
 from vq_kernels.search.torch_backend import pair_distances
@@ -61,8 +61,7 @@ def nearest_code_topk(x: Tensor, codebook: Tensor | PreparedCodebook, k: int) ->
 
     Source: van den Oord et al. 2017, arXiv:1711.00937, eq. 1. The selection of candidates is derived in this file.
     """
-    if isinstance(codebook, PreparedCodebook):
-        codebook = codebook.codebook
+    codebook, _, _ = unpacked(codebook, "auto")
     check_pair(x, codebook)
     if not 1 <= k <= codebook.shape[0]:
         raise ValueError(f"k must be in [1, {codebook.shape[0]}] for codebook {tuple(codebook.shape)}, got {k}")
