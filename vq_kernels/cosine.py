@@ -10,6 +10,7 @@ from vq_kernels.search import nearest_code, torch_backend
 from vq_kernels.search.backend import Backend, choose_backend, has_float64
 from vq_kernels.search.torch_bounds import power_of_two_below
 from vq_kernels.search.validation import check_pair
+from vq_kernels.search.vmap import register_vmap
 
 _STEPS = 3  # added coordinates, of 22 bits each: 66 bits of M, more than float64 holds
 _BELOW = 1 - 2.0**-23  # keeps the rounding to float32 below the square root
@@ -115,6 +116,9 @@ def most_similar_code_op(x: Tensor, codebook: Tensor, backend: str, unit_codes: 
 @most_similar_code_op.register_fake
 def _(x: Tensor, codebook: Tensor, backend: str, unit_codes: bool) -> Tensor:
     return x.new_empty(x.shape[0], dtype=torch.int64)
+
+
+register_vmap(most_similar_code_op, num_row_outputs=1)
 
 
 def _scaled_if_equal(codebook: Tensor) -> tuple[Tensor, bool]:

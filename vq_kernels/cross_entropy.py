@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from vq_kernels.search.vmap import register_vmap
+
 Metric = Literal["euclidean", "dot"]
 
 IGNORED = -1
@@ -48,6 +50,8 @@ def code_cross_entropy(x: Tensor, codebook: Tensor, targets: Tensor, *, metric: 
 
 class _CodeCrossEntropy(torch.autograd.Function):
     """(x [N, D], codebook [K, D], targets [N]) -> losses [N], log_sums [N]. Needed for torch.func."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, codebook: Tensor, targets: Tensor, metric: str) -> tuple[Tensor, Tensor]:
@@ -122,6 +126,10 @@ def _(
     x: Tensor, codebook: Tensor, targets: Tensor, log_sums: Tensor, grad_losses: Tensor, metric: str
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(codebook)
+
+
+for _op in (_forward_op, _backward_op):
+    register_vmap(_op)
 
 
 def _centre(codebook: Tensor, metric: str) -> Tensor:

@@ -11,6 +11,7 @@ from vq_kernels.learning.dead_codes import draw_sampling
 from vq_kernels.learning.recompute import is_recomputing
 from vq_kernels.modules.codebook import Codebook, stack
 from vq_kernels.search import nearest_code
+from vq_kernels.search.validation import check_no_vmap
 
 
 class Found(NamedTuple):
@@ -49,6 +50,8 @@ class CompatCodebook(Codebook):
 
         mask [M] bool says which rows count; with None all do.
         """
+        if learns:
+            check_no_vmap()
         if self.init == "kmeans" and not is_recomputing():
             needed = ~self.initted
             done = [self._start_by_kmeans(p, head, mask, needed, as_original=True) for p, head in enumerate(rows)]

@@ -25,6 +25,7 @@ from vq_kernels.cosine import most_similar_index, unit
 from vq_kernels.gradient.torch_backend import codebook_gradient
 from vq_kernels.search.api import nearest_code_op
 from vq_kernels.search.backend import Backend, choose_backend, has_float64
+from vq_kernels.search.vmap import register_vmap
 
 Metric = Literal["euclidean", "cosine"]
 METRICS = ("euclidean", "cosine")
@@ -103,6 +104,8 @@ class _Quantize(torch.autograd.Function):
     `loss` and `commitment` are the same number, the mean of (r_q - c_q)². The first has the gradient of the codes, the
     second that of x. The weight is applied outside, because a graph with dynamic shapes may hold it as an input.
     """
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(
@@ -188,6 +191,8 @@ def rotation_trick(x: Tensor, codes: Tensor) -> Tensor:
 class _StraightThrough(torch.autograd.Function):
     """(x [..., D], codes [..., D]) -> codes [..., D]. Saves x and the codes only if the gradient is rotated."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(x: Tensor, codes: Tensor, rotate: bool) -> Tensor:
         return codes.to(x.dtype, copy=True)
@@ -245,11 +250,16 @@ def _(x: Tensor, codebook: Tensor, indices: Tensor, divisor: int, backend: str) 
     return means, codebook.new_empty(codebook.shape[0], dtype=torch.int64)
 
 
+register_vmap(codebook_gradient_op)
+
+
 class _DifferenceMeans(torch.autograd.Function):
     """The operator above with a gradient, for second derivatives.
 
     A gradient registered with the operator would not do, because `torch.func.grad` rejects it.
     """
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, codebook: Tensor, indices: Tensor, divisor: int, backend: str) -> tuple[Tensor, Tensor]:

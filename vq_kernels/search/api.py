@@ -14,7 +14,8 @@ from torch import Tensor
 
 from vq_kernels.search import onnx_export
 from vq_kernels.search.backend import BACKENDS, Backend, Found, backend_module, choose_backend, has_float64
-from vq_kernels.search.validation import check_choice, check_codebook, check_pair
+from vq_kernels.search.validation import check_choice, check_codebook, check_dtype, check_pair
+from vq_kernels.search.vmap import register_vmap
 
 
 class NearestCode(NamedTuple):
@@ -128,7 +129,8 @@ def nearest_code(x: Tensor, codebook: Tensor | PreparedCodebook, *, backend: Bac
 
     Args:
         x: [..., D], float32, float16, bfloat16 or float64, any strides.
-        codebook: [K, D], K >= 1, on x's device; its dtype may differ from x's. Or a `PreparedCodebook`.
+        codebook: [K, D], K >= 1, on x's device; its dtype may differ from x's. Or a `PreparedCodebook`. Or [H, K, D]
+            for x [H, ..., D], H >= 1: x[h] is searched in codebook[h].
         backend: "auto", "triton" or "torch"; see `select_backend`. Only "torch" supports float64.
 
     Returns:
@@ -145,6 +147,14 @@ def nearest_code(x: Tensor, codebook: Tensor | PreparedCodebook, *, backend: Bac
 
     Source: van den Oord et al. 2017, arXiv:1711.00937, eq. 1.
     """
+    if isinstance(codebook, Tensor) and codebook.dim() == 3:
+        check_dtype("x", x)
+        if not codebook.shape[0] or x.dim() < 2 or (x.shape[0], x.shape[-1]) != (codebook.shape[0], codebook.shape[2]):
+            num_codebooks, _, code_dim = codebook.shape
+            wanted = f"[{num_codebooks}, ..., {code_dim}] to match codebook {tuple(codebook.shape)} with H >= 1"
+            raise ValueError(f"x must be {wanted}, got {tuple(x.shape)}")
+        each = [nearest_code(*pair, backend=backend) for pair in zip(x, codebook, strict=True)]
+        return NearestCode(*(torch.stack(parts) for parts in zip(*each, strict=True)))
     indices, codes, sq_distances, _ = _search(x, codebook, backend)
     return NearestCode(indices.view(x.shape[:-1]), codes.view(x.shape), sq_distances.view(x.shape[:-1]).float())
 
@@ -230,3 +240,6 @@ def _(x: Tensor, codebook: Tensor, operands: list[Tensor], backend: str) -> Foun
     wide = torch.float64 if has_float64(x.device) else torch.float32
     indices, sq_distances = (x.new_empty(x.shape[0], dtype=dtype) for dtype in (torch.int64, wide))
     return indices, x.new_empty(x.shape), sq_distances, x.new_empty(3, dtype=torch.int64)
+
+
+register_vmap(_operator, num_row_outputs=3)

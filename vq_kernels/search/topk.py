@@ -19,6 +19,7 @@ from vq_kernels.search.top2 import TILE_ELEMENTS
 from vq_kernels.search.torch_backend import pair_distances
 from vq_kernels.search.torch_bounds import CodebookOperand, augment, float32_is_sufficient, prepare
 from vq_kernels.search.validation import check_pair
+from vq_kernels.search.vmap import register_vmap
 
 _CANDIDATES = 1 << 17  # candidates ordered at a time
 _SPARE_CANDIDATES = 16  # per row; with more than 2·k plus these, float64 scores are faster
@@ -90,6 +91,9 @@ def nearest_code_topk_op(x: Tensor, codebook: Tensor, k: int) -> tuple[Tensor, T
 @nearest_code_topk_op.register_fake
 def _(x: Tensor, codebook: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape[0], k, dtype=torch.int64), x.new_empty(x.shape[0], k, dtype=torch.float32)
+
+
+register_vmap(nearest_code_topk_op, num_row_outputs=2)
 
 
 def _decide(found: NearestCodes, rows: Tensor, x: Tensor, codebook: Tensor, dtype: torch.dtype, *, most: int) -> Tensor:

@@ -1,5 +1,6 @@
 """Checks of public arguments, done before any computation."""
 
+import torch
 from torch import Tensor, bfloat16, float16, float32, float64, strided
 
 SUPPORTED_DTYPES = (float32, float16, bfloat16, float64)
@@ -38,3 +39,17 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """Raise ValueError unless `value` is one of `choices`."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def check_no_vmap() -> None:
+    """Raise RuntimeError inside `torch.func.vmap`, for what updates the state of a module."""
+    if torch.compiler.is_compiling():
+        return
+    from torch._functorch import pyfunctorch  # private: nothing public tells
+
+    levels = pyfunctorch.retrieve_all_functorch_interpreters()
+    if any(level.key() == torch._C._functorch.TransformType.Vmap for level in levels):
+        raise RuntimeError(
+            "a quantizer in training mode cannot run under torch.func.vmap, because it updates its counts and codes; "
+            "call eval() first, or use vector_quantize"
+        )
