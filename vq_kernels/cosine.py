@@ -1,4 +1,4 @@
-"""The code with the largest dot product, found exactly by the nearest-code search."""
+"""The code with the largest dot product, and vectors of length 1."""
 
 from typing import NamedTuple
 
