@@ -193,7 +193,7 @@ class QuantizerBase(Codebook):
     def _rows_of_head(self, head: int, x: Tensor) -> Tensor:
         """Returns the rows [M, D] of x that codebooks of this head quantize, in float32 at least."""
         rows = self._layout.split(self._positions(x, None)[0])[head]
-        return rows.to(torch.promote_types(rows.dtype, torch.float32))
+        return rows.to(torch.promote_types(rows.dtype, torch.float32)).contiguous()
 
     def _quantize(self, x: Tensor, mask: Tensor | None, active: Tensor | None = None) -> Quantized:
         """Quantizes x, with indices [..., Q] or [..., heads, Q]; in training mode, also updates the codebooks.
