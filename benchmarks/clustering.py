@@ -89,7 +89,7 @@ def spectrum(num_rows: int, dim: int, seed: int) -> Tensor:
 
 
 def embeddings(num_rows: int, dim: int, seed: int) -> Tensor:
-    """Unit vectors [N, D] around 500 topics of unequal size; the variances fall as 1, 1/2, 1/3, ... in a random basis."""
+    """Unit vectors [N, D] around 500 topics of unequal size, with variances 1, 1/2, 1/3, ... in a random basis."""
     generator = torch.Generator().manual_seed(seed)
     scale = torch.arange(1, dim + 1).rsqrt()
     basis = torch.linalg.qr(torch.randn(dim, dim, generator=generator))[0]

@@ -5,9 +5,9 @@
 
 A table stands between `<!-- begin NAME -->` and `<!-- end NAME -->`; `TABLES` lists the names. CPU results are in
 benchmarks/results/cpu: argmin.jsonl (argmin_bench.py), exactness.jsonl (exactness.py), train_bench.jsonl
-(train.py), quantizer_step.jsonl, semantic_ids.jsonl, ablation.jsonl, rate_distortion.jsonl, and batch_sizes.jsonl
-(rate_distortion.py at other batch sizes). GPU results are in benchmarks/results/h200/gpu.jsonl, or in h100/gpu.jsonl if
-that one is missing; `gpu.py` writes them.
+(train.py), quantizer_step.jsonl, clustering.jsonl, semantic_ids.jsonl, ablation.jsonl, rate_distortion.jsonl, and
+batch_sizes.jsonl (rate_distortion.py at other batch sizes). GPU results are in benchmarks/results/h200/gpu.jsonl, or in
+h100/gpu.jsonl if that one is missing; `gpu.py` writes them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import re
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -249,6 +249,70 @@ def use_table(rows: Sequence[Row]) -> str:
     return f"{markdown(cells)}\n\n{_where([row for runs in alike.values() for row in runs])}."
 
 
+def kmeans_table(rows: Sequence[Row]) -> str:
+    """k-means beside faiss and scikit-learn: a line for each data set and contender of clustering.py."""
+    cells = [["data", "by", "inertia / scikit-learn's", "time / faiss'", "iterations"]]
+    for data, contender, runs in _contenders(rows, "k-means"):
+        inertia, seconds = _relative(rows, runs, "inertia", "scikit-learn"), _relative(rows, runs, "seconds", "faiss")
+        iterations = [row["iterations"] for row in runs]
+        cells.append([data, contender, spread(inertia, 4), spread(seconds, 2), spread(iterations, 0)])
+    data_sets = "mixture: 1,000 Gaussian clusters; spectrum: one Gaussian with variances 1, 1/2, 1/3, ..."
+    defaults = "faiss makes 25 iterations and trains on at most 256 rows per centroid; scikit-learn has n_init = 1"
+    return _clustering(cells, rows, "k-means", f"{data_sets}. Default settings: {defaults}")
+
+
+def residual_table(rows: Sequence[Row]) -> str:
+    """Residual quantization: a line for each contender of clustering.py."""
+    cells: list[list[str]] = []
+    for _, contender, runs in _contenders(rows, "residual"):
+        by_stage = [spread(errors, 4) for errors in zip(*(row["errors"] for row in runs), strict=True)]
+        seconds = spread(_relative(rows, runs, "seconds", "faiss, greedy"), 2)
+        cells = cells or [["by", *(f"stage {q + 1}" for q in range(len(by_stage))), "time / faiss greedy"]]
+        cells.append([contender, *by_stage, seconds])
+    what = "The share of the variance that is left after each stage; unit vectors around 500 topics"
+    others = (
+        "With a beam, faiss minimises the error of the last stage. scikit-learn: KMeans (n_init = 1) stage by stage"
+    )
+    return _clustering(cells, rows, "residual", f"{what}. {others}")
+
+
+def product_table(rows: Sequence[Row]) -> str:
+    """Product quantization: a line for each contender of clustering.py."""
+    cells = [["by", "recall@10", "share of the variance left", "time / faiss'"]]
+    for _, contender, runs in _contenders(rows, "product"):
+        recall, error = (spread([row[name] for row in runs], 4) for name in ("recall", "error"))
+        cells.append([contender, recall, error, spread(_relative(rows, runs, "seconds", "faiss"), 2)])
+    what = "Unit vectors around 500 topics, in 8 parts of 8 dimensions, and 1,000 queries"
+    how = "All train on the N rows, which are as many as faiss takes (256 per centroid); faiss searches in all codes"
+    return _clustering(cells, rows, "product", f"{what}. {how}")
+
+
+def _contenders(rows: Sequence[Row], op: str) -> Iterator[tuple[str, str, list[Row]]]:
+    """Yields data set, contender and the rows of its seeds."""
+    own = [row for row in rows if row["op"] == op]
+    for data, contender in dict.fromkeys((row["data"], row["contender"]) for row in own):
+        yield data, contender, [row for row in own if (row["data"], row["contender"]) == (data, contender)]
+
+
+def _relative(rows: Sequence[Row], runs: Sequence[Row], name: str, contender: str) -> list[float]:
+    """A figure of the runs, divided by that of another contender with the same data and seed."""
+    by_seed = {
+        (row["op"], row["data"], row["seed"]): row[name]
+        for row in rows
+        if row["contender"] == contender and name in row
+    }
+    return [row[name] / by_seed[row["op"], row["data"], row["seed"]] for row in runs]
+
+
+def _clustering(cells: list[list[str]], rows: Sequence[Row], op: str, what: str) -> str:
+    own = [row for row in rows if row["op"] == op]
+    if not own:
+        return NO_RESULTS
+    how = f"{own[0]['timing']}; mean ± standard deviation over {len({row['seed'] for row in own})} seeds"
+    command = f"`python benchmarks/clustering.py --threads {own[0]['threads']}`"
+    return f"{markdown(cells)}\n\nN × K × D = {_size(own[0])}. {what}. {how}; {_where(own)}; {command}."
+
+
 # -- GPU: tables of the rows of gpu.py, which prints them too
 
 
@@ -378,6 +442,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "step": step_table,
     "semantic-ids": semantic_ids_table,
     "ablation": lambda: ablation_table(_cpu("ablation")),
+    "k-means": lambda: kmeans_table(_cpu("clustering")),
+    "residual": lambda: residual_table(_cpu("clustering")),
+    "product": lambda: product_table(_cpu("clustering")),
     "rate-distortion": lambda: rate_distortion_table(_cpu("rate_distortion")),
     "use": lambda: use_table([*_cpu("rate_distortion"), *_cpu("batch_sizes")]),
     **{name: partial(_committed_gpu_table, name) for name in GPU_TABLES},

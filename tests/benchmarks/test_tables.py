@@ -148,7 +148,18 @@ def test_without_results_the_tables_say_so() -> None:
 def test_the_documents_are_up_to_date(capsys: pytest.CaptureFixture[str]) -> None:
     assert tables.main(["--check"]) == 0, capsys.readouterr().out
     shown = {name for file in tables.documents() for name in TABLES if f"<!-- begin {name} -->" in file.read_text()}
-    assert shown >= {"model", "search", "gpu-search", "step", "ablation", "rate-distortion", "use"}
+    assert shown >= {
+        "model",
+        "search",
+        "gpu-search",
+        "step",
+        "ablation",
+        "rate-distortion",
+        "use",
+        "k-means",
+        "residual",
+        "product",
+    }
 
 
 def test_a_changed_figure_is_found() -> None:

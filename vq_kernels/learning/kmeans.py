@@ -73,7 +73,8 @@ def kmeans(
         tolerance: at least 0; stop when an iteration lowers the inertia by less than this fraction of it.
         seed: determines all random choices.
         progress: show a progress bar on stderr (needs tqdm).
-        metric: "euclidean"; or "cosine", which normalises rows and means (spherical k-means).
+        metric: "euclidean"; or "cosine", which normalises rows and means (spherical k-means). The inertia is then that
+            of the normalised rows.
         backend: as for `nearest_code`.
         synchronise: with a default process group, x is this process's part of the data, and all processes get one
             codebook. False: of this process alone.
