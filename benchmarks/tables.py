@@ -256,7 +256,7 @@ def kmeans_table(rows: Sequence[Row]) -> str:
         inertia, seconds = _relative(rows, runs, "inertia", "scikit-learn"), _relative(rows, runs, "seconds", "faiss")
         iterations = [row["iterations"] for row in runs]
         cells.append([data, contender, spread(inertia, 4), spread(seconds, 2), spread(iterations, 0)])
-    data_sets = "mixture: 1,000 Gaussian clusters; spectrum: one Gaussian with variances 1, 1/2, 1/3, ..."
+    data_sets = "mixture: 1,000 Gaussian clusters; spectrum: one Gaussian with variances 1, 1/2, 1/3 and so on"
     defaults = "faiss makes 25 iterations and trains on at most 256 rows per centroid; scikit-learn has n_init = 1"
     return _clustering(cells, rows, "k-means", f"{data_sets}. Default settings: {defaults}")
 
@@ -270,9 +270,7 @@ def residual_table(rows: Sequence[Row]) -> str:
         cells = cells or [["by", *(f"stage {q + 1}" for q in range(len(by_stage))), "time / faiss greedy"]]
         cells.append([contender, *by_stage, seconds])
     what = "The share of the variance that is left after each stage; unit vectors around 500 topics"
-    others = (
-        "With a beam, faiss minimises the error of the last stage. scikit-learn: KMeans (n_init = 1) stage by stage"
-    )
+    others = "faiss, beam: max_beam_size = 5, its default; greedy: 1. scikit-learn: KMeans (n_init = 1) stage by stage"
     return _clustering(cells, rows, "residual", f"{what}. {others}")
 
 
