@@ -178,13 +178,13 @@ class QuantizerBase(Codebook):
         Raises:
             TypeError, ValueError: as for `kmeans`.
         """
-        options = {"metric": self.metric, "backend": self.backend, "synchronise": self.synchronise} | options
+        own: dict[str, Any] = {"metric": self.metric, "backend": self.backend, "synchronise": self.synchronise}
         results = []
         for head in range(self._layout.num_codebooks):
             rows: Iterable[Tensor] = Mapped([x] if isinstance(x, Tensor) else x, partial(self._rows_of_head, head))
             for _ in range(self._num_stages):
                 rows = list(rows) if isinstance(x, Tensor) else rows  # residuals in memory are computed once
-                result = kmeans(rows, self.num_codes, **options)
+                result = kmeans(rows, self.num_codes, **own, **options)
                 results.append(result)
                 rows = Mapped(rows, partial(_residual, codebook=result.codebook, backend=self.backend))
         self.set_codes(torch.stack([result.codebook for result in results]).view(self.codebook.shape))

@@ -74,6 +74,8 @@ def test_bad_input_leaves_the_codes() -> None:
     before = quantizer.codebook.detach().clone()
     with pytest.raises(TypeError, match="x must be a tensor or re-iterable"):
         quantizer.fit(iter([x]))
+    with pytest.raises(TypeError, match="multiple values for keyword argument 'metric'"):
+        quantizer.fit(x, metric="cosine")
     with pytest.raises(ValueError, match="x must have 8 channels in dimension -1"):
         quantizer.fit(x[:, :7])
     with pytest.raises(ValueError, match="x must be finite"):
