@@ -238,7 +238,9 @@ def _vector_quantize_pytorch(num_codes: int, code_dim: int) -> nn.Module:
 
 
 _QUANTIZERS: dict[str, Callable[[int, int], nn.Module]] = {
-    "VectorQuantizer": partial(VectorQuantizer, backend="triton"),
+    "VectorQuantizer": partial(
+        VectorQuantizer, init="normal", restart_after=0, ema_decay=None, commitment_weight=0.0, backend="triton"
+    ),
     "cdist + argmin": _PlainQuantizer,
     "vector-quantize-pytorch": _vector_quantize_pytorch,
 }

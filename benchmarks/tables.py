@@ -5,9 +5,9 @@
 
 A table stands between `<!-- begin NAME -->` and `<!-- end NAME -->`; `TABLES` lists the names. CPU results are in
 benchmarks/results/cpu: argmin.jsonl (argmin_bench.py), exactness.jsonl (exactness.py), train_bench.jsonl
-(train.py), quantizer_step.jsonl, clustering.jsonl, semantic_ids.jsonl, ablation.jsonl, rate_distortion.jsonl, and
-batch_sizes.jsonl (rate_distortion.py at other batch sizes). GPU results are in benchmarks/results/h200/gpu.jsonl, or in
-h100/gpu.jsonl if that one is missing; `gpu.py` writes them.
+(train.py), quantizer_step.jsonl, clustering.jsonl, semantic_ids.jsonl, ablation.jsonl, rate_distortion.jsonl,
+batch_sizes.jsonl (rate_distortion.py at other batch sizes), and conv_vqvae.jsonl (examples/conv_vqvae.py). GPU results
+are in benchmarks/results/h200/gpu.jsonl, or in h100/gpu.jsonl if that one is missing; `gpu.py` writes them.
 """
 
 from __future__ import annotations
@@ -230,6 +230,19 @@ def rate_distortion_cells(rows: Sequence[Row]) -> list[list[str]]:
     return cells
 
 
+def vqvae_table(rows: Sequence[Row]) -> str:
+    """A line for each quantizer in the convolutional VQ-VAE, over its seeds. The time is relative to the first line."""
+    lines: list[Sequence[object]] = [("quantizer", "seeds", "test MSE", "perplexity", "time")]
+    for method in dict.fromkeys(row["method"] for row in rows):
+        runs = [row for row in rows if row["method"] == method]
+        figures = (spread([run[name] for run in runs], digits) for name, digits in (("mse", 5), ("perplexity", 0)))
+        lines.append((method, len(runs), *figures, spread([run["time"] for run in runs], 2)))
+    settings = {
+        f"{row['steps']} steps of Adam, batches of {row['batch_size']} images ({row['dataset']})" for row in rows
+    }
+    return f"{markdown(lines)}\n\n{'; '.join(sorted(settings))}; K = 512, D = 64; {_where(rows)}."
+
+
 def use_table(rows: Sequence[Row]) -> str:
     """How many codes the model uses: a line for each K, batch size, D and length of run in rate_distortion.py rows."""
     alike: dict[tuple[Any, ...], list[Row]] = {}
@@ -444,6 +457,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "residual": lambda: residual_table(_cpu("clustering")),
     "product": lambda: product_table(_cpu("clustering")),
     "rate-distortion": lambda: rate_distortion_table(_cpu("rate_distortion")),
+    "vqvae": lambda: vqvae_table(_cpu("conv_vqvae")),
     "use": lambda: use_table([*_cpu("rate_distortion"), *_cpu("batch_sizes")]),
     **{name: partial(_committed_gpu_table, name) for name in GPU_TABLES},
 }

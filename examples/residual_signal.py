@@ -37,9 +37,7 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     signal = chirps(seconds=20)
     frames = signal.view(-1, FRAME)
-    quantizer = ResidualVectorQuantizer(
-        num_quantizers=6, num_codes=256, code_dim=FRAME, init="data", restart_after=10, ema_decay=0.9
-    )
+    quantizer = ResidualVectorQuantizer(num_quantizers=6, num_codes=256, code_dim=FRAME)
     train(quantizer, frames)
     indices = quantizer.eval()(frames).indices  # [frames, 6]
     for stages in range(1, 7):

@@ -65,7 +65,7 @@ def train(model: VQVAE, num_steps: int = 200) -> None:
 if __name__ == "__main__":
     quantizers = {
         "before": lambda: HandWrittenQuantizer(256, 16),
-        "after": lambda: VectorQuantizer(256, 16, channel_dim=1, commitment_weight=0.25, init="data", restart_after=20),
+        "after": lambda: VectorQuantizer(256, 16, channel_dim=1),
     }
     for name, make_quantizer in quantizers.items():
         torch.manual_seed(0)

@@ -133,7 +133,7 @@ def test_few_files_follow_a_search(backend: str, most: int) -> None:
     assert 0 < len(files) <= most, files
 
 
-@pytest.mark.parametrize("options", ["restart_after=10", "ema_decay=0.9"])
+@pytest.mark.parametrize("options", ["", "restart_after=10, ema_decay=None"])
 def test_few_files_follow_a_training_step(options: str) -> None:
     files = executed_files(TRAINING_STEP.format(options=options))
     assert 0 < len(files) <= 14, files

@@ -29,7 +29,7 @@ from vq_kernels import VectorQuantizer
 import vq_kernels
 
 assert vq_kernels.__file__.startswith(sys.argv[1]), vq_kernels.__file__
-quantized, indices, loss = VectorQuantizer(16, 8)(torch.randn(5, 8))
+quantized, indices, loss = VectorQuantizer(16, 8)(torch.randn(5, 8, requires_grad=True))
 loss.backward()
 print(tuple(quantized.shape), tuple(indices.shape), sorted(ABSENT & set(sys.modules)))
 """

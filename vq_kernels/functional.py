@@ -20,7 +20,7 @@ class Quantized(NamedTuple):
         quantized: [..., D], the nearest code of each row, in x's dtype.
         indices: [...], int64, in [0, K); -1 for padding, if a module is given a mask.
         loss: [], float32 (float64 for float64 input), the mean of (x - code)² over all elements, times 1 + w with a
-            commitment weight w.
+            commitment weight w; times w from a module whose codes follow moving averages.
     """
 
     quantized: Tensor

@@ -78,7 +78,14 @@ def choose(
 
 
 def pass_gradients(
-    x: Tensor, codebooks: Tensor, choice: Choice, *, commitment_weight: float, complete: bool, backend: str
+    x: Tensor,
+    codebooks: Tensor,
+    choice: Choice,
+    *,
+    commitment_weight: float,
+    complete: bool,
+    backend: str,
+    trains_codes: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Returns the chosen codes and the loss with the gradients above.
 
@@ -89,13 +96,16 @@ def pass_gradients(
         commitment_weight: w above.
         complete: no stage leaves out a row.
         backend: as for `nearest_code`.
+        trains_codes: whether the loss contains the part that trains the codes.
 
     Returns:
         quantized [N, D] in x's dtype, and the loss [], which is 0 if no row counts.
     """
     codebooks = codebooks.clone() if torch.is_grad_enabled() else codebooks
     quantized, loss, commitment = _Quantize.apply(x, codebooks, *choice, commitment_weight > 0, complete, backend)
-    return quantized, loss + commitment_weight * commitment if commitment_weight > 0 else loss
+    if commitment_weight == 0 and trains_codes:
+        return quantized, loss
+    return quantized, commitment_weight * commitment + loss if trains_codes else commitment_weight * commitment
 
 
 class _Quantize(torch.autograd.Function):

@@ -24,7 +24,7 @@ def count_normalised_param_group(quantizer: QuantizerBase, fraction: float) -> d
     if not 0 < fraction < 2:
         raise ValueError(f"fraction must be in (0, 2), got {fraction}")
     if quantizer.ema_decay is not None:
-        raise ValueError(f"quantizer must learn by gradients, got one with ema_decay={quantizer.ema_decay}")
+        raise ValueError(f"quantizer must have ema_decay=None, to learn by gradients, got {quantizer.ema_decay!r}")
     if quantizer.metric != "euclidean":
         raise ValueError(f"quantizer must have metric 'euclidean', got {quantizer.metric!r}")
     return {"params": [quantizer.codebook], "lr": fraction, "momentum": 0.0, "weight_decay": 0.0}

@@ -1,6 +1,7 @@
 """The base class of the quantizers: from vectors to codes and back, over heads and stages."""
 
 import math
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial, reduce
@@ -13,6 +14,7 @@ from vq_kernels.functional import Quantized
 from vq_kernels.gradient.autograd import LEFT_OUT, Choice, choose, pass_gradients
 from vq_kernels.learning.ema import RowSums
 from vq_kernels.learning.kmeans import KMeansResult, Mapped, kmeans
+from vq_kernels.learning.monitor import TrainingMonitor
 from vq_kernels.learning.recompute import is_recomputing
 from vq_kernels.modules.codebook import Codebook, check_at_least, stack
 from vq_kernels.search.api import nearest_code
@@ -91,7 +93,7 @@ class QuantizerBase(Codebook):
     Args:
         num_stages: Q, or None for one stage without a dimension for it in the state.
         num_codes, code_dim, heads, separate_codebooks, channel_dim: as for `VectorQuantizer`.
-        commitment_weight, ema_decay, freeze_codebook: as for `VectorQuantizer`.
+        commitment_weight, ema_decay, freeze_codebook, warn: as for `VectorQuantizer`.
         options: the other arguments of `Codebook`.
     """
 
@@ -107,8 +109,9 @@ class QuantizerBase(Codebook):
         heads: int,
         separate_codebooks: bool,
         channel_dim: int,
-        ema_decay: float | None,
+        ema_decay: float | Literal["auto"] | None,
         freeze_codebook: bool,
+        warn: bool,
         **options: Any,
     ) -> None:
         check_at_least(1, heads=heads)
@@ -132,6 +135,7 @@ class QuantizerBase(Codebook):
         self._layout = layout
         self._num_stages = 1 if num_stages is None else num_stages
         self.freeze_codebook = freeze_codebook
+        self._monitor = TrainingMonitor() if warn else None
 
     @classmethod
     def from_codebook(cls, codebook: Tensor, *, freeze: bool = False, **options: Any) -> Self:
@@ -157,8 +161,8 @@ class QuantizerBase(Codebook):
     def extra_repr(self) -> str:
         """Returns the arguments that `print(module)` shows."""
         sizes = f"num_codes={self.num_codes}, code_dim={self.code_dim}"
-        shown = f"{sizes}, init={self.init!r}, restart_after={self.restart_after}"
-        defaults = {"metric": "euclidean", "heads": 1, "channel_dim": -1, "ema_decay": None, "freeze_codebook": False}
+        shown = f"{sizes}, init={self.init!r}, restart_after={self.restart_after!r}, ema_decay={self.ema_decay!r}"
+        defaults = {"metric": "euclidean", "heads": 1, "channel_dim": -1, "freeze_codebook": False}
         changed = {name: getattr(self, name) for name, value in defaults.items() if getattr(self, name) != value}
         if self._layout.separate:
             changed["separate_codebooks"] = True
@@ -210,9 +214,14 @@ class QuantizerBase(Codebook):
         choices, searched, batches = self._choose(rows.detach(), row_mask, left_out, learns)
         indices = torch.stack([choice.indices for choice in choices])  # [C, Q, M]
         codebooks = self._by_head(self._differentiable(searched, learns))
-        weight, complete = self.commitment_weight, left_out is None
         passed = (
-            pass_gradients(*head, commitment_weight=weight, complete=complete, backend=self.backend)
+            pass_gradients(
+                *head,
+                commitment_weight=self.commitment_weight,
+                complete=left_out is None,
+                backend=self.backend,
+                trains_codes=self.learnable,
+            )
             for head in zip(rows, codebooks, choices, strict=True)
         )
         codes, losses = zip(*passed, strict=True)
@@ -221,11 +230,33 @@ class QuantizerBase(Codebook):
             self._count(indices.flatten(0, 1), learning)
             if learns and self.follows_means:
                 self._update_averages(searched, batches, learning)
+            if learns and self._monitor is not None and not torch.compiler.is_compiling():
+                self._warn_of(self._monitor.step(torch.stack(losses), *self._usage()))
         return Quantized(
             self._layout.join(stack(codes).to(x.dtype), leading).movedim(-1, self.channel_dim),
             self._layout.join_indices(indices.transpose(1, 2), leading),
             torch.stack(losses).mean(),
         )
+
+    def _usage(self) -> tuple[Tensor, Tensor]:
+        """The counts of the last batch and the steps without use, [P, K]."""
+        return self.batch_counts.view(-1, self.num_codes), self.steps_unused.view(-1, self.num_codes)
+
+    def _warn_of(self, problem: str | None) -> None:
+        """Warns of a problem that the monitor saw, and names the argument to change."""
+        if problem is None:
+            return
+        if "diverges" in problem and self.commitment_weight < 0.25:
+            advice = f"pass commitment_weight=0.25 (it is {self.commitment_weight})"
+        elif "diverges" in problem:
+            advice = "lower the learning rate"
+        elif self.restart_after == 0:
+            advice = "pass restart_after='auto' (it is 0), so that unused codes are reset"
+        elif self.init in ("normal", "uniform"):
+            advice = f"pass init='data' (it is {self.init!r})"
+        else:
+            advice = "lower the learning rate, or check that the input varies"
+        warnings.warn(f"{problem}; {advice}, or warn=False to hide this warning", stacklevel=2)
 
     @torch.no_grad()
     def encode(self, x: Tensor, mask: Tensor | None = None, dtype: torch.dtype = torch.int64) -> Tensor:

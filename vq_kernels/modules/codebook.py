@@ -1,6 +1,6 @@
 """Codebooks and the state of their training: initialisation, dead-code resets, moving averages, usage counts."""
 
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,12 @@ from vq_kernels.learning.kmeans import kmeans_if_needed
 from vq_kernels.learning.recompute import copy_to_search, unless_recomputing
 from vq_kernels.search.backend import BACKENDS, Backend, has_float64
 from vq_kernels.search.validation import check_choice, check_dtype
+
+STEPS_UNTIL_RESET, ROWS_UNTIL_RESET = 20, 20
+"""restart_after="auto": a code is dead after so many steps, and so many rows for each code, without a row."""
+
+LEAST_DECAY, ROWS_IN_AVERAGE = 0.8, 40
+"""ema_decay="auto": the averages hold about so many rows for each code, but no fewer than the last steps."""
 
 
 class Codebook(nn.Module):
@@ -34,12 +40,13 @@ class Codebook(nn.Module):
         num_codes, code_dim, init_scale, restart_noise, ema_eps, synchronise, backend: as for `VectorQuantizer`.
         init: as there; or "kaiming_uniform", as vector_quantize_pytorch.
         kmeans_iters: iterations of k-means.
-        restart_after: steps without use after which `_reset_unused` resets a code; 0 disables this.
+        restart_after: steps without use after which `_reset_unused` resets a code, see `VectorQuantizer`; 0 disables
+            this.
         min_cluster_size: average number of rows below which `_reset_small` resets a code; 0 disables this.
         metric: "cosine" normalises the means of rows.
         learnable: whether the codes are a Parameter or a buffer.
         follows_means: whether the codes are set to the means of their rows.
-        ema_decay: λ of the moving averages, or None for no averages.
+        ema_decay: λ of the moving averages, see `VectorQuantizer`, or None for no averages.
 
     Raises:
         ValueError: an argument is out of range.
@@ -68,24 +75,24 @@ class Codebook(nn.Module):
         init: Literal["normal", "uniform", "data", "kaiming_uniform", "kmeans"] | Tensor,
         init_scale: float = 1.0,
         kmeans_iters: int = 10,
-        restart_after: int = 0,
+        restart_after: int | Literal["auto"] = 0,
         restart_noise: float = 0.0,
         min_cluster_size: float = 0.0,
         metric: Metric = "euclidean",
         learnable: bool,
         follows_means: bool,
-        ema_decay: float | None,
+        ema_decay: float | Literal["auto"] | None,
         ema_eps: float,
         synchronise: bool,
         backend: Backend,
     ) -> None:
         super().__init__()
         check_at_least(1, num_codes=num_codes, code_dim=code_dim)
-        check_at_least(
-            0, init_scale=init_scale, restart_after=restart_after, restart_noise=restart_noise, ema_eps=ema_eps
-        )
-        if ema_decay is not None and not 0 <= ema_decay <= 1:
-            raise ValueError(f"ema_decay must be None or in [0, 1], got {ema_decay}")
+        check_at_least(0, init_scale=init_scale, restart_noise=restart_noise, ema_eps=ema_eps)
+        if restart_after != "auto" and not (_is_number(restart_after) and restart_after >= 0):
+            raise ValueError(f"restart_after must be 'auto' or >= 0, got {restart_after!r}")
+        if ema_decay not in ("auto", None) and not (_is_number(ema_decay) and 0 <= ema_decay <= 1):
+            raise ValueError(f"ema_decay must be 'auto', None or in [0, 1], got {ema_decay!r}")
         check_choice("metric", metric, METRICS)
         check_choice("backend", backend, BACKENDS)
         self.num_codes = num_codes
@@ -232,7 +239,7 @@ class Codebook(nn.Module):
     @property
     def _copies(self) -> bool:
         """Whether a training step may change codes between the search and the backward, so that it searches a copy."""
-        return self.restart_after > 0 or self.init in ("data", "kmeans") or self.searched_codebook is not None
+        return self.restart_after != 0 or self.init in ("data", "kmeans") or self.searched_codebook is not None
 
     def _to_search(self, p: int, learns: bool) -> Tensor:
         """Returns the codes [K, D] of codebook p for this forward pass; `learns` says whether it may change them."""
@@ -294,7 +301,7 @@ class Codebook(nn.Module):
             return
         due = needs_data.expand(self.num_codes)  # [K]
         if self.restart_after:
-            due = due | (steps_unused >= self.restart_after)
+            due = due | (steps_unused >= self._steps_to_reset(_flat(self.batch_counts, 1)[p].sum()))
         targets = evenly_spaced_rows(  # [K, D]
             rows,
             row_mask,
@@ -305,10 +312,16 @@ class Codebook(nn.Module):
             synchronise=self.synchronise,
         )
         due = unless_recomputing(due & targets.isfinite().all(dim=1))
-        self._set_codes(p, due, targets, 1)
+        self._set_codes(p, due, targets, 0)  # the first rows that choose a code give it its average
         self.restarts.add_(torch.where(needs_data, 0, due.sum()))
         steps_unused.masked_fill_(due, 0)
         needs_data.logical_and_(~due.any())
+
+    def _steps_to_reset(self, num_rows: Tensor) -> Tensor | float:
+        """Returns the steps without use after which a code is reset, given the rows [...] of a batch."""
+        if self.restart_after != "auto":
+            return self.restart_after
+        return (ROWS_UNTIL_RESET * self.num_codes / num_rows.clamp(min=1)).clamp(min=STEPS_UNTIL_RESET)
 
     @torch.no_grad()
     def _reset_small(self, p: int, rows: Tensor, counted: Tensor) -> None:
@@ -371,17 +384,24 @@ class Codebook(nn.Module):
 
         Takes the results of `_to_search` and `_row_sums` for each codebook, and that of `_learning`.
         """
-        assert self.ema_decay is not None
         assert self.searched_codebook is not None
         self.searched_codebook.copy_(stack(searched))  # for a recomputation
         counts, sums = (torch.stack(parts) for parts in zip(*batches, strict=True))  # [P, K], [P, K, D]
+        decay = self._decay(counts)
         if learning is not None:  # the averages of the other codebooks move to themselves
             counts = torch.where(learning[:, None], counts, self._sizes)
             sums = torch.where(learning[:, None, None], sums, self._sums)
-        move_averages_(self._sizes, self._sums, RowSums(counts, sums), self.ema_decay)
+        move_averages_(self._sizes, self._sums, RowSums(counts, sums), decay)
         if self.follows_means:
-            means = self._means(self._sizes, self._sums)
+            means = torch.where(self._sizes[..., None] > 0, self._means(self._sizes, self._sums), self._codes)
             self._codes.copy_(means if learning is None else torch.where(learning[:, None, None], means, self._codes))
+
+    def _decay(self, counts: Tensor) -> float | Tensor:
+        """Returns λ for a batch with these counts [P, K], a number or [P]."""
+        assert self.ema_decay is not None
+        if self.ema_decay != "auto":
+            return self.ema_decay
+        return 1 - (counts.sum(dim=1) / (ROWS_IN_AVERAGE * self.num_codes)).clamp(max=1 - LEAST_DECAY)
 
     @property
     def perplexity(self) -> Tensor:
@@ -410,6 +430,10 @@ def perplexity(counts: Tensor) -> Tensor:
     total = counts.sum(dim=-1)
     entropy: Tensor = torch.special.entr(counts.double() / total.clamp(min=1)[..., None]).sum(dim=-1)
     return entropy.exp() * (total > 0)
+
+
+def _is_number(argument: Any) -> TypeGuard[float]:
+    return isinstance(argument, int | float)
 
 
 def check_at_least(least: float, **arguments: float) -> None:

@@ -1,5 +1,7 @@
 """ResidualVectorQuantizer: each stage quantizes the residual of the previous stages."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -19,8 +21,9 @@ class ResidualVectorQuantizer(QuantizerBase):
     With r_1 = x, c_q the code nearest to r_q, r_{q+1} = r_q - c_q, and w the commitment_weight:
 
     - quantized is Σ c_q. Its gradient goes to x unchanged, straight through all stages.
-    - loss is (1 + w) times the mean of (r_q - c_q)² over all stages and elements. Its gradient goes to the codes of
-      stage q with r_q taken as a constant; the part with w goes to x with the codes taken as constants.
+    - loss is w times the mean of (r_q - c_q)² over all stages and elements. Its gradient goes to x with the codes taken
+      as constants. Without `ema_decay` it is (1 + w) times this mean; the further part has its gradient with respect to
+      the codes of stage q, with r_q taken as a constant.
 
     With heads=G and separate_codebooks=True it is grouped residual quantization: x has G·D channels, each part has its
     own Q codebooks, [G, Q, K, D], and indices are [..., G, Q]. Training keeps x and the indices for the backward, for
@@ -37,10 +40,10 @@ class ResidualVectorQuantizer(QuantizerBase):
         separate_codebooks: if True, each head has its own codebooks; otherwise all heads share those of a stage.
         init, init_scale, restart_after, restart_noise, commitment_weight: as for `VectorQuantizer`, for each stage.
             Initial codes from data and reset codes are residuals of the previous stages.
-        channel_dim, ema_decay, ema_eps, freeze_codebook, backend, synchronise: as for `VectorQuantizer`.
+        channel_dim, ema_decay, ema_eps, freeze_codebook, warn, backend, synchronise: as for `VectorQuantizer`.
 
     Attributes:
-        codebook: [Q, K, D], or [heads, Q, K, D] if separate; a Parameter, or a buffer with `ema_decay`.
+        codebook: [Q, K, D], or [heads, Q, K, D] if separate; a buffer, or a Parameter without `ema_decay`.
         steps_unused, batch_counts, usage_counts: [Q, K], or [heads, Q, K], int64, as for `VectorQuantizer`. A step
             that drops a stage does not count for it.
         restarts: [] int64, dead-code resets since `reset_usage`.
@@ -63,17 +66,18 @@ class ResidualVectorQuantizer(QuantizerBase):
         code_dim: int,
         *,
         quantizer_dropout: float = 0.0,
-        init: Init | Tensor = "normal",
+        init: Init | Tensor = "data",
         init_scale: float = 1.0,
-        restart_after: int = 0,
+        restart_after: int | Literal["auto"] = "auto",
         restart_noise: float = 0.01,
-        commitment_weight: float = 0.0,
+        commitment_weight: float = 0.25,
         heads: int = 1,
         separate_codebooks: bool = False,
         channel_dim: int = -1,
-        ema_decay: float | None = None,
+        ema_decay: float | Literal["auto"] | None = "auto",
         ema_eps: float = 1e-5,
         freeze_codebook: bool = False,
+        warn: bool = True,
         backend: Backend = "auto",
         synchronise: bool = True,
     ) -> None:
@@ -96,6 +100,7 @@ class ResidualVectorQuantizer(QuantizerBase):
             ema_decay=ema_decay,
             ema_eps=ema_eps,
             freeze_codebook=freeze_codebook,
+            warn=warn,
             backend=backend,
             synchronise=synchronise,
         )

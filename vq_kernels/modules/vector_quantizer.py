@@ -1,5 +1,7 @@
 """VectorQuantizer: replaces each vector, or each part of it, by its nearest code."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -13,7 +15,7 @@ from vq_kernels.search.topk import NearestCodes, nearest_code_topk
 
 
 class VectorQuantizer(QuantizerBase):
-    """Replaces each vector by its nearest code. The codebook learns by the gradient of the loss, or by moving averages.
+    """Replaces each vector by its nearest code. The codebook learns by moving averages, or by the gradient of the loss.
 
     Example, with num_codes=512 and code_dim=64: x [8, 16, 16, 64] gives quantized [8, 16, 16, 64], indices
     [8, 16, 16] and a loss to add to the model's own. The gradients are those of `vector_quantize`.
@@ -25,27 +27,31 @@ class VectorQuantizer(QuantizerBase):
     Args:
         num_codes: K >= 1.
         code_dim: D >= 1.
-        init: initial codes: "normal", N(0, init_scale²); "uniform", in ±init_scale; "data", rows of the first training
-            batch, evenly spaced from a random start; "kmeans", k-means of the first training batch, for which each
+        init: initial codes: "data", rows of the first training batch, evenly spaced from a random start; "normal",
+            N(0, init_scale²); "uniform", in ±init_scale; "kmeans", k-means of the first training batch, for which each
             step reads a boolean from the device; or a tensor of the shape of `codebook`, see `set_codes`.
         init_scale: at least 0, see `init`.
         restart_after: reset a code that no row has chosen for this many training steps to a random row of the batch,
-            before the next search. With 0, codes are never reset.
+            before the next search. With 0, codes are never reset. "auto" is 20 steps, or as many as bring 20 rows for
+            each code if that is more.
         restart_noise: standard deviation of the noise added to a reset code, relative to the row's root mean square.
             It keeps codes apart if more codes are reset than there are rows.
-        commitment_weight: at least 0, see `vector_quantize`.
+        commitment_weight: w >= 0, the weight of the loss that draws x to its codes, see `vector_quantize`.
         metric: "euclidean" or "cosine". With "cosine", vectors and codes are normalised, gradients pass through the
             normalisation, and the search for the largest dot product is exact, see
             `vq_kernels.cosine.most_similar_code`.
         heads: parts that each vector of heads·D channels is split into, each with its own index.
         separate_codebooks: if True, each head has its own codebook; otherwise all heads share one.
         channel_dim: the dimension of x that holds the channels: -1, or 1 for images [B, C, H, W].
-        ema_decay: if None, the codebook is a Parameter. With a number λ in [0, 1], the codebook has no gradient, and
-            each code follows the moving average of its rows with this decay (0.99 is usual), see
-            `vq_kernels.learning.ema`. The value of the loss does not change.
+        ema_decay: with a number λ in [0, 1], each code follows the moving average of its rows with this decay, see
+            `vq_kernels.learning.ema`. The codebook has no gradient, and the loss is the commitment alone, w times the
+            mean of (x - code)². "auto" is 0.8, or the larger decay that averages over 40 rows for each code. If None,
+            the codebook is a Parameter, which the optimizer trains by the loss, (1 + w) times this mean.
         ema_eps: at least 0, smoothing of each code's average number of rows.
         freeze_codebook: whether training changes no code: no gradient, averages, initialisation or resets. It can be
             set at any time. `requires_grad_(False)` of the module or of a learnable `codebook` has the same effect.
+        warn: whether to warn once if training diverges or the codebook collapses. The warning names the argument to
+            change. It reads nothing from the device that is not ready, and is left out in compiled modules.
         backend: as for `nearest_code`.
         synchronise: in training, use the rows of all ranks of the default process group (if there is one in the forward
             pass) for counts, averages, resets and init="data". With DistributedDataParallel, which averages the
@@ -53,7 +59,7 @@ class VectorQuantizer(QuantizerBase):
             process uses only its own rows.
 
     Attributes:
-        codebook: [K, D], or [heads, K, D] if separate; a Parameter, or a buffer with `ema_decay`.
+        codebook: [K, D], or [heads, K, D] if separate; a buffer, or a Parameter without `ema_decay`.
         steps_unused: [K] int64, training steps since each code was last chosen; [heads, K] if separate, like all
             counts.
         batch_counts: [K] int64, the rows of the last training batch, of all ranks, that chose each code.
@@ -65,7 +71,8 @@ class VectorQuantizer(QuantizerBase):
     Raises:
         ValueError: an argument is out of range.
 
-    Source: van den Oord et al. 2017, arXiv:1711.00937; resets: Zeghidour et al. 2021, arXiv:2107.03312, section 3.3.
+    Source: van den Oord et al. 2017, arXiv:1711.00937, the averages in appendix A.1; resets: Zeghidour et al. 2021,
+    arXiv:2107.03312, section 3.3.
     """
 
     size_names = ("heads", "num_codes", "code_dim")
@@ -75,18 +82,19 @@ class VectorQuantizer(QuantizerBase):
         num_codes: int,
         code_dim: int,
         *,
-        init: Init | Tensor = "normal",
+        init: Init | Tensor = "data",
         init_scale: float = 1.0,
-        restart_after: int = 0,
+        restart_after: int | Literal["auto"] = "auto",
         restart_noise: float = 0.01,
-        commitment_weight: float = 0.0,
+        commitment_weight: float = 0.25,
         metric: Metric = "euclidean",
         heads: int = 1,
         separate_codebooks: bool = False,
         channel_dim: int = -1,
-        ema_decay: float | None = None,
+        ema_decay: float | Literal["auto"] | None = "auto",
         ema_eps: float = 1e-5,
         freeze_codebook: bool = False,
+        warn: bool = True,
         backend: Backend = "auto",
         synchronise: bool = True,
     ) -> None:
@@ -106,6 +114,7 @@ class VectorQuantizer(QuantizerBase):
             ema_decay=ema_decay,
             ema_eps=ema_eps,
             freeze_codebook=freeze_codebook,
+            warn=warn,
             backend=backend,
             synchronise=synchronise,
         )

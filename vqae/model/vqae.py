@@ -133,6 +133,8 @@ def build_model(config: Config, image_size: tuple[int, int]) -> VQAE:
         init=config.codebook_init,
         commitment_weight=0.0,
         restart_after=config.restart_steps,
+        ema_decay=None,
+        warn=False,  # the report of a run warns of a collapse
     )
     return VQAE(image_size, config.code_dim, config.hidden_dims, quantizer, embedding_norm=config.embedding_norm)
 

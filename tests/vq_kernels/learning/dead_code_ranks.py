@@ -8,6 +8,7 @@ import torch.distributed
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from tests.vq_kernels.plain import vector_quantizer
 from vq_kernels import VectorQuantizer, attach_count_normalised_step, count_normalised_param_group
 from vq_kernels.learning.dead_codes import evenly_spaced_rows
 
@@ -30,7 +31,7 @@ def rows(size: str, step: int) -> list[Tensor]:
 
 def make(name: str) -> VectorQuantizer:
     torch.manual_seed(0)
-    return VectorQuantizer(NUM_CODES, DIM, **LAYERS[name]).double()
+    return vector_quantizer(NUM_CODES, DIM, **LAYERS[name]).double()
 
 
 def train(name: str, batches: list[Tensor], *, share: float = 1.0, seed: int = 1) -> dict[str, Tensor]:

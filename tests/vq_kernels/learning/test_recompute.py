@@ -8,17 +8,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vq_kernels import ResidualVectorQuantizer, VectorQuantize, VectorQuantizer
+from tests.vq_kernels.plain import residual_quantizer, vector_quantizer
+from vq_kernels import VectorQuantize
 
 AVERAGES = {"ema_decay": 0.5, "commitment_weight": 0.25}
 RESTARTS = {"restart_after": 1, "init": "data"}
 MODULES: dict[str, Callable[[], nn.Module]] = {
-    "averages": lambda: VectorQuantizer(20, 6, **AVERAGES),
-    "averages, cosine": lambda: VectorQuantizer(20, 6, metric="cosine", **AVERAGES),
-    "averages, residual": lambda: ResidualVectorQuantizer(2, 20, 6, **AVERAGES),
-    "averages, restarts": lambda: VectorQuantizer(20, 6, **AVERAGES, **RESTARTS),
-    "restarts": lambda: VectorQuantizer(20, 6, commitment_weight=0.25, **RESTARTS),
-    "k-means": lambda: VectorQuantizer(20, 6, **AVERAGES, restart_after=1, init="kmeans"),
+    "averages": lambda: vector_quantizer(20, 6, **AVERAGES),
+    "averages, cosine": lambda: vector_quantizer(20, 6, metric="cosine", **AVERAGES),
+    "averages, residual": lambda: residual_quantizer(2, 20, 6, **AVERAGES),
+    "averages, restarts": lambda: vector_quantizer(20, 6, **AVERAGES, **RESTARTS),
+    "restarts": lambda: vector_quantizer(20, 6, commitment_weight=0.25, **RESTARTS),
+    "k-means": lambda: vector_quantizer(20, 6, **AVERAGES, restart_after=1, init="kmeans"),
     "drop-in": lambda: VectorQuantize(6, 20),
     "drop-in, cosine, dead codes": lambda: VectorQuantize(6, 20, use_cosine_sim=True, threshold_ema_dead_code=2),
     "drop-in, learnable, dead codes": lambda: VectorQuantize(
@@ -113,7 +114,7 @@ def test_compiled_recomputation_with_inductor(way: str) -> None:
 
 @pytest.mark.parametrize("cosine", [False, True])
 def test_recomputation_in_eval_mode_searches_the_current_codebook(cosine: bool) -> None:
-    quantizer = VectorQuantizer(20, 6, metric="cosine" if cosine else "euclidean", **AVERAGES)
+    quantizer = vector_quantizer(20, 6, metric="cosine" if cosine else "euclidean", **AVERAGES)
     quantizer(draw(0))
     quantizer.eval()
     gradients = []

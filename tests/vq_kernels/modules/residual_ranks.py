@@ -7,6 +7,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
+from tests.vq_kernels.plain import residual_quantizer
 from vq_kernels import ResidualVectorQuantizer
 
 WORLD = 2
@@ -22,7 +23,7 @@ LAYERS: dict[str, dict[str, Any]] = {
 
 def make(name: str) -> ResidualVectorQuantizer:
     torch.manual_seed(0)
-    return ResidualVectorQuantizer(3, 16, 4, **LAYERS[name])
+    return residual_quantizer(3, 16, 4, **LAYERS[name])
 
 
 def batches(rank: int, channels: int) -> list[tuple[Tensor, Tensor]]:

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from vq_kernels import ResidualVectorQuantizer, VectorQuantize, VectorQuantizer
+from tests.vq_kernels.plain import residual_quantizer, vector_quantizer
+from vq_kernels import VectorQuantize
 
 K, D = 8, 6
 
@@ -47,12 +48,12 @@ LEARNABLE = {"learnable_codebook": True, "ema_update": False, "threshold_ema_dea
 @pytest.mark.parametrize(
     ("module", "saved"),
     [
-        (VectorQuantizer(K, D, restart_after=2), saved_by_quantizer()),
-        (VectorQuantizer(K, D, ema_decay=0.9), saved_by_quantizer() | saved_averages()),
-        (VectorQuantizer(K, D, heads=2, separate_codebooks=True), saved_by_quantizer(2)),
-        (ResidualVectorQuantizer(3, K, D, init="data"), saved_by_quantizer(3)),
+        (vector_quantizer(K, D, restart_after=2), saved_by_quantizer()),
+        (vector_quantizer(K, D, ema_decay=0.9), saved_by_quantizer() | saved_averages()),
+        (vector_quantizer(K, D, heads=2, separate_codebooks=True), saved_by_quantizer(2)),
+        (residual_quantizer(3, K, D, init="data"), saved_by_quantizer(3)),
         (
-            ResidualVectorQuantizer(3, K, D, ema_decay=0.9, heads=2, separate_codebooks=True),
+            residual_quantizer(3, K, D, ema_decay=0.9, heads=2, separate_codebooks=True),
             saved_by_quantizer(2, 3) | saved_averages(2, 3),
         ),
         (VectorQuantize(D, K), saved_by_compat(1)),

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vq_kernels import NearestCode, PreparedCodebook, VectorQuantizer, nearest_code
+from tests.vq_kernels.plain import vector_quantizer
+from vq_kernels import NearestCode, PreparedCodebook, nearest_code
 
 pytestmark = [
     pytest.mark.usefixtures("_fresh_compiler"),
@@ -51,8 +52,8 @@ def test_the_search_of_no_rows_compiles(
 @pytest.mark.parametrize("training", [True, False])
 def test_the_module_compiles_and_keeps_its_gradients(training: bool) -> None:
     torch.manual_seed(0)
-    eager = VectorQuantizer(20, 6, init="data", restart_after=2).train(training)
-    compiled_module = VectorQuantizer(20, 6, init="data", restart_after=2).train(training)
+    eager = vector_quantizer(20, 6, init="data", restart_after=2).train(training)
+    compiled_module = vector_quantizer(20, 6, init="data", restart_after=2).train(training)
     compiled_module.load_state_dict(eager.state_dict())
     compiled = torch.compile(compiled_module, fullgraph=True, dynamic=True, backend="aot_eager")
     for step in range(4):
@@ -69,7 +70,7 @@ def test_the_module_compiles_and_keeps_its_gradients(training: bool) -> None:
 
 
 def test_the_module_exports_as_one_node() -> None:
-    quantizer = VectorQuantizer(20, 6).eval()
+    quantizer = vector_quantizer(20, 6).eval()
     program = torch.export.export(quantizer, (draw(8, 6),), dynamic_shapes=({0: torch.export.Dim("n", min=2)},))
     targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
     assert targets.count("vq_kernels.nearest_code.default") == 1

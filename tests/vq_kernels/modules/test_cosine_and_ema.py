@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from tests.vq_kernels.plain import vector_quantizer
 from vq_kernels import VectorQuantizer, attach_count_normalised_step, count_normalised_param_group, nearest_code
 
 
@@ -15,12 +16,12 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 
 def make(**options: object) -> VectorQuantizer:
     torch.manual_seed(0)
-    return VectorQuantizer(20, 4, **options)
+    return vector_quantizer(20, 4, **options)
 
 
 def test_cosine_takes_the_largest_dot_product_of_unit_vectors() -> None:
     torch.manual_seed(0)
-    quantizer = VectorQuantizer(1000, 4, metric="cosine")
+    quantizer = vector_quantizer(1000, 4, metric="cosine")
     x = 100 * draw(2000, 4)
     quantized, indices, _ = quantizer(x)
     units, codes = F.normalize(x, dim=1), F.normalize(quantizer.codebook.detach(), dim=1)
@@ -91,7 +92,7 @@ def test_gradient_of_x_with_ema() -> None:
     x = draw(30, 4).requires_grad_()
     quantized, indices, loss = quantizer(x)
     assert torch.equal(quantized, before[indices])
-    torch.testing.assert_close(loss, 1.25 * F.mse_loss(x, before[indices]))
+    torch.testing.assert_close(loss, 0.25 * F.mse_loss(x, before[indices]))
     (2 * quantized.sum() + loss).backward()
     torch.testing.assert_close(x.grad, 2 + 0.25 * 2 / 120 * (x.detach() - before[indices]))
 
@@ -176,7 +177,7 @@ def test_the_count_normalised_step_with_separate_codebooks() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"ema_decay": 0.9}, "quantizer must learn by gradients, got one with ema_decay=0.9"),
+        ({"ema_decay": 0.9}, "quantizer must have ema_decay=None, to learn by gradients, got 0.9"),
         ({"metric": "cosine"}, "quantizer must have metric 'euclidean', got 'cosine'"),
     ],
 )
@@ -190,8 +191,8 @@ def test_the_count_normalised_step_is_for_plain_gradients(options: dict[str, obj
     [
         ({"metric": "dot"}, "metric must be one of euclidean, cosine, got 'dot'"),
         ({"heads": 0}, "heads must be >= 1, got 0"),
-        ({"ema_decay": 1.5}, r"ema_decay must be None or in \[0, 1\], got 1.5"),
-        ({"ema_decay": float("nan")}, r"ema_decay must be None or in \[0, 1\], got nan"),
+        ({"ema_decay": 1.5}, r"ema_decay must be 'auto', None or in \[0, 1\], got 1.5"),
+        ({"ema_decay": float("nan")}, r"ema_decay must be 'auto', None or in \[0, 1\], got nan"),
         ({"ema_eps": -1.0}, "ema_eps must be >= 0, got -1.0"),
     ],
 )
@@ -201,6 +202,6 @@ def test_invalid_arguments(arguments: dict[str, object], message: str) -> None:
 
 
 def test_repr() -> None:
-    assert repr(make()) == "VectorQuantizer(num_codes=20, code_dim=4, init='normal', restart_after=0)"
+    assert repr(make()) == "VectorQuantizer(num_codes=20, code_dim=4, init='normal', restart_after=0, ema_decay=None)"
     shown = repr(make(heads=2, separate_codebooks=True, channel_dim=1, ema_decay=0.9, metric="cosine"))
-    assert "metric='cosine', heads=2, channel_dim=1, ema_decay=0.9, separate_codebooks=True" in shown
+    assert "ema_decay=0.9, metric='cosine', heads=2, channel_dim=1, separate_codebooks=True" in shown

@@ -6,16 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from vq_kernels import ResidualVectorQuantizer, VectorQuantizer
+from tests.vq_kernels.plain import residual_quantizer, vector_quantizer
 from vq_kernels.modules.base import INDEX_DTYPES
 
 D = 4
 LEARNING: dict[str, Any] = {"init": "data", "restart_after": 1, "ema_decay": 0.8}
 MODULES = {
-    "plain": lambda k: VectorQuantizer(k, D, init="normal", ema_decay=None),
-    "cosine, heads": lambda k: VectorQuantizer(k, D, metric="cosine", heads=2, separate_codebooks=True, **LEARNING),
-    "one stage": lambda k: ResidualVectorQuantizer(1, k, D, **LEARNING),
-    "residual, heads": lambda k: ResidualVectorQuantizer(3, k, D, heads=2, quantizer_dropout=0.5, **LEARNING),
+    "plain": lambda k: vector_quantizer(k, D, init="normal", ema_decay=None),
+    "cosine, heads": lambda k: vector_quantizer(k, D, metric="cosine", heads=2, separate_codebooks=True, **LEARNING),
+    "one stage": lambda k: residual_quantizer(1, k, D, **LEARNING),
+    "residual, heads": lambda k: residual_quantizer(3, k, D, heads=2, quantizer_dropout=0.5, **LEARNING),
 }
 
 

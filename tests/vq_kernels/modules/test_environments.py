@@ -10,19 +10,20 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad
 
 from tests.vq_kernels.copies import WAYS_TO_COPY
+from tests.vq_kernels.plain import residual_quantizer, vector_quantizer
 from vq_kernels import ResidualVectorQuantizer, VectorQuantizer, nearest_code, nearest_code_topk, vector_quantize
 
 LEARNING = {"commitment_weight": 0.25, "restart_after": 1, "init": "data"}
 MODULES: dict[str, Callable[[], VectorQuantizer | ResidualVectorQuantizer]] = {
-    "plain": lambda: VectorQuantizer(20, 6),
-    "restarts": lambda: VectorQuantizer(20, 6, **LEARNING),
-    "averages": lambda: VectorQuantizer(20, 6, ema_decay=0.5, commitment_weight=0.25),
-    "cosine, heads": lambda: VectorQuantizer(20, 6, metric="cosine", heads=2, **LEARNING),
-    "product, images": lambda: VectorQuantizer(20, 6, heads=2, separate_codebooks=True, channel_dim=1, **LEARNING),
-    "residual": lambda: ResidualVectorQuantizer(3, 20, 6, **LEARNING),
-    "residual, averages": lambda: ResidualVectorQuantizer(3, 20, 6, ema_decay=0.5, **LEARNING),
-    "residual, dropout": lambda: ResidualVectorQuantizer(3, 20, 6, quantizer_dropout=0.5, **LEARNING),
-    "residual, grouped": lambda: ResidualVectorQuantizer(3, 20, 6, heads=2, separate_codebooks=True, **LEARNING),
+    "plain": lambda: vector_quantizer(20, 6),
+    "restarts": lambda: vector_quantizer(20, 6, **LEARNING),
+    "averages": lambda: vector_quantizer(20, 6, ema_decay=0.5, commitment_weight=0.25),
+    "cosine, heads": lambda: vector_quantizer(20, 6, metric="cosine", heads=2, **LEARNING),
+    "product, images": lambda: vector_quantizer(20, 6, heads=2, separate_codebooks=True, channel_dim=1, **LEARNING),
+    "residual": lambda: residual_quantizer(3, 20, 6, **LEARNING),
+    "residual, averages": lambda: residual_quantizer(3, 20, 6, ema_decay=0.5, **LEARNING),
+    "residual, dropout": lambda: residual_quantizer(3, 20, 6, quantizer_dropout=0.5, **LEARNING),
+    "residual, grouped": lambda: residual_quantizer(3, 20, 6, heads=2, separate_codebooks=True, **LEARNING),
 }
 
 pytestmark = [
@@ -145,7 +146,7 @@ def test_a_scaled_loss_gives_scaled_gradients(name: str) -> None:
 
 
 def test_gradients_that_overflow_skip_the_step() -> None:
-    quantizer = VectorQuantizer(20, 6)
+    quantizer = vector_quantizer(20, 6)
     before = quantizer.codebook.detach().clone()
     optimizer = torch.optim.SGD(quantizer.parameters(), lr=0.1)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120)

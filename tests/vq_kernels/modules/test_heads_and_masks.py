@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.vq_kernels.plain import vector_quantizer
 from vq_kernels import VectorQuantizer, nearest_code, vector_quantize
 
 
@@ -15,7 +16,7 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 
 def make(**options: object) -> VectorQuantizer:
     torch.manual_seed(0)
-    return VectorQuantizer(20, 4, **options)
+    return vector_quantizer(20, 4, **options)
 
 
 @pytest.mark.parametrize(("channel_dim", "shape"), [(1, (2, 4, 3, 5)), (-3, (2, 4, 3, 5)), (0, (4, 7)), (2, (2, 3, 4))])

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from tests.vq_kernels.plain import residual_quantizer
 from vq_kernels import (
     ResidualVectorQuantizer,
     attach_count_normalised_step,
@@ -28,7 +29,7 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 
 def make(**options: Any) -> ResidualVectorQuantizer:
     torch.manual_seed(0)
-    return ResidualVectorQuantizer(STAGES, CODES, DIM, **options)
+    return residual_quantizer(STAGES, CODES, DIM, **options)
 
 
 def by_hand(x: Tensor, codebook: Tensor, weight: float, num_stages: int = STAGES) -> tuple[Tensor, Tensor, Tensor]:
@@ -95,7 +96,7 @@ def test_decoding_the_first_stages() -> None:
 def test_the_first_indices_equal_those_of_fewer_stages() -> None:
     quantizer = make()
     x = draw(100, DIM)
-    coarser = ResidualVectorQuantizer(2, CODES, DIM)
+    coarser = residual_quantizer(2, CODES, DIM)
     with torch.no_grad():
         coarser.codebook.copy_(quantizer.codebook[:2])
     assert torch.equal(coarser(x).indices, quantizer(x).indices[:, :2])
@@ -222,7 +223,7 @@ def test_each_stage_is_initialised_from_residuals() -> None:
 
 def test_dropped_stages_are_initialised() -> None:
     torch.manual_seed(1)
-    quantizer = ResidualVectorQuantizer(8, CODES, DIM, init="data", quantizer_dropout=1.0)
+    quantizer = residual_quantizer(8, CODES, DIM, init="data", quantizer_dropout=1.0)
     before = quantizer.codebook.detach().clone()
     quantizer(draw(60, DIM))
     assert not quantizer.needs_data.any()
@@ -283,7 +284,7 @@ def test_memory_for_the_backward_does_not_grow_with_the_stages() -> None:
     saved = {}
     for num_quantizers in (1, 8):
         torch.manual_seed(0)
-        quantizer = ResidualVectorQuantizer(num_quantizers, 16, 32, commitment_weight=0.25)
+        quantizer = residual_quantizer(num_quantizers, 16, 32, commitment_weight=0.25)
         kept: dict[int, int] = {}
 
         def keep(tensor: Tensor, kept: dict[int, int] = kept) -> Tensor:
@@ -361,7 +362,7 @@ def test_usage_statistics_of_each_stage() -> None:
 )
 def test_invalid_arguments(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        ResidualVectorQuantizer(**{"num_quantizers": 2, "num_codes": 4, "code_dim": 4, **arguments})
+        residual_quantizer(**{"num_quantizers": 2, "num_codes": 4, "code_dim": 4, **arguments})
 
 
 @pytest.mark.parametrize("shape", [(5, 4), (5, 0), (2, 5, 4)])
@@ -374,5 +375,5 @@ def test_invalid_indices(shape: tuple[int, ...]) -> None:
 
 def test_repr() -> None:
     shown = repr(make(quantizer_dropout=0.5))
-    expected = "num_quantizers=3, num_codes=20, code_dim=4, init='normal', restart_after=0, quantizer_dropout=0.5"
-    assert shown == f"ResidualVectorQuantizer({expected})"
+    sizes, options = "num_quantizers=3, num_codes=20, code_dim=4", "init='normal', restart_after=0, ema_decay=None"
+    assert shown == f"ResidualVectorQuantizer({sizes}, {options}, quantizer_dropout=0.5)"

@@ -6,7 +6,8 @@ import io
 import pytest
 import torch
 
-from vq_kernels import VectorQuantizer, nearest_code, perplexity
+from tests.vq_kernels.plain import vector_quantizer
+from vq_kernels import nearest_code, perplexity
 
 
 def rows(num_rows: int, code_dim: int = 4, seed: int = 0) -> torch.Tensor:
@@ -15,7 +16,7 @@ def rows(num_rows: int, code_dim: int = 4, seed: int = 0) -> torch.Tensor:
 
 def test_forward_searches_and_keeps_leading_dimensions() -> None:
     torch.manual_seed(0)
-    quantizer = VectorQuantizer(20, 4)
+    quantizer = vector_quantizer(20, 4)
     x = rows(30).view(2, 3, 5, 4)
     quantized, indices, loss = quantizer(x)
     assert torch.equal(indices, nearest_code(x, quantizer.codebook).indices)
@@ -26,14 +27,14 @@ def test_forward_searches_and_keeps_leading_dimensions() -> None:
 @pytest.mark.parametrize(("init", "largest"), [("normal", 6.0), ("uniform", 0.1)])
 def test_random_initialisations(init: str, largest: float) -> None:
     torch.manual_seed(0)
-    quantizer = VectorQuantizer(500, 8, init=init, init_scale=1.0 if init == "normal" else 0.1)
+    quantizer = vector_quantizer(500, 8, init=init, init_scale=1.0 if init == "normal" else 0.1)
     magnitude = quantizer.codebook.abs().max().item()
     assert largest / 2 < magnitude <= largest
 
 
 def test_data_initialisation_takes_distinct_rows_of_the_first_batch_once() -> None:
     torch.manual_seed(0)
-    quantizer = VectorQuantizer(8, 4, init="data", restart_noise=0.0)
+    quantizer = vector_quantizer(8, 4, init="data", restart_noise=0.0)
     x = rows(20)
     quantizer(x)
     chosen = nearest_code(quantizer.codebook, x)
@@ -47,14 +48,14 @@ def test_data_initialisation_takes_distinct_rows_of_the_first_batch_once() -> No
 
 def test_data_initialisation_with_fewer_rows_than_codes_keeps_codes_apart() -> None:
     torch.manual_seed(0)
-    quantizer = VectorQuantizer(50, 4, init="data")
+    quantizer = vector_quantizer(50, 4, init="data")
     quantizer(rows(20))
     assert quantizer.codebook.unique(dim=0).shape[0] == 50
 
 
 def test_a_code_is_reset_after_the_given_steps_and_not_before() -> None:
     torch.manual_seed(0)
-    quantizer = VectorQuantizer(3, 2, restart_after=2, restart_noise=0.0)
+    quantizer = vector_quantizer(3, 2, restart_after=2, restart_noise=0.0)
     with torch.no_grad():
         quantizer.codebook.copy_(torch.tensor([[0.0, 0.0], [1e3, 1e3], [-1e3, 1e3]]))
     x = rows(10, 2)
@@ -70,12 +71,12 @@ def test_a_code_is_reset_after_the_given_steps_and_not_before() -> None:
 
 def test_no_reset_in_eval_mode_or_if_off() -> None:
     torch.manual_seed(0)
-    quantizer = VectorQuantizer(50, 4, restart_after=1).eval()
+    quantizer = vector_quantizer(50, 4, restart_after=1).eval()
     before = copy.deepcopy(quantizer.state_dict())
     for _ in range(3):
         quantizer(rows(5))
     assert all(torch.equal(value, before[name]) for name, value in quantizer.state_dict().items())
-    never = VectorQuantizer(50, 4, restart_after=0)
+    never = vector_quantizer(50, 4, restart_after=0)
     codebook = never.codebook.clone()
     for _ in range(5):
         never(rows(5))
@@ -84,7 +85,7 @@ def test_no_reset_in_eval_mode_or_if_off() -> None:
 
 def test_codes_are_not_reset_to_nonfinite_rows() -> None:
     torch.manual_seed(0)
-    quantizer = VectorQuantizer(10, 4, init="data")
+    quantizer = vector_quantizer(10, 4, init="data")
     x = rows(10)
     x[::2] = torch.nan
     quantizer(x)
@@ -92,7 +93,7 @@ def test_codes_are_not_reset_to_nonfinite_rows() -> None:
 
 
 def test_an_empty_batch_changes_only_the_step_count() -> None:
-    quantizer = VectorQuantizer(10, 4, init="data", restart_after=3)
+    quantizer = vector_quantizer(10, 4, init="data", restart_after=3)
     before = quantizer.codebook.clone()
     assert quantizer(torch.empty(0, 4)).loss == 0
     assert torch.equal(quantizer.codebook, before)
@@ -100,7 +101,7 @@ def test_an_empty_batch_changes_only_the_step_count() -> None:
 
 
 def test_usage_statistics() -> None:
-    quantizer = VectorQuantizer(4, 1)
+    quantizer = vector_quantizer(4, 1)
     with torch.no_grad():
         quantizer.codebook.copy_(torch.tensor([[0.0], [1.0], [2.0], [3.0]]))
     assert quantizer.perplexity == 0
@@ -124,12 +125,12 @@ def test_perplexity(counts: list[int], expected: float) -> None:
 
 def test_training_continues_from_a_state_dict() -> None:
     torch.manual_seed(0)
-    first = VectorQuantizer(30, 4, init="data", restart_after=2)
+    first = vector_quantizer(30, 4, init="data", restart_after=2)
     first(rows(20))
     buffer = io.BytesIO()
     torch.save(first.state_dict(), buffer)
     buffer.seek(0)
-    second = VectorQuantizer(30, 4, init="data", restart_after=2)
+    second = vector_quantizer(30, 4, init="data", restart_after=2)
     second.load_state_dict(torch.load(buffer, weights_only=True))
     for step in range(1, 5):
         for quantizer in (first, second):
@@ -153,4 +154,4 @@ def test_training_continues_from_a_state_dict() -> None:
 )
 def test_invalid_arguments(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        VectorQuantizer(**{"num_codes": 4, "code_dim": 4, **arguments})
+        vector_quantizer(**{"num_codes": 4, "code_dim": 4, **arguments})

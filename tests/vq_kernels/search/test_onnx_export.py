@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from benchmarks.data import DATA_NAMES, make_search_data
 from benchmarks.verification import wrong_rows
-from vq_kernels import ResidualVectorQuantizer, VectorQuantize, VectorQuantizer, nearest_code
+from tests.vq_kernels.plain import residual_quantizer, vector_quantizer
+from vq_kernels import VectorQuantize, nearest_code
 from vq_kernels.search import onnx_export
 
 K, D = 130, 16  # two tiles of codes
@@ -168,11 +169,11 @@ def test_quantizers_with_a_mask(kind: str) -> None:
     module: nn.Module
     shape, positions = (5, D), (5,)
     if kind == "cosine":
-        module = VectorQuantizer(K, D, metric="cosine")
+        module = vector_quantizer(K, D, metric="cosine")
     elif kind == "residual":
-        module = ResidualVectorQuantizer(2, 20, D)
+        module = residual_quantizer(2, 20, D)
     else:
-        module = VectorQuantizer(20, 8, heads=2, separate_codebooks=True, channel_dim=1, commitment_weight=0.25)
+        module = vector_quantizer(20, 8, heads=2, separate_codebooks=True, channel_dim=1, commitment_weight=0.25)
         shape, positions = (16, 4, 5), (4, 5)
     run = export(module, draw(3, *shape), torch.ones(3, *positions, dtype=torch.bool), dynamic=2)
     for batch_size in (1, 9):
@@ -210,7 +211,7 @@ def test_vector_quantize_layers() -> None:
 def test_a_captured_program_can_replace_the_operator() -> None:
     operator = torch.ops.vq_kernels.nearest_code.default
     program = torch.export.export(
-        VectorQuantizer(K, D).eval(), (draw(5, D),), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)
+        vector_quantizer(K, D).eval(), (draw(5, D),), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)
     )
     replaced = program.run_decompositions({operator: lambda x, codes, *_: onnx_export.search(x, codes)})
     targets = [[node.target for node in each.graph.nodes] for each in (program, replaced)]
@@ -222,4 +223,4 @@ def test_a_captured_program_can_replace_the_operator() -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")  # of the old exporter
 def test_torchscript_export_is_refused() -> None:
     with pytest.raises(RuntimeError, match=r"dynamo must be True to export a search by torch\.onnx\.export, got False"):
-        torch.onnx.export(VectorQuantizer(K, D).eval(), (draw(5, D),), io.BytesIO(), dynamo=False)
+        torch.onnx.export(vector_quantizer(K, D).eval(), (draw(5, D),), io.BytesIO(), dynamo=False)

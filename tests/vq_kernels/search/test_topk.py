@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.vq_kernels.plain import vector_quantizer
 from tests.vq_kernels.search.memory import extra_mib
-from vq_kernels import VectorQuantizer, nearest_code, nearest_code_topk
+from vq_kernels import nearest_code, nearest_code_topk
 from vq_kernels.search.validation import SUPPORTED_DTYPES
 
 TIE = 1e-13
@@ -144,7 +145,7 @@ def test_operator_is_well_formed_and_compiles() -> None:
 @pytest.mark.parametrize("options", [{}, {"heads": 2}, {"heads": 2, "separate_codebooks": True}])
 def test_topk_of_a_quantizer(metric: str, options: dict[str, object]) -> None:
     torch.manual_seed(0)
-    quantizer = VectorQuantizer(50, 4, metric=metric, channel_dim=1, **options)
+    quantizer = vector_quantizer(50, 4, metric=metric, channel_dim=1, **options)
     x = draw(3, 4 * quantizer.heads, 8)
     indices, sq_distances = quantizer.topk(x, 5)
     assert torch.equal(indices[..., 0], quantizer(x).indices)

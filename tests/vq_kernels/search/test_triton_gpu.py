@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from vq_kernels import PreparedCodebook, VectorQuantizer, nearest_code, vector_quantize
+from tests.vq_kernels.plain import vector_quantizer
+from vq_kernels import PreparedCodebook, nearest_code, vector_quantize
 from vq_kernels.gradient.triton_backend import codebook_gradient
 from vq_kernels.search.triton import launch
 from vq_kernels.search.triton.plan import pick_config, plan_search, workspace_limit
@@ -205,7 +206,7 @@ def test_vector_quantize_and_its_gradients():
 def test_the_module_compiles_and_keeps_its_gradients():
     torch._dynamo.reset()
     torch.manual_seed(0)
-    modules = [VectorQuantizer(200, 64, backend="triton").cuda() for _ in range(2)]
+    modules = [vector_quantizer(200, 64, backend="triton").cuda() for _ in range(2)]
     modules[1].load_state_dict(modules[0].state_dict())
     x = make(1000, 1, 64)[0]
     found = []
@@ -221,7 +222,7 @@ def test_the_module_compiles_and_keeps_its_gradients():
 def test_training_steps_reduce_the_loss():
     torch.manual_seed(0)
     x = make(4096, 1, 32)[0]
-    quantizer = VectorQuantizer(64, 32, init="data", backend="triton").cuda()
+    quantizer = vector_quantizer(64, 32, init="data", backend="triton").cuda()
     optimizer = torch.optim.SGD(quantizer.parameters(), lr=0.5 * quantizer.num_codes * quantizer.code_dim / 2)
     losses = []
     for _ in range(10):

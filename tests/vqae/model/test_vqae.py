@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vq_kernels import VectorQuantizer, nearest_code
+from tests.vq_kernels.plain import vector_quantizer
+from vq_kernels import nearest_code
 from vqae import VQAE
 from vqae.config import Config
 from vqae.model.vqae import build_model
@@ -18,7 +19,7 @@ NUM_CODES, BATCH = 16, 8
 
 def build(image_size: tuple[int, int] = (32, 32), code_dim: int = 512, norm: str = "batch") -> VQAE:
     torch.manual_seed(0)
-    return VQAE(image_size, code_dim, (16,), VectorQuantizer(NUM_CODES, code_dim), embedding_norm=norm)
+    return VQAE(image_size, code_dim, (16,), vector_quantizer(NUM_CODES, code_dim), embedding_norm=norm)
 
 
 def random_images(image_size: tuple[int, int] = (32, 32), count: int = BATCH) -> Tensor:
@@ -178,13 +179,13 @@ def test_512_dimensions_need_no_projection() -> None:
 
 
 def test_without_hidden_layers_the_decoder_is_linear() -> None:
-    model = VQAE((4, 4), 64, (), VectorQuantizer(NUM_CODES, 64))
+    model = VQAE((4, 4), 64, (), vector_quantizer(NUM_CODES, 64))
     assert [type(layer) for layer in model.decoder] == [nn.Linear, nn.Unflatten]
 
 
 def test_a_quantizer_of_another_dimension_is_refused() -> None:
     with pytest.raises(ValueError, match="quantizer must have code_dim 512, got 64"):
-        VQAE((32, 32), 512, (16,), VectorQuantizer(NUM_CODES, 64))
+        VQAE((32, 32), 512, (16,), vector_quantizer(NUM_CODES, 64))
 
 
 # -- encode, decode, load
@@ -242,13 +243,13 @@ def test_save_and_load(tmp_path: Path, norm: str) -> None:
 
 @pytest.mark.parametrize("index", [-1, 8])
 def test_decode_refuses_indices_out_of_range(index: int) -> None:
-    model = VQAE((32, 32), 512, (4,), VectorQuantizer(8, 512)).eval()
+    model = VQAE((32, 32), 512, (4,), vector_quantizer(8, 512)).eval()
     with pytest.raises(ValueError, match=r"indices must be in \[0, 8\), got 0 to 8|got -1 to 0"):
         model.decode(torch.tensor([0, index]))
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.int32])
 def test_decode_takes_every_integer_dtype(dtype: torch.dtype) -> None:
-    model = VQAE((32, 32), 8, (4,), VectorQuantizer(8, 8)).eval()
+    model = VQAE((32, 32), 8, (4,), vector_quantizer(8, 8)).eval()
     indices = torch.tensor([0, 1, 7])
     assert torch.equal(model.decode(indices.to(dtype)), model.decode(indices))

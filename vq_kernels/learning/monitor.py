@@ -1,0 +1,68 @@
+"""Notices that a quantizer diverges or collapses in training, without waiting for the device."""
+
+import math
+
+import torch
+from torch import Tensor
+
+FIRST, PERIOD, PATIENCE = 10, 50, 5
+"""Step 10 gives the loss to compare with. A collapse is reported when five in a row of every 50th step show it."""
+
+
+class TrainingMonitor:
+    """Looks at the values of a training step 50 steps later, when the device has computed them long since."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.done = False
+        self._first_loss: float | None = None
+        self._checks_low = 0
+        self._copied: Tensor | None = None
+
+    @torch.no_grad()
+    def step(self, losses: Tensor, counts: Tensor, steps_unused: Tensor) -> str | None:
+        """Counts a training step. Returns what is wrong, once, or None.
+
+        Args:
+            losses: [C], the losses of the heads.
+            counts: [P, K] int64, the rows of the batch that chose each code.
+            steps_unused: [P, K] int64, the steps since each code was last chosen.
+        """
+        self.steps += 1
+        if self.done or (self.steps % PERIOD and self.steps != FIRST) or torch._C._are_functorch_transforms_active():
+            return None
+        problem = None if self._copied is None else self._problem(*self._copied.tolist())
+        self.done = problem is not None
+        values = _values(losses.detach(), counts, steps_unused)
+        if self._copied is None:
+            self._copied = torch.zeros(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
+        self._copied.copy_(values, non_blocking=True)
+        return problem
+
+    def _problem(self, loss: float, share_of_codes_chosen: float, share_unused: float) -> str | None:
+        if self._first_loss is None:
+            self._first_loss = loss
+        if not math.isfinite(loss) or loss > 1000 * self._first_loss > 0:
+            return f"the quantizer diverges: its loss grew from {self._first_loss:.3g} to {loss:.3g}"
+        collapsed = share_of_codes_chosen < 1 or share_unused > 0.5
+        self._checks_low = self._checks_low + 1 if collapsed else 0
+        if self._checks_low < PATIENCE:
+            return None
+        if share_unused > 0.5:
+            return f"the codebook collapses: {share_unused:.0%} of the codes have not been chosen for long"
+        return "the codebook collapses: nearly all rows choose the same few codes"
+
+
+def _values(losses: Tensor, counts: Tensor, steps_unused: Tensor) -> Tensor:
+    """Returns [3] float32: the loss; the perplexity relative to that of a collapse; the share of unused codes.
+
+    A perplexity is that of a collapse below 3, K/4 and a quarter of the rows. A code is unused if it was not chosen
+    while 100 rows for each code passed. The worst of all codebooks counts.
+    """
+    num_rows, num_codes = counts.sum(dim=1), counts.shape[1]  # [P]
+    shares = counts / num_rows.clamp(min=1)[:, None]
+    perplexity = torch.special.entr(shares).sum(dim=1).exp()
+    relative = perplexity / (num_rows / 4).clamp(max=min(3.0, num_codes / 4))
+    relative = torch.where(num_rows > 0, relative, torch.inf)  # a stage that was dropped
+    unused = (steps_unused * num_rows[:, None] > 100 * num_codes).float().mean(dim=1)
+    return torch.stack([losses.mean().float(), relative.min(), unused.max()])
