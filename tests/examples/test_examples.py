@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.results import read_rows
+from benchmarks.tables import vqvae_table
 from vq_kernels import ResidualVectorQuantizer
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -25,8 +27,24 @@ def run(name: str, capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def test_every_example_is_tested() -> None:
-    names = {"kmeans.py", "residual_signal.py", "semantic_ids.py", "swap_quantizer.py"}
-    assert {file.name for file in EXAMPLES.glob("*.py")} == names
+    tested = {"conv_vqvae.py", "kmeans.py", "residual_signal.py", "semantic_ids.py", "swap_quantizer.py"}
+    assert {file.name for file in EXAMPLES.glob("*.py")} == tested
+
+
+def test_the_vqvae_records_each_method(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    methods = ["VectorQuantizer(512, 64)", "vector-quantize-pytorch: k-means, averages, resets"]
+    options = ["--dataset", "synthetic", "--steps", "2", "--batch-size", "8", "--out", str(tmp_path / "rows.jsonl")]
+    monkeypatch.setattr(sys, "argv", ["conv_vqvae.py", *options, "--methods", *methods])
+    printed = run("conv_vqvae.py", capsys).splitlines()
+    rows = read_rows(tmp_path / "rows.jsonl")
+    assert [row["method"] for row in rows] == methods
+    for row, line in zip(rows, printed, strict=True):
+        assert f"MSE {row['mse']:.5f}  perplexity {row['perplexity']:3.0f}" in line
+        assert 0.01 < row["mse"] < 1
+        assert 1 < row["perplexity"] <= 512
+    assert vqvae_table(rows).count("\n|") == 3
 
 
 def test_kmeans_starts_better_with_plus_plus(capsys: pytest.CaptureFixture[str]) -> None:

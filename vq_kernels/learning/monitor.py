@@ -10,26 +10,24 @@ FIRST, PERIOD, PATIENCE = 10, 50, 5
 
 
 class TrainingMonitor:
-    """Looks at the values of a training step 50 steps later, when the device has computed them long since."""
+    """Looks at the values of a training step at the next check, when the device has computed them long since."""
 
     def __init__(self) -> None:
-        self.steps = 0
         self.done = False
         self._first_loss: float | None = None
         self._checks_low = 0
         self._copied: Tensor | None = None
 
     @torch.no_grad()
-    def step(self, losses: Tensor, counts: Tensor, steps_unused: Tensor) -> str | None:
-        """Counts a training step. Returns what is wrong, once, or None.
+    def check(self, losses: Tensor, counts: Tensor, steps_unused: Tensor) -> str | None:
+        """Looks at the step of the last check, and keeps the values of this one. Returns what is wrong, once, or None.
 
         Args:
             losses: [C], the losses of the heads.
             counts: [P, K] int64, the rows of the batch that chose each code.
             steps_unused: [P, K] int64, the steps since each code was last chosen.
         """
-        self.steps += 1
-        if self.done or (self.steps % PERIOD and self.steps != FIRST) or torch._C._are_functorch_transforms_active():
+        if self.done or torch._C._are_functorch_transforms_active():
             return None
         problem = None if self._copied is None else self._problem(*self._copied.tolist())
         self.done = problem is not None

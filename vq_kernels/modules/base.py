@@ -14,7 +14,7 @@ from vq_kernels.functional import Quantized
 from vq_kernels.gradient.autograd import LEFT_OUT, Choice, choose, pass_gradients
 from vq_kernels.learning.ema import RowSums
 from vq_kernels.learning.kmeans import KMeansResult, Mapped, kmeans
-from vq_kernels.learning.monitor import TrainingMonitor
+from vq_kernels.learning.monitor import FIRST, PERIOD, TrainingMonitor
 from vq_kernels.learning.recompute import is_recomputing
 from vq_kernels.modules.codebook import Codebook, check_at_least, stack
 from vq_kernels.search.api import nearest_code
@@ -136,6 +136,7 @@ class QuantizerBase(Codebook):
         self._num_stages = 1 if num_stages is None else num_stages
         self.freeze_codebook = freeze_codebook
         self._monitor = TrainingMonitor() if warn else None
+        self._steps_trained = 0
 
     @classmethod
     def from_codebook(cls, codebook: Tensor, *, freeze: bool = False, **options: Any) -> Self:
@@ -231,7 +232,9 @@ class QuantizerBase(Codebook):
             if learns and self.follows_means:
                 self._update_averages(searched, batches, learning)
             if learns and self._monitor is not None and not torch.compiler.is_compiling():
-                self._warn_of(self._monitor.step(torch.stack(losses), *self._usage()))
+                self._steps_trained += 1
+                if self._steps_trained == FIRST or self._steps_trained % PERIOD == 0:
+                    self._warn_of(self._monitor.check(torch.stack(losses), *self._usage()))
         return Quantized(
             self._layout.join(stack(codes).to(x.dtype), leading).movedim(-1, self.channel_dim),
             self._layout.join_indices(indices.transpose(1, 2), leading),
