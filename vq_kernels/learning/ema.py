@@ -9,7 +9,7 @@ where N'_k is N_k smoothed, so that a code without rows causes no division by ze
 Source: van den Oord et al. 2017, arXiv:1711.00937, appendix A.1; smoothing: Razavi et al. 2019, arXiv:1906.00446.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,12 +54,10 @@ def row_sums(
     return RowSums(counts, counts[:, None] * codebook - difference_sums)
 
 
-def move_averages_(sizes: Tensor, sums: Tensor, batch: RowSums, decay: float | Tensor) -> None:
-    """Moves the averages N [P, K] and S [P, K, D] by one batch, in place; `decay` is λ, a number or [P]."""
-    share: Any = 1 - decay
-    per_codebook = isinstance(share, Tensor)
-    sizes.lerp_(batch.counts.to(sizes.dtype), share[:, None].to(sizes.dtype) if per_codebook else share)
-    sums.lerp_(batch.sums.to(sums.dtype), share[:, None, None].to(sums.dtype) if per_codebook else share)
+def move_averages_(sizes: Tensor, sums: Tensor, batch: RowSums, share: Tensor) -> None:
+    """Moves the averages N [P, K] and S [P, K, D] by one batch, in place; `share` [P] is 1 - λ."""
+    sizes.lerp_(batch.counts.to(sizes.dtype), share[:, None].to(sizes.dtype))
+    sums.lerp_(batch.sums.to(sums.dtype), share[:, None, None].to(sums.dtype))
 
 
 def smoothed_sizes(sizes: Tensor, eps: float) -> Tensor:

@@ -21,6 +21,9 @@ STEPS_UNTIL_RESET, ROWS_UNTIL_RESET = 20, 20
 LEAST_DECAY, ROWS_IN_AVERAGE = 0.8, 40
 """ema_decay="auto": the averages hold about so many rows for each code, but no fewer than the last steps."""
 
+NEW_CODE_ROWS = 5
+"""A code that was set to a row counts as so many rows in its average."""
+
 
 class Codebook(nn.Module):
     """P codebooks of K codes of dimension D, and what changes them in training.
@@ -312,7 +315,7 @@ class Codebook(nn.Module):
             synchronise=self.synchronise,
         )
         due = unless_recomputing(due & targets.isfinite().all(dim=1))
-        self._set_codes(p, due, targets, 0)  # the first rows that choose a code give it its average
+        self._set_codes(p, due, targets, 0)  # `_update_averages` knows the size
         self.restarts.add_(torch.where(needs_data, 0, due.sum()))
         steps_unused.masked_fill_(due, 0)
         needs_data.logical_and_(~due.any())
@@ -387,21 +390,29 @@ class Codebook(nn.Module):
         assert self.searched_codebook is not None
         self.searched_codebook.copy_(stack(searched))  # for a recomputation
         counts, sums = (torch.stack(parts) for parts in zip(*batches, strict=True))  # [P, K], [P, K, D]
-        decay = self._decay(counts)
+        share = self._share(counts)
+        if self.restart_after or self.init == "data":
+            self._weigh_new_codes(NEW_CODE_ROWS * share)
         if learning is not None:  # the averages of the other codebooks move to themselves
             counts = torch.where(learning[:, None], counts, self._sizes)
             sums = torch.where(learning[:, None, None], sums, self._sums)
-        move_averages_(self._sizes, self._sums, RowSums(counts, sums), decay)
+        move_averages_(self._sizes, self._sums, RowSums(counts, sums), share)
         if self.follows_means:
             means = torch.where(self._sizes[..., None] > 0, self._means(self._sizes, self._sums), self._codes)
             self._codes.copy_(means if learning is None else torch.where(learning[:, None, None], means, self._codes))
 
-    def _decay(self, counts: Tensor) -> float | Tensor:
-        """Returns λ for a batch with these counts [P, K], a number or [P]."""
+    def _share(self, counts: Tensor) -> Tensor:
+        """Returns 1 - λ for a batch with these counts [P, K] of rows, [P]."""
         assert self.ema_decay is not None
         if self.ema_decay != "auto":
-            return self.ema_decay
-        return 1 - (counts.sum(dim=1) / (ROWS_IN_AVERAGE * self.num_codes)).clamp(max=1 - LEAST_DECAY)
+            return self._sizes.new_full(counts.shape[:1], 1 - self.ema_decay)
+        return (counts.sum(dim=1) / (ROWS_IN_AVERAGE * self.num_codes)).clamp(max=1 - LEAST_DECAY)
+
+    def _weigh_new_codes(self, sizes: Tensor) -> None:
+        """Gives codes that were set to a row, and have no average yet, averages of these sizes [P]."""
+        new = self._sizes == 0
+        self._sizes.copy_(torch.where(new, sizes[:, None], self._sizes))
+        self._sums.copy_(torch.where(new[..., None], sizes[:, None, None] * self._codes, self._sums))
 
     @property
     def perplexity(self) -> Tensor:

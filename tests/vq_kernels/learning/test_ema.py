@@ -34,11 +34,12 @@ def test_sums_of_rows_far_from_the_origin_are_precise() -> None:
 
 
 def test_move_averages_and_mean_codes() -> None:
-    sizes, sums = torch.tensor([1.0, 3.0]), torch.tensor([[2.0], [6.0]])
-    move_averages_(sizes, sums, RowSums(torch.tensor([3.0, 1.0]), torch.tensor([[6.0], [4.0]])), 0.75)
-    assert sizes.tolist() == [1.5, 2.5]
-    assert sums.tolist() == [[3.0], [5.5]]
-    assert mean_codes(sizes, sums, 0.0).tolist() == [[2.0], [pytest.approx(2.2)]]
+    sizes, sums = torch.tensor([[1.0, 3.0]]), torch.tensor([[[2.0], [6.0]]])
+    batch = RowSums(torch.tensor([[3.0, 1.0]]), torch.tensor([[[6.0], [4.0]]]))
+    move_averages_(sizes, sums, batch, torch.tensor([0.25]))
+    assert sizes.tolist() == [[1.5, 2.5]]
+    assert sums.tolist() == [[[3.0], [5.5]]]
+    assert mean_codes(sizes, sums, 0.0).tolist() == [[[2.0], [pytest.approx(2.2)]]]
 
 
 def test_smoothed_sizes_keep_their_sum_and_are_positive() -> None:

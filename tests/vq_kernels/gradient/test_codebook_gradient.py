@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from vq_kernels.gradient.autograd import codebook_gradient_op
-from vq_kernels.gradient.torch_backend import codebook_gradient
+from vq_kernels.gradient.autograd import codebook_gradient, codebook_gradient_op
 
 
 def case(
