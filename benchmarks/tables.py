@@ -232,6 +232,8 @@ def rate_distortion_cells(rows: Sequence[Row]) -> list[list[str]]:
 
 def vqvae_table(rows: Sequence[Row]) -> str:
     """A line for each quantizer in the convolutional VQ-VAE, over its seeds. The time is relative to the first line."""
+    if not rows:
+        return NO_RESULTS
     lines: list[Sequence[object]] = [("quantizer", "seeds", "test MSE", "perplexity", "time")]
     for method in dict.fromkeys(row["method"] for row in rows):
         runs = [row for row in rows if row["method"] == method]
