@@ -129,3 +129,30 @@ def test_rotated_gradient(scale: float) -> None:
         torch.testing.assert_close(expected[0].double(), expected[1], rtol=1e-4, atol=1e-5)
     else:  # ‖x‖ counts as 1e-6 in the ratio
         assert 0 < expected[0].abs().amax() < 1e-20
+
+
+@pytest.mark.parametrize("case", ["units", "lengths", "copies", "not finite"])
+def test_many_rows_and_codes(case: str) -> None:
+    """More products than are held at a time, against float64."""
+    x, codebook = unit(draw(3000, 8)), unit(draw(700, 8, seed=1))
+    if case == "lengths":
+        codebook *= 10 ** (15 * torch.rand(700, 1, generator=torch.Generator().manual_seed(2)))
+        x[::3] *= 1e-30
+    if case == "copies":
+        codebook[40:] = codebook[:20].repeat(33, 1)
+        x[:5] = 0
+    if case == "not finite":
+        codebook[::7, 3], codebook[1::7, 2], x[::9, 0] = torch.nan, torch.inf, torch.inf
+    found = most_similar_code(x, codebook)
+    products = x.double() @ codebook.double().t()
+    products[:, ~codebook.isfinite().all(dim=1)] = -torch.inf
+    expected = products.argmax(dim=1)
+    finite = x.isfinite().all(dim=1)
+    assert not found.indices[~finite].any()
+    assert found.similarities[~finite].isnan().all()
+    found_products, largest = (products.gather(1, indices[:, None])[:, 0] for indices in (found.indices, expected))
+    lengths = x.double().norm(dim=1) * codebook.double()[found.indices].norm(dim=1)
+    assert (largest - found_products <= 1e-15 * lengths)[finite].all()
+    if case == "copies":
+        assert found.indices.max() < 40
+        assert not found.indices[:5].any()
