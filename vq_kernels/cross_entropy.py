@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from vq_kernels.gradient.autograd import copy_for_backward
 from vq_kernels.search.vmap import register_vmap
 
 Metric = Literal["euclidean", "dot"]
@@ -42,7 +43,7 @@ def code_cross_entropy(x: Tensor, codebook: Tensor, targets: Tensor, *, metric: 
         [], float32, or float64 if an input is.
     """
     wide = torch.promote_types(torch.promote_types(x.dtype, codebook.dtype), torch.float32)
-    codebook = codebook.to(wide, copy=torch.is_grad_enabled())
+    codebook, targets = copy_for_backward(codebook.to(wide), targets)
     losses, _ = _CodeCrossEntropy.apply(x.to(wide), codebook, targets, metric)
     total: Tensor = losses.sum()
     return total

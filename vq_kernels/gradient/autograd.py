@@ -101,11 +101,61 @@ def pass_gradients(
     Returns:
         quantized [N, D] in x's dtype, and the loss [], which is 0 if no row counts.
     """
-    codebooks = codebooks.clone() if torch.is_grad_enabled() else codebooks
+    codebooks, sq_distances = copy_for_backward(codebooks, choice.sq_distances)
+    choice = choice._replace(sq_distances=sq_distances)
     quantized, loss, commitment = _Quantize.apply(x, codebooks, *choice, commitment_weight > 0, complete, backend)
     if commitment_weight == 0 and trains_codes:
         return quantized, loss
     return quantized, commitment_weight * commitment + loss if trains_codes else commitment_weight * commitment
+
+
+def copy_for_backward(codes: Tensor, used: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns a copy of `codes` [..., D] with their gradient, and `used`, which the forward must use.
+
+    Without a backward to follow, it returns both as they are.
+    """
+    if not torch.is_grad_enabled() or torch.compiler.is_exporting():
+        return codes, used
+    if not torch.compiler.is_compiling():
+        return codes.clone(), used
+    copy, used = _Copy.apply(codes, used)
+    return copy, used
+
+
+class _Copy(torch.autograd.Function):
+    """(codes [..., D], used) -> copies, by an operator.
+
+    A compiler moves what the forward does not use into the backward, where the codes may have changed. It keeps an
+    operator in the forward that makes something else there, `used`.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(codes: Tensor, used: Tensor) -> tuple[Tensor, Tensor]:
+        copy, used = _copy_op(codes, used)
+        return copy, used
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        return grad_outputs[0], None
+
+
+@torch.library.custom_op("vq_kernels::copy", mutates_args=())
+def _copy_op(codes: Tensor, used: Tensor) -> tuple[Tensor, Tensor]:
+    return codes.clone(), used.clone()
+
+
+@_copy_op.register_fake
+def _(codes: Tensor, used: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(codes), torch.empty_like(used)
+
+
+register_vmap(_copy_op)
 
 
 class _Quantize(torch.autograd.Function):

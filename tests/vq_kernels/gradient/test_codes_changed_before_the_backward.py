@@ -69,3 +69,24 @@ def test_modules(make: Callable[[], torch.nn.Module], change: Callable[[Tensor],
         gradients.append([x.grad, *(parameter.grad for parameter in module.parameters())])
     for found, expected in zip(*gradients, strict=True):
         assert torch.equal(found, expected)
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.parametrize("loss_of", [LOSSES["vector_quantize"], LOSSES["cross-entropy"]], ids=["quantize", "entropy"])
+def test_compiled_functions(loss_of: Callable[[Tensor, Tensor], Tensor]) -> None:
+    x, codebook = draw(20, 4, seed=1).requires_grad_(), draw(9, 4).requires_grad_()
+    expected = torch.autograd.grad(loss_of(x, codebook), (x, codebook))
+    loss = torch.compile(loss_of, fullgraph=True, backend="aot_eager")(x, codebook)
+    codebook.data.add_(1)
+    torch.testing.assert_close(torch.autograd.grad(loss, (x, codebook)), expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.parametrize("kind", [VectorQuantizer, ResidualVectorQuantizer])
+def test_compiled_modules(kind: type[VectorQuantizer | ResidualVectorQuantizer]) -> None:
+    sizes = (9, 4) if kind == VectorQuantizer else (2, 9, 4)
+    module, x = kind(*sizes, commitment_weight=0.25, init=draw(*sizes)), draw(20, 4, seed=1).requires_grad_()
+    expected = torch.autograd.grad(module(x).loss, (x, module.codebook))
+    loss = torch.compile(module, fullgraph=True, backend="aot_eager")(x).loss
+    module.codebook.data.add_(1)
+    torch.testing.assert_close(torch.autograd.grad(loss, (x, module.codebook)), expected, rtol=1e-5, atol=1e-7)
