@@ -5,8 +5,9 @@ selects a backend (backend.py) and runs its `search`. The operator is opaque to 
 export to ONNX, onnx_export.py replaces it.
 """
 
+import functools
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -75,24 +76,22 @@ class PreparedCodebook:
     changed.
 
     Attributes:
-        codebook: [K, D], the copy. Do not write to it: the next search would raise a RuntimeError.
         backend: "triton" or "torch", the backend it is prepared for.
         operands: the tensors that backend reads.
     """
 
-    codebook: Tensor
+    _codes: Tensor
     backend: Backend
     operands: tuple[Tensor, ...]
-    _versions: list[int] = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_versions", self._count_writes())
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.codebook, self.backend, self.operands)  # a copy counts from the start
+        return type(self), (self._codes, self.backend, self.operands)
 
-    def _count_writes(self) -> list[int]:
-        return [tensor._version for tensor in (self.codebook, *self.operands)]
+    @functools.cached_property
+    def codebook(self) -> Tensor:
+        """[K, D], a copy of the codes. The next search after a write to it raises a RuntimeError."""
+        with torch.inference_mode(False):
+            return self._codes.clone()
 
     @classmethod
     def from_codebook(cls, codebook: Tensor, *, backend: str = "auto") -> "PreparedCodebook":
@@ -113,7 +112,7 @@ class PreparedCodebook:
 
         It compares the values, however they were changed, and waits for the device.
         """
-        mine = self.codebook
+        mine = self._codes
         if (codebook.shape, codebook.dtype, codebook.device) != (mine.shape, mine.dtype, mine.device):
             return False
         return bool(((codebook == mine) | (codebook.isnan() & mine.isnan())).all())
@@ -192,7 +191,7 @@ def unpacked(codebook: Tensor | PreparedCodebook, backend: Backend) -> tuple[Ten
 
     Raises:
         ValueError: the backend is unknown, or the codebook was prepared for another one.
-        RuntimeError: the tensors of a prepared codebook were written to.
+        RuntimeError: the attribute `codebook` of a prepared one was written to.
     """
     check_choice("backend", backend, BACKENDS)
     if not isinstance(codebook, PreparedCodebook):
@@ -201,9 +200,9 @@ def unpacked(codebook: Tensor | PreparedCodebook, backend: Backend) -> tuple[Ten
         raise ValueError(
             f"backend must be 'auto' or {codebook.backend!r}, which codebook was prepared for, got {backend!r}"
         )
-    if not torch.compiler.is_compiling() and codebook._count_writes() != codebook._versions:
+    if not torch.compiler.is_compiling() and "codebook" in vars(codebook) and codebook.codebook._version:
         raise RuntimeError("codebook was written to after it was prepared; prepare the new codes by from_codebook")
-    return codebook.codebook, list(codebook.operands), codebook.backend
+    return codebook._codes, list(codebook.operands), codebook.backend
 
 
 def _search(x: Tensor, codebook: Tensor | PreparedCodebook, backend: Backend) -> Found:

@@ -70,6 +70,16 @@ def test_writing_to_it_is_noticed(call: Call) -> None:
         call(x, prepared)
 
 
+def test_no_write_changes_a_search() -> None:
+    x, prepared = draw(5, 4, seed=1), PreparedCodebook.from_codebook(draw(9, 4))
+    expected = nearest_code(x, prepared)
+    prepared.codebook.data.zero_()  # no tensor notices these
+    prepared.codebook.numpy().fill(0)
+    for found, part in zip(nearest_code(x, prepared), expected, strict=True):
+        assert torch.equal(found, part)
+    assert prepared.is_current(draw(9, 4))
+
+
 def test_copies_may_be_searched() -> None:
     x, prepared = draw(5, 4, seed=1), PreparedCodebook.from_codebook(draw(9, 4))
     expected = nearest_code(x, prepared).indices
