@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ def drop_in() -> VectorQuantize:
     return VectorQuantize(4, 9, learnable_codebook=True, ema_update=False)
 
 
+LEARNED: dict[str, Any] = {"init": "normal", "restart_after": 0, "ema_decay": None}
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "vector_quantize": lambda x, codebook: vector_quantize(x, codebook, commitment_weight=0.25).loss,
     "cross-entropy": lambda x, codebook: code_cross_entropy(x, codebook, torch.arange(20) % 9),
@@ -47,10 +49,10 @@ def test_functions(loss_of: Callable[[Tensor, Tensor], Tensor], change: Callable
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: VectorQuantizer(9, 4, commitment_weight=0.25),
-        lambda: VectorQuantizer(9, 4, commitment_weight=0.25, metric="cosine"),
-        lambda: VectorQuantizer(9, 4, commitment_weight=0.25, ema_decay=0.9),
-        lambda: ResidualVectorQuantizer(2, 9, 4, commitment_weight=0.25),
+        lambda: VectorQuantizer(9, 4, **LEARNED),
+        lambda: VectorQuantizer(9, 4, metric="cosine", **LEARNED),
+        lambda: VectorQuantizer(9, 4, **LEARNED | {"ema_decay": 0.9}),
+        lambda: ResidualVectorQuantizer(2, 9, 4, **LEARNED),
         drop_in,
     ],
     ids=["plain", "cosine", "averages", "residual", "drop-in"],
@@ -85,7 +87,7 @@ def test_compiled_functions(loss_of: Callable[[Tensor, Tensor], Tensor]) -> None
 @pytest.mark.parametrize("kind", [VectorQuantizer, ResidualVectorQuantizer])
 def test_compiled_modules(kind: type[VectorQuantizer | ResidualVectorQuantizer]) -> None:
     sizes = (9, 4) if kind == VectorQuantizer else (2, 9, 4)
-    module, x = kind(*sizes, commitment_weight=0.25, init=draw(*sizes)), draw(20, 4, seed=1).requires_grad_()
+    module, x = kind(*sizes, **LEARNED), draw(20, 4, seed=1).requires_grad_()
     expected = torch.autograd.grad(module(x).loss, (x, module.codebook))
     loss = torch.compile(module, fullgraph=True, backend="aot_eager")(x).loss
     module.codebook.data.add_(1)

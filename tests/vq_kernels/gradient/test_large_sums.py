@@ -42,8 +42,10 @@ def test_modules(kind: str, masked: bool) -> None:
     mask = torch.ones(1, ROWS, dtype=torch.bool)
     mask[:, ::2] = not masked
     quantizers = {
-        "plain": lambda: VectorQuantizer(3, 2, init=torch.zeros(3, 2), commitment_weight=1.0),
-        "residual": lambda: ResidualVectorQuantizer(2, 3, 2, init=torch.zeros(2, 3, 2), commitment_weight=1.0),
+        "plain": lambda: VectorQuantizer(3, 2, init=torch.zeros(3, 2), commitment_weight=1.0, ema_decay=None),
+        "residual": lambda: ResidualVectorQuantizer(
+            2, 3, 2, init=torch.zeros(2, 3, 2), commitment_weight=1.0, ema_decay=None
+        ),
         "drop-in": lambda: VectorQuantize(2, 3, commitment_weight=2.0, freeze_codebook=True),
     }
     _, _, loss = quantizers[kind]()(x, mask=mask if masked else None)
