@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._pytree import _register_namedtuple
 
 from vq_kernels.search import nearest_code, torch_backend
 from vq_kernels.search.backend import Backend, choose_backend, has_float64
@@ -28,6 +29,9 @@ class SimilarCode(NamedTuple):
     indices: Tensor
     codes: Tensor
     similarities: Tensor
+
+
+_register_namedtuple(SimilarCode, serialized_type_name="vq_kernels.SimilarCode")  # for torch.export.save
 
 
 def unit(x: Tensor) -> Tensor:

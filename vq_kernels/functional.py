@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from torch import Tensor
+from torch.utils._pytree import _register_namedtuple
 
 from vq_kernels.gradient.autograd import choose, pass_gradients
 from vq_kernels.search.api import PreparedCodebook, nearest_code, unpacked
@@ -26,6 +27,9 @@ class Quantized(NamedTuple):
     quantized: Tensor
     indices: Tensor
     loss: Tensor
+
+
+_register_namedtuple(Quantized, serialized_type_name="vq_kernels.Quantized")  # for torch.export.save
 
 
 def vector_quantize(

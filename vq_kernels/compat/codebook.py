@@ -52,7 +52,9 @@ class CompatCodebook(Codebook):
         """
         if learns:
             check_no_vmap()
-        if self.init == "kmeans" and not is_recomputing():
+        if self.init == "kmeans" and torch.compiler.is_exporting() and not self.training:  # writes to no buffer
+            torch._assert_async(self.initted, "the layer was exported before k-means; call it on a batch before that")
+        elif self.init == "kmeans" and not is_recomputing():
             needed = ~self.initted
             done = [self._start_by_kmeans(p, head, mask, needed, as_original=True) for p, head in enumerate(rows)]
             self.initted.logical_or_(torch.stack(done).any())

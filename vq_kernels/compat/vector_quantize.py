@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import _register_namedtuple
 
 from vq_kernels.compat.codebook import CompatCodebook
 from vq_kernels.compat.keywords import AT_CONSTRUCTION, IN_A_CALL, refuse_unsupported
@@ -25,6 +26,9 @@ class LossBreakdown(NamedTuple):
     codebook_diversity: Tensor
     orthogonal_reg: Tensor
     inplace_optimize: Tensor
+
+
+_register_namedtuple(LossBreakdown, serialized_type_name="vq_kernels.LossBreakdown")  # for torch.export.save
 
 
 class VectorQuantize(nn.Module):

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import _register_namedtuple
 
 from vq_kernels.search import onnx_export
 from vq_kernels.search.backend import BACKENDS, Backend, Found, backend_module, choose_backend, has_float64
@@ -31,6 +32,9 @@ class NearestCode(NamedTuple):
     indices: Tensor
     codes: Tensor
     sq_distances: Tensor
+
+
+_register_namedtuple(NearestCode, serialized_type_name="vq_kernels.NearestCode")  # for torch.export.save
 
 
 class SearchStatistics(NamedTuple):

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import _register_namedtuple
 
 from vq_kernels.search.api import PreparedCodebook, unpacked
 from vq_kernels.search.backend import has_float64
@@ -35,6 +36,9 @@ class NearestCodes(NamedTuple):
 
     indices: Tensor
     sq_distances: Tensor
+
+
+_register_namedtuple(NearestCodes, serialized_type_name="vq_kernels.NearestCodes")  # for torch.export.save
 
 
 def nearest_code_topk(x: Tensor, codebook: Tensor | PreparedCodebook, k: int) -> NearestCodes:

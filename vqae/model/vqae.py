@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import _register_namedtuple
 
 from vq_kernels import VectorQuantizer, nearest_code
 from vq_kernels.modules.base import INDEX_DTYPES
@@ -34,6 +35,9 @@ class VQAEOutput(NamedTuple):
     reconstruction: Tensor  # [B, 3, H, W], normalised like the input
     indices: Tensor  # [B] int64
     codebook_loss: Tensor  # [], MSE between the detached embeddings and their codes
+
+
+_register_namedtuple(VQAEOutput, serialized_type_name="vqae.VQAEOutput")  # for torch.export.save
 
 
 class VQAE(nn.Module):
