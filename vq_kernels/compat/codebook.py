@@ -52,7 +52,8 @@ class CompatCodebook(Codebook):
         """
         if learns:
             check_no_vmap()
-        if self.init == "kmeans" and torch.compiler.is_exporting() and not self.training:  # writes to no buffer
+        captured = torch.compiler.is_exporting() or torch.jit.is_tracing()
+        if self.init == "kmeans" and captured and not self.training:  # for inference, so it writes to no buffer
             torch._assert_async(self.initted, "the layer was exported before k-means; call it on a batch before that")
         elif self.init == "kmeans" and not is_recomputing():
             needed = ~self.initted

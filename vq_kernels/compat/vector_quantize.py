@@ -16,7 +16,7 @@ from vq_kernels.gradient.autograd import rotation_trick as rotate_gradient
 from vq_kernels.modules.base import HeadLayout, check_mask, codes_at
 from vq_kernels.modules.codebook import check_at_least
 from vq_kernels.search.backend import BACKENDS, Backend
-from vq_kernels.search.validation import check_choice, check_dtype
+from vq_kernels.search.validation import check_choice, check_dtype, check_not_traced
 
 
 class LossBreakdown(NamedTuple):
@@ -212,6 +212,8 @@ class VectorQuantize(nn.Module):
             TypeError, ValueError: a tensor's dtype or shape does not fit.
         """
         refuse_unsupported(unsupported, IN_A_CALL)
+        if self.training:
+            check_not_traced()
         channel_dim = self._channel_dim(x)
         positions = x.movedim(channel_dim, -1)  # [..., dim]
         leading = positions.shape[:-1]

@@ -103,7 +103,8 @@ def pass_gradients(
     """
     codebooks, sq_distances = copy_for_backward(codebooks, choice.sq_distances)
     choice = choice._replace(sq_distances=sq_distances)
-    quantized, loss, commitment = _Quantize.apply(x, codebooks, *choice, commitment_weight > 0, complete, backend)
+    quantize = _Quantize.forward if torch.jit.is_tracing() else _Quantize.apply  # a trace cannot hold a Function
+    quantized, loss, commitment = quantize(x, codebooks, *choice, commitment_weight > 0, complete, backend)
     if commitment_weight == 0 and trains_codes:
         return quantized, loss
     return quantized, commitment_weight * commitment + loss if trains_codes else commitment_weight * commitment
@@ -114,7 +115,7 @@ def copy_for_backward(codes: Tensor, used: Tensor) -> tuple[Tensor, Tensor]:
 
     Without a backward to follow, it returns both as they are.
     """
-    if not torch.is_grad_enabled() or torch.compiler.is_exporting():
+    if not torch.is_grad_enabled() or torch.compiler.is_exporting() or torch.jit.is_tracing():
         return codes, used
     if not torch.compiler.is_compiling():
         return codes.clone(), used

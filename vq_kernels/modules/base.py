@@ -19,7 +19,7 @@ from vq_kernels.learning.recompute import is_recomputing
 from vq_kernels.modules.codebook import Codebook, check_at_least, stack
 from vq_kernels.search.api import nearest_code
 from vq_kernels.search.backend import Backend
-from vq_kernels.search.validation import check_choice, check_dtype, check_no_vmap
+from vq_kernels.search.validation import check_choice, check_dtype, check_no_vmap, check_not_traced
 
 Init = Literal["normal", "uniform", "data", "kmeans"]
 INITS = ("normal", "uniform", "data", "kmeans")
@@ -207,6 +207,7 @@ class QuantizerBase(Codebook):
         """
         if self.training:
             check_no_vmap()
+            check_not_traced()
         learns = self.training and not self.freeze_codebook
         positions, row_mask = self._positions(x, mask)
         leading = positions.shape[:-1]
