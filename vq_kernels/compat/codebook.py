@@ -11,7 +11,7 @@ from vq_kernels.learning.dead_codes import draw_sampling
 from vq_kernels.learning.recompute import is_recomputing
 from vq_kernels.modules.codebook import Codebook, stack
 from vq_kernels.search import nearest_code
-from vq_kernels.search.validation import check_no_vmap
+from vq_kernels.search.validation import check_no_vmap, is_tracing
 
 
 class Found(NamedTuple):
@@ -52,7 +52,7 @@ class CompatCodebook(Codebook):
         """
         if learns:
             check_no_vmap()
-        captured = torch.compiler.is_exporting() or torch.jit.is_tracing()
+        captured = torch.compiler.is_exporting() or is_tracing()
         if self.init == "kmeans" and captured and not self.training:  # for inference, so it writes to no buffer
             torch._assert_async(self.initted, "the layer was exported before k-means; call it on a batch before that")
         elif self.init == "kmeans" and not is_recomputing():

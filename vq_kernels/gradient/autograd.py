@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from vq_kernels.cosine import most_similar_index, unit
 from vq_kernels.search.api import nearest_code_op
 from vq_kernels.search.backend import Backend, choose_backend, has_float64
+from vq_kernels.search.validation import is_tracing
 from vq_kernels.search.vmap import register_vmap
 
 Metric = Literal["euclidean", "cosine"]
@@ -103,7 +104,7 @@ def pass_gradients(
     """
     codebooks, sq_distances = copy_for_backward(codebooks, choice.sq_distances)
     choice = choice._replace(sq_distances=sq_distances)
-    quantize = _Quantize.forward if torch.jit.is_tracing() else _Quantize.apply  # a trace cannot hold a Function
+    quantize = _Quantize.forward if is_tracing() else _Quantize.apply  # a trace cannot hold a Function
     quantized, loss, commitment = quantize(x, codebooks, *choice, commitment_weight > 0, complete, backend)
     if commitment_weight == 0 and trains_codes:
         return quantized, loss
@@ -115,7 +116,7 @@ def copy_for_backward(codes: Tensor, used: Tensor) -> tuple[Tensor, Tensor]:
 
     Without a backward to follow, it returns both as they are.
     """
-    if not torch.is_grad_enabled() or torch.compiler.is_exporting() or torch.jit.is_tracing():
+    if not torch.is_grad_enabled() or torch.compiler.is_exporting() or is_tracing():
         return codes, used
     if not torch.compiler.is_compiling():
         return codes.clone(), used

@@ -41,9 +41,14 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
+def is_tracing() -> bool:
+    """Returns whether `torch.jit.trace` is running."""
+    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
+
+
 def check_not_traced() -> None:
     """Raise RuntimeError inside `torch.jit.trace`, for what updates the state of a module."""
-    if torch.jit.is_tracing():
+    if is_tracing():
         raise RuntimeError(
             "a quantizer in training mode cannot be traced by torch.jit.trace; call eval() first, or use torch.export"
         )
