@@ -31,7 +31,7 @@ class CompatCodebook(Codebook):
         embed: [C, K, D], the codes; a Parameter or a buffer.
         cluster_size: [C, K], the average number of rows of each code.
         embed_avg: [C, K, D], the average sum of these rows.
-        initted: [] bool, false until k-means has run.
+        initted: [] float32, 0 until k-means has run. An average with a codebook that has begun is more than 0.
     """
 
     state_names = ("embed", "cluster_size", "embed_avg")
@@ -43,7 +43,7 @@ class CompatCodebook(Codebook):
     initted: Tensor
 
     def _register_counts(self, shape: tuple[int, ...]) -> None:
-        self.register_buffer("initted", torch.tensor(self.init != "kmeans"))
+        self.register_buffer("initted", torch.tensor(float(self.init != "kmeans"), dtype=torch.float32))
 
     def forward(self, rows: Tensor, mask: Tensor | None, learns: bool) -> Found:
         """Runs k-means if needed, searches rows [C, M, D] without a gradient, and then learns from the rows.
@@ -54,11 +54,13 @@ class CompatCodebook(Codebook):
             check_no_vmap()
         captured = torch.compiler.is_exporting() or is_tracing()
         if self.init == "kmeans" and captured and not self.training:  # for inference, so it writes to no buffer
-            torch._assert_async(self.initted, "the layer was exported before k-means; call it on a batch before that")
+            torch._assert_async(
+                self.initted > 0, "the layer was exported before k-means; call it on a batch before that"
+            )
         elif self.init == "kmeans" and not is_recomputing():
-            needed = ~self.initted
+            needed = self.initted <= 0
             done = [self._start_by_kmeans(p, head, mask, needed, as_original=True) for p, head in enumerate(rows)]
-            self.initted.logical_or_(torch.stack(done).any())
+            self.initted.masked_fill_(torch.stack(done).any(), 1)
         searched = [self._to_search(p, learns) for p in range(len(rows))]
         codebooks = self._differentiable(searched, learns)
         search = most_similar_code if self.metric == "cosine" else nearest_code
@@ -90,4 +92,4 @@ class CompatCodebook(Codebook):
             self._reset_small(p, head, self._counted(head, None))
 
     def _end_wait(self) -> None:
-        self.initted.fill_(True)
+        self.initted.fill_(1)

@@ -118,7 +118,7 @@ def _checked_codebook(quantizer: QuantizerBase) -> tuple[Tensor, int]:
         raise ValueError(f"a ResidualVectorQuantizer must have heads=1, got {quantizer.heads}")
     if quantizer.codebook.dtype == torch.float64:
         raise TypeError("quantizer must have codes that float32 holds, got torch.float64")
-    if bool(quantizer.needs_data.any()):
+    if bool((quantizer.needs_data >= 1).any()):
         raise ValueError("quantizer must have its codes, but they wait for the first batch: train it or call fit")
     codes = quantizer.codebook.detach().float().cpu()
     codes = codes.view(-1, *codes.shape[-2:])

@@ -141,7 +141,8 @@ class Codebook(nn.Module):
         for name in ("steps_unused", "batch_counts", "usage_counts"):
             self.register_buffer(name, torch.zeros(shape, dtype=torch.int64))
         self.register_buffer("restarts", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("needs_data", torch.full(shape[:-1], self.init in ("data", "kmeans")))
+        needed = float(self.init in ("data", "kmeans"))  # no bool, so that `AveragedModel` can average it
+        self.register_buffer("needs_data", torch.full(shape[:-1], needed, dtype=torch.float32))
 
     @property
     def _codes(self) -> Tensor:
@@ -221,6 +222,10 @@ class Codebook(nn.Module):
 
         Only the caller knows whether it is strict, so the keys of averages explain themselves.
         """
+        for name, buffer in self.named_buffers(recurse=False):
+            saved = state_dict.get(prefix + name)
+            if isinstance(saved, Tensor) and saved.dtype == torch.bool:  # an older one, or vector_quantize_pytorch's
+                state_dict[prefix + name] = saved.to(buffer.dtype)
         codes, sizes, _ = (state_dict.get(prefix + name) for name in self.state_names)
         own, names = getattr(self, self.state_names[0]), self.size_names
         if codes is not None and sizes is None and self.ema_decay is not None and codes.shape == own.shape:
@@ -297,12 +302,13 @@ class Codebook(nn.Module):
         any_rows = rows.shape[0] > 0 or rank_and_world(self.synchronise)[1] > 1
         steps_unused, needs_data = _flat(self.steps_unused, 1)[p], self.needs_data.view(-1)[p]
         if any_rows and self.init == "kmeans":
-            done = self._start_by_kmeans(p, rows, row_mask, unless_recomputing(needs_data))
+            done = self._start_by_kmeans(p, rows, row_mask, unless_recomputing(needs_data >= 1))
             steps_unused.masked_fill_(done, 0)
-            needs_data.logical_and_(~done)
+            needs_data.mul_(~done)
         if not (any_rows and (self.restart_after or self.init == "data")):
             return
-        due = needs_data.expand(self.num_codes)  # [K]
+        starts = needs_data >= 1  # an average with a codebook that has begun is less
+        due = starts.expand(self.num_codes)  # [K]
         if self.restart_after:
             due = due | (steps_unused >= self._steps_to_reset(_flat(self.batch_counts, 1)[p].sum()))
         targets = evenly_spaced_rows(  # [K, D]
@@ -316,9 +322,9 @@ class Codebook(nn.Module):
         )
         due = unless_recomputing(due & targets.isfinite().all(dim=1))
         self._set_codes(p, due, targets, 0)  # `_update_averages` knows the size
-        self.restarts.add_(torch.where(needs_data, 0, due.sum()))
+        self.restarts.add_(torch.where(starts, 0, due.sum()))
         steps_unused.masked_fill_(due, 0)
-        needs_data.logical_and_(~due.any())
+        needs_data.mul_(~due.any())
 
     def _steps_to_reset(self, num_rows: Tensor) -> Tensor | float:
         """Returns the steps without use after which a code is reset, given the rows [...] of a batch."""

@@ -47,7 +47,7 @@ class ResidualVectorQuantizer(QuantizerBase):
         steps_unused, batch_counts, usage_counts: [Q, K], or [heads, Q, K], int64, as for `VectorQuantizer`. A step
             that drops a stage does not count for it.
         restarts: [] int64, dead-code resets since `reset_usage`.
-        needs_data: [Q], or [heads, Q], bool, whether a codebook still waits for the first batch of init="data" or
+        needs_data: [Q], or [heads, Q], float32, 1 if a codebook still waits for the first batch of init="data" or
             "kmeans".
 
     Raises:

@@ -65,7 +65,7 @@ class VectorQuantizer(QuantizerBase):
         batch_counts: [K] int64, the rows of the last training batch, of all ranks, that chose each code.
         usage_counts: [K] int64, the rows in training that chose each code since `reset_usage`.
         restarts: [] int64, dead-code resets since `reset_usage`.
-        needs_data: [], or [heads], bool, whether the codebook still waits for the first batch of init="data" or
+        needs_data: [], or [heads], float32, 1 if the codebook still waits for the first batch of init="data" or
             "kmeans".
 
     Raises:

@@ -19,7 +19,7 @@ def saved_by_quantizer(*leading: int) -> dict[str, Any]:
         "codebook": ((*leading, K, D), torch.float32),
         **counts,
         "restarts": ((), torch.int64),
-        "needs_data": (leading, torch.bool),
+        "needs_data": (leading, torch.float32),
     }
 
 
@@ -29,7 +29,7 @@ def saved_averages(*leading: int) -> dict[str, Any]:
 
 def saved_by_compat(num_codebooks: int) -> dict[str, Any]:
     return {
-        "_codebook.initted": ((), torch.bool),
+        "_codebook.initted": ((), torch.float32),
         "_codebook.cluster_size": ((num_codebooks, K), torch.float32),
         "_codebook.embed_avg": ((num_codebooks, K, D), torch.float32),
         "_codebook.embed": ((num_codebooks, K, D), torch.float32),
