@@ -227,6 +227,12 @@ class Codebook(nn.Module):
             if isinstance(saved, Tensor) and saved.dtype == torch.bool:  # an older one, or vector_quantize_pytorch's
                 state_dict[prefix + name] = saved.to(buffer.dtype)
         codes, sizes, _ = (state_dict.get(prefix + name) for name in self.state_names)
+        if (
+            codes is not None
+            and others[0].get("assign_to_params_buffers")
+            and getattr(self, self.state_names[0]).is_meta
+        ):
+            self._leave_meta(codes.device)
         own, names = getattr(self, self.state_names[0]), self.size_names
         if codes is not None and sizes is None and self.ema_decay is not None and codes.shape == own.shape:
             self._set_all(codes, "codes", own.shape)
@@ -241,6 +247,17 @@ class Codebook(nn.Module):
         reasons = ("without ema_decay; construct the module with ema_decay=None", "with ema_decay; construct it so too")
         for found, reason in zip(keys, reasons, strict=True):  # missing and unexpected
             found[:] = [_Explained(key, reason) if key == prefix + self.state_names[1] else key for key in found]
+
+    def _leave_meta(self, device: torch.device) -> None:
+        """Makes on `device` what a state dict that is assigned may lack. It counts nothing yet."""
+        for name, buffer in list(self.named_buffers(recurse=False)):
+            if buffer.is_meta:
+                setattr(self, name, torch.zeros_like(buffer, device=device))
+        codes = getattr(self, self.state_names[0])
+        if codes.is_meta:
+            setattr(
+                self, self.state_names[0], nn.Parameter(torch.zeros_like(codes, device=device), codes.requires_grad)
+            )
 
     # Search
 
