@@ -234,7 +234,7 @@ def vqvae_table(rows: Sequence[Row]) -> str:
     """A line for each quantizer in the convolutional VQ-VAE, over its seeds. The time is relative to the first line."""
     if not rows:
         return NO_RESULTS
-    lines: list[Sequence[object]] = [("quantizer", "seeds", "test MSE", "perplexity", "time")]
+    lines: list[Sequence[object]] = [("quantizer", "seeds", "test MSE", "perplexity", "CPU time")]
     for method in dict.fromkeys(row["method"] for row in rows):
         runs = [row for row in rows if row["method"] == method]
         figures = (spread([run[name] for run in runs], digits) for name, digits in (("mse", 5), ("perplexity", 0)))
