@@ -1,5 +1,6 @@
 """Codebooks and the state of their training: initialisation, dead-code resets, moving averages, usage counts."""
 
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal, Self, TypeGuard
 
 import torch
@@ -119,8 +120,9 @@ class Codebook(nn.Module):
         else:
             self.register_buffer(self.state_names[0], codes)
         if ema_decay is not None:
-            self.register_buffer(self.state_names[1], torch.ones(*leading, num_codes))
-            self.register_buffer(self.state_names[2], codes.clone())
+            wide = torch.promote_types(codes.dtype, torch.float32)
+            self.register_buffer(self.state_names[1], torch.ones(*leading, num_codes, dtype=wide))
+            self.register_buffer(self.state_names[2], codes.to(wide, copy=True))
         changes_after_search = follows_means or min_cluster_size > 0
         searched = _flat(codes.clone(), 2) if changes_after_search else None
         self.register_buffer("searched_codebook", searched, persistent=False)
@@ -167,6 +169,16 @@ class Codebook(nn.Module):
     def _normalise(self, codes: Tensor) -> Tensor:
         """Normalises [..., D] for the cosine."""
         return unit(codes) if self.metric == "cosine" else codes
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Converts or moves the module. The averages stay in float32, because half precision would lose small steps."""
+        averages = {name: self._buffers[name] for name in self.state_names[1:] if name in self._buffers}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, before in averages.items():
+            after = self._buffers[name]
+            if after is not None and before is not None and after.dtype.itemsize < 4:
+                self._buffers[name] = before.to(after.device)
+        return self
 
     # Codes that do not learn
 
