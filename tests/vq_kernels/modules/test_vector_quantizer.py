@@ -146,7 +146,7 @@ def test_training_continues_from_a_state_dict() -> None:
     [
         ({"num_codes": 0}, "num_codes must be >= 1, got 0"),
         ({"code_dim": -1}, "code_dim must be >= 1, got -1"),
-        ({"restart_after": -1}, "restart_after must be >= 0, got -1"),
+        ({"restart_after": -1}, "restart_after must be 'auto' or >= 0, got -1"),
         ({"restart_noise": float("nan")}, "restart_noise must be >= 0, got nan"),
         ({"init": "zeros"}, "init must be one of normal, uniform, data, kmeans, got 'zeros'"),
         ({"backend": "cuda"}, "backend must be one of auto, triton, torch, got 'cuda'"),
