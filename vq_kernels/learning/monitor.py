@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 FIRST, PERIOD, PATIENCE = 10, 50, 5
-"""Step 10 gives the loss to compare with. A collapse is reported when five in a row of every 50th step show it."""
+"""Step 10 gives the error to compare with. A collapse is reported when five in a row of every 50th step show it."""
 
 
 class TrainingMonitor:
@@ -14,16 +14,17 @@ class TrainingMonitor:
 
     def __init__(self) -> None:
         self.done = False
-        self._first_loss: float | None = None
+        self._first: tuple[float, float] | None = None
         self._checks_low = 0
         self._copied: Tensor | None = None
 
     @torch.no_grad()
-    def check(self, losses: Tensor, counts: Tensor, steps_unused: Tensor) -> str | None:
+    def check(self, rows: Tensor, sq_distances: Tensor, counts: Tensor, steps_unused: Tensor) -> str | None:
         """Looks at the step of the last check, and keeps the values of this one. Returns what is wrong, once, or None.
 
         Args:
-            losses: [C], the losses of the heads.
+            rows: [C, M, D], what was quantized.
+            sq_distances: the squared distances to the codes that were chosen.
             counts: [P, K] int64, the rows of the batch that chose each code.
             steps_unused: [P, K] int64, the steps since each code was last chosen.
         """
@@ -31,17 +32,21 @@ class TrainingMonitor:
             return None
         problem = None if self._copied is None else self._problem(*self._copied.tolist())
         self.done = problem is not None
-        values = _values(losses.detach(), counts, steps_unused)
+        values = _values(rows, sq_distances, counts, steps_unused)
         if self._copied is None:
             self._copied = torch.zeros(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
         self._copied.copy_(values, non_blocking=True)
         return problem
 
-    def _problem(self, loss: float, share_of_codes_chosen: float, share_unused: float) -> str | None:
-        if self._first_loss is None:
-            self._first_loss = loss
-        if not math.isfinite(loss) or loss > 1000 * self._first_loss > 0:
-            return f"the quantizer diverges: its loss grew from {self._first_loss:.3g} to {loss:.3g}"
+    def _problem(self, error: float, square: float, share_of_codes_chosen: float, share_unused: float) -> str | None:
+        if self._first is None:
+            self._first = error, square
+        first_error, first_square = self._first
+        if not math.isfinite(error):
+            return f"the quantizer diverges: its mean squared error is {error}"
+        away = error > square / 4 and square > 100 * first_square  # the rows grow, and the codes do not follow
+        if away and error > 1000 * first_error > 0:
+            return f"the quantizer diverges: its mean squared error grew from {first_error:.3g} to {error:.3g}"
         collapsed = share_of_codes_chosen < 1 or share_unused > 0.5
         self._checks_low = self._checks_low + 1 if collapsed else 0
         if self._checks_low < PATIENCE:
@@ -51,8 +56,9 @@ class TrainingMonitor:
         return "the codebook collapses: nearly all rows choose the same few codes"
 
 
-def _values(losses: Tensor, counts: Tensor, steps_unused: Tensor) -> Tensor:
-    """Returns [3] float32: the loss; the perplexity relative to that of a collapse; the share of unused codes.
+def _values(rows: Tensor, sq_distances: Tensor, counts: Tensor, steps_unused: Tensor) -> Tensor:
+    """Returns [4] float32: the mean squared error; the mean square of the rows; the perplexity relative to that of a
+    collapse; the share of unused codes.
 
     A perplexity is that of a collapse below 3, K/4 and a quarter of the rows. A code is unused if it was not chosen
     while 100 rows for each code passed. The worst of all codebooks counts.
@@ -63,4 +69,6 @@ def _values(losses: Tensor, counts: Tensor, steps_unused: Tensor) -> Tensor:
     relative = perplexity / (num_rows / 4).clamp(max=min(3.0, num_codes / 4))
     relative = torch.where(num_rows > 0, relative, torch.inf)  # a stage that was dropped
     unused = (steps_unused * num_rows[:, None] > 100 * num_codes).float().mean(dim=1)
-    return torch.stack([losses.mean().float(), relative.min(), unused.max()])
+    error = sq_distances.float().sum() / max(rows.numel(), 1)
+    square = rows.float().square().sum() / max(rows.numel(), 1)
+    return torch.stack([error, square, relative.min(), unused.max()])

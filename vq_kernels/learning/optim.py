@@ -23,8 +23,7 @@ def count_normalised_param_group(quantizer: QuantizerBase, fraction: float) -> d
     """
     if not 0 < fraction < 2:
         raise ValueError(f"fraction must be in (0, 2), got {fraction}")
-    if quantizer.ema_decay is not None:
-        raise ValueError(f"quantizer must have ema_decay=None, to learn by gradients, got {quantizer.ema_decay!r}")
+    _check_learns_by_gradients(quantizer)
     if quantizer.metric != "euclidean":
         raise ValueError(f"quantizer must have metric 'euclidean', got {quantizer.metric!r}")
     return {"params": [quantizer.codebook], "lr": fraction, "momentum": 0.0, "weight_decay": 0.0}
@@ -42,8 +41,13 @@ def attach_count_normalised_step(optimizer: torch.optim.Optimizer, quantizer: Qu
     Returns:
         The handle of the hook; `handle.remove()` removes it.
 
+    Raises:
+        ValueError: the quantizer's codebook has no gradient (`ema_decay`).
+
     Source: the derivation above; MacQueen 1967 for the step towards the mean.
     """
+
+    _check_learns_by_gradients(quantizer)
 
     def divide_by_counts(_optimizer: Any, _args: Any, _kwargs: Any) -> None:
         gradient = quantizer.codebook.grad
@@ -54,3 +58,8 @@ def attach_count_normalised_step(optimizer: torch.optim.Optimizer, quantizer: Qu
         gradient.mul_(factor[..., None].to(gradient.dtype))
 
     return optimizer.register_step_pre_hook(divide_by_counts)
+
+
+def _check_learns_by_gradients(quantizer: QuantizerBase) -> None:
+    if quantizer.ema_decay is not None:
+        raise ValueError(f"quantizer must have ema_decay=None, to learn by gradients, got {quantizer.ema_decay!r}")

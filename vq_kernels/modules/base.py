@@ -235,7 +235,8 @@ class QuantizerBase(Codebook):
             if learns and self._monitor is not None and not torch.compiler.is_compiling():
                 self._steps_trained += 1
                 if self._steps_trained == FIRST or self._steps_trained % PERIOD == 0:
-                    self._warn_of(self._monitor.check(torch.stack(losses), *self._usage()))
+                    sq_distances = torch.stack([choice.sq_distances for choice in choices])
+                    self._warn_of(self._monitor.check(rows.detach(), sq_distances, *self._usage()))
         return Quantized(
             self._layout.join(stack(codes).to(x.dtype), leading).movedim(-1, self.channel_dim),
             self._layout.join_indices(indices.transpose(1, 2), leading),
@@ -253,7 +254,7 @@ class QuantizerBase(Codebook):
         if "diverges" in problem and self.commitment_weight < 0.25:
             advice = f"pass commitment_weight=0.25 (it is {self.commitment_weight})"
         elif "diverges" in problem:
-            advice = "lower the learning rate"
+            advice = "lower the learning rate, or check that the input is finite"
         elif self.restart_after == 0:
             advice = "pass restart_after='auto' (it is 0), so that unused codes are reset"
         elif self.init in ("normal", "uniform"):

@@ -16,7 +16,7 @@ from vq_kernels.learning.recompute import copy_to_search, unless_recomputing
 from vq_kernels.search.backend import BACKENDS, Backend, has_float64
 from vq_kernels.search.validation import check_choice, check_dtype
 
-STEPS_UNTIL_RESET, ROWS_UNTIL_RESET = 20, 20
+STEPS_UNTIL_RESET, ROWS_UNTIL_RESET = 20, 6
 """restart_after="auto": a code is dead after so many steps, and so many rows for each code, without a row."""
 
 LEAST_DECAY, ROWS_IN_AVERAGE = 0.8, 40

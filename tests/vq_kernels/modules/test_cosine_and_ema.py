@@ -186,6 +186,12 @@ def test_the_count_normalised_step_is_for_plain_gradients(options: dict[str, obj
         count_normalised_param_group(make(**options), 0.1)
 
 
+def test_the_count_normalised_hook_needs_a_gradient() -> None:
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+    with pytest.raises(ValueError, match=r"must have ema_decay=None, to learn by gradients, got 0\.9"):
+        attach_count_normalised_step(optimizer, make(ema_decay=0.9))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -112,16 +112,16 @@ def test_masked_rows_do_not_shorten_the_averages() -> None:
     torch.testing.assert_close(quantizer.cluster_sizes.sum(), torch.tensor(0.95 * 4 + 0.05 * 8))
 
 
-@pytest.mark.parametrize(("num_rows", "steps"), [(1, 80), (2, 40), (4, 20), (100, 20)])
-def test_a_code_is_reset_after_20_steps_or_20_rows_for_each_code(num_rows: int, steps: int) -> None:
-    quantizer = vector_quantizer(4, 2, restart_after="auto")
-    quantizer.set_codes(torch.tensor([[0.0, 0.0], [9.0, 9.0], [9.0, 8.0], [8.0, 9.0]]))
+@pytest.mark.parametrize(("num_rows", "steps"), [(1, 96), (2, 48), (4, 24), (100, 20)])
+def test_a_code_is_reset_after_20_steps_or_6_rows_for_each_code(num_rows: int, steps: int) -> None:
+    quantizer = vector_quantizer(16, 2, restart_after="auto")
+    quantizer.set_codes(torch.cat([torch.zeros(1, 2), torch.full((15, 2), 9.0)]))
     for step in range(steps):
         quantizer(torch.zeros(num_rows, 2))
         assert quantizer.restarts == 0, step
     quantizer(torch.zeros(num_rows, 2))
-    assert quantizer.restarts == 3
-    assert quantizer.steps_unused[1:].tolist() == [1, 1, 1]  # counted anew
+    assert quantizer.restarts == 15
+    assert quantizer.steps_unused[1:].tolist() == 15 * [1]  # counted anew
 
 
 def test_no_rows_reset_no_code() -> None:
@@ -187,7 +187,7 @@ ENOUGH = PATIENCE * PERIOD  # steps until a collapse is reported
 def test_a_divergence_warns_once_and_names_the_argument() -> None:
     torch.manual_seed(0)
     diverging = Autoencoder(VectorQuantizer(64, 8, **PLAIN))
-    with pytest.warns(UserWarning, match=r"diverges: its loss grew from .*=0.25 \(it is 0.0\)") as found:
+    with pytest.warns(UserWarning, match=r"diverges: its mean squared error grew from .*=0.25 \(it is 0.0\)") as found:
         diverging.fit(300, lr=3e-2)
     assert len(found) == 1
 
@@ -195,7 +195,23 @@ def test_a_divergence_warns_once_and_names_the_argument() -> None:
 def test_a_loss_that_is_not_finite_warns() -> None:
     (message,) = run_on(VectorQuantizer(4, 2), torch.full((32, 2), torch.nan), 2 * PERIOD)
     assert "diverges" in message
-    assert "to nan; lower the learning rate" in message
+    assert "error is nan; lower the learning rate, or check that the input is finite" in message
+
+
+def test_a_divergence_without_commitment_is_seen() -> None:
+    quantizer = VectorQuantizer(64, 8, commitment_weight=0.0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(150):
+            quantizer(1.2**step * torch.randn(64, 8))
+    (warning,) = caught
+    assert "pass commitment_weight=0.25 (it is 0.0)" in str(warning.message)
+
+
+def test_an_error_that_grows_with_the_input_is_none() -> None:
+    quantizer, x = VectorQuantizer(64, 8), torch.randn(16, 8)
+    for step in range(150):
+        quantizer(x if step < 12 else torch.randn(256, 8))  # at first there is a code for each row
 
 
 @pytest.mark.parametrize(
