@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.vq_kernels.plain import residual_quantizer, vector_quantizer
 from vq_kernels import ResidualVectorQuantizer, VectorQuantizer, nearest_code_topk
 from vq_kernels.compat.faiss import from_faiss, indices_from_faiss, to_faiss
 
@@ -17,11 +18,11 @@ def rows(num_rows: int = 600, channels: int = 12, seed: int = 0) -> Tensor:
 
 
 def product(num_codes: int = 16, heads: int = 3, **options: Any) -> VectorQuantizer:
-    return VectorQuantizer(num_codes, 12 // heads, heads=heads, separate_codebooks=True, **options).eval()
+    return vector_quantizer(num_codes, 12 // heads, heads=heads, separate_codebooks=True, **options).eval()
 
 
 def residual(num_codes: int = 16, **options: Any) -> ResidualVectorQuantizer:
-    return ResidualVectorQuantizer(3, num_codes, 12, **options).eval()
+    return residual_quantizer(3, num_codes, 12, **options).eval()
 
 
 QUANTIZERS = {
@@ -29,7 +30,7 @@ QUANTIZERS = {
     "product, 5 bits": lambda: product(32),  # an index crosses the boundary of a byte
     "product, 10 bits": lambda: product(1024),
     "one part": lambda: product(64, heads=1),
-    "shared codebook": lambda: VectorQuantizer(16, 4, heads=3).eval(),
+    "shared codebook": lambda: vector_quantizer(16, 4, heads=3).eval(),
     "frozen": lambda: product(freeze_codebook=True),
     "ema": lambda: product(ema_decay=0.9, init="normal"),
     "residual": residual,
@@ -108,7 +109,7 @@ def test_norms_that_faiss_stores_beside_the_indices_are_skipped() -> None:
         (lambda: product(metric="cosine"), ValueError, "metric='euclidean', got 'cosine'"),
         (lambda: product(100), ValueError, r"num_codes must be a power of two in \[2, 65536\], got 100"),
         (lambda: product(1), ValueError, r"num_codes must be a power of two in \[2, 65536\], got 1"),
-        (lambda: ResidualVectorQuantizer(2, 16, 6, heads=2), ValueError, "must have heads=1, got 2"),
+        (lambda: residual_quantizer(2, 16, 6, heads=2), ValueError, "must have heads=1, got 2"),
         (lambda: product().double(), TypeError, "float32 holds, got torch.float64"),
         (lambda: product(init="data"), ValueError, "they wait for the first batch"),
     ],
