@@ -16,7 +16,7 @@ from vq_kernels.learning.recompute import copy_to_search, unless_recomputing
 from vq_kernels.search.backend import BACKENDS, Backend, has_float64
 from vq_kernels.search.validation import check_choice, check_dtype
 
-STEPS_UNTIL_RESET, ROWS_UNTIL_RESET = 20, 6
+STEPS_UNTIL_RESET, ROWS_UNTIL_RESET = 20, 10
 """restart_after="auto": a code is dead after so many steps, and so many rows for each code, without a row."""
 
 LEAST_DECAY, ROWS_IN_AVERAGE = 0.8, 40
@@ -340,6 +340,8 @@ class Codebook(nn.Module):
         due = starts.expand(self.num_codes)  # [K]
         if self.restart_after:
             due = due | (steps_unused >= self._steps_to_reset(_flat(self.batch_counts, 1)[p].sum()))
+            if self.ema_decay is not None:  # a code that was set to a row, and not chosen even in that step
+                due = due | (self._sizes[p] == 0)
         targets = evenly_spaced_rows(  # [K, D]
             rows,
             row_mask,
@@ -427,7 +429,7 @@ class Codebook(nn.Module):
         counts, sums = (torch.stack(parts) for parts in zip(*batches, strict=True))  # [P, K], [P, K, D]
         share = self._share(counts)
         if self.restart_after or self.init == "data":
-            self._weigh_new_codes(NEW_CODE_ROWS * share)
+            self._weigh_new_codes(NEW_CODE_ROWS * share, counts)
         if learning is not None:  # the averages of the other codebooks move to themselves
             counts = torch.where(learning[:, None], counts, self._sizes)
             sums = torch.where(learning[:, None, None], sums, self._sums)
@@ -443,9 +445,9 @@ class Codebook(nn.Module):
             return self._sizes.new_full(counts.shape[:1], 1 - self.ema_decay)
         return (counts.sum(dim=1) / (ROWS_IN_AVERAGE * self.num_codes)).clamp(max=1 - LEAST_DECAY)
 
-    def _weigh_new_codes(self, sizes: Tensor) -> None:
-        """Gives codes that were set to a row, and have no average yet, averages of these sizes [P]."""
-        new = self._sizes == 0
+    def _weigh_new_codes(self, sizes: Tensor, counts: Tensor) -> None:
+        """Gives codes that were set to a row, and now have counts [P, K] of rows, averages of these sizes [P]."""
+        new = (self._sizes == 0) & (counts > 0)
         self._sizes.copy_(torch.where(new, sizes[:, None], self._sizes))
         self._sums.copy_(torch.where(new[..., None], sizes[:, None, None] * self._codes, self._sums))
 

@@ -32,7 +32,7 @@ class VectorQuantizer(QuantizerBase):
             step reads a boolean from the device; or a tensor of the shape of `codebook`, see `set_codes`.
         init_scale: at least 0, see `init`.
         restart_after: reset a code that no row has chosen for this many training steps to a random row of the batch,
-            before the next search. With 0, codes are never reset. "auto" is 20 steps, or as many as bring 6 rows for
+            before the next search. With 0, codes are never reset. "auto" is 20 steps, or as many as bring 10 rows for
             each code if that is more.
         restart_noise: standard deviation of the noise added to a reset code, relative to the row's root mean square.
             It keeps codes apart if more codes are reset than there are rows.

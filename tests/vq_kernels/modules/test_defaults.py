@@ -112,8 +112,8 @@ def test_masked_rows_do_not_shorten_the_averages() -> None:
     torch.testing.assert_close(quantizer.cluster_sizes.sum(), torch.tensor(0.95 * 4 + 0.05 * 8))
 
 
-@pytest.mark.parametrize(("num_rows", "steps"), [(1, 96), (2, 48), (4, 24), (100, 20)])
-def test_a_code_is_reset_after_20_steps_or_6_rows_for_each_code(num_rows: int, steps: int) -> None:
+@pytest.mark.parametrize(("num_rows", "steps"), [(1, 160), (2, 80), (4, 40), (100, 20)])
+def test_a_code_is_reset_after_20_steps_or_10_rows_for_each_code(num_rows: int, steps: int) -> None:
     quantizer = vector_quantizer(16, 2, restart_after="auto")
     quantizer.set_codes(torch.cat([torch.zeros(1, 2), torch.full((15, 2), 9.0)]))
     for step in range(steps):
@@ -122,6 +122,15 @@ def test_a_code_is_reset_after_20_steps_or_6_rows_for_each_code(num_rows: int, s
     quantizer(torch.zeros(num_rows, 2))
     assert quantizer.restarts == 15
     assert quantizer.steps_unused[1:].tolist() == 15 * [1]  # counted anew
+
+
+def test_a_codebook_larger_than_the_batch_fills_at_once() -> None:
+    torch.manual_seed(0)
+    quantizer = VectorQuantizer(64, 8)
+    for _ in range(20):
+        quantizer(torch.randn(8, 8))
+    distances = torch.pdist(quantizer.codebook)
+    assert (distances < 0.5).sum() < 10  # 224 pairs of copies in the first step
 
 
 def test_no_rows_reset_no_code() -> None:
