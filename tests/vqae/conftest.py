@@ -16,6 +16,8 @@ from tests.vqae.commands import TINY, Outcome
 from vqae import train
 from vqae.runtime.process import SignalHandler, run_command
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where the tests are run under nohup, which ignores it
+
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:
