@@ -52,6 +52,8 @@ class CompatCodebook(Codebook):
         """
         if learns:
             check_no_vmap()
+        if (learns and self._copies) or self.init == "kmeans":
+            self._check_owned()
         captured = torch.compiler.is_exporting() or is_tracing()
         if self.init == "kmeans" and captured and not self.training:  # for inference, so it writes to no buffer
             torch._assert_async(

@@ -333,7 +333,7 @@ class VectorQuantize(nn.Module):
         if self.heads > 1 and indices.shape[-1:] != (self.heads,):
             raise ValueError(f"indices must be [..., {self.heads}], one for each head, got {tuple(indices.shape)}")
         leading = indices.shape if self.heads == 1 else indices.shape[:-1]
-        each = zip(self._codebook.embed, self._layout.split_indices(indices), strict=True)
+        each = zip(self._codebook._codes, self._layout.split_indices(indices), strict=True)
         return self._layout.join(torch.stack([codes_at(*head) for head in each]), leading)
 
     def expire_codes_(self, x: Tensor) -> None:

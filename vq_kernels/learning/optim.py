@@ -43,6 +43,7 @@ def attach_count_normalised_step(optimizer: torch.optim.Optimizer, quantizer: Qu
 
     Raises:
         ValueError: the quantizer's codebook has no gradient (`ema_decay`).
+        RuntimeError: the codebook is sharded or has a parametrization.
 
     Source: the derivation above; MacQueen 1967 for the step towards the mean.
     """
@@ -63,3 +64,4 @@ def attach_count_normalised_step(optimizer: torch.optim.Optimizer, quantizer: Qu
 def _check_learns_by_gradients(quantizer: QuantizerBase) -> None:
     if quantizer.ema_decay is not None:
         raise ValueError(f"quantizer must have ema_decay=None, to learn by gradients, got {quantizer.ema_decay!r}")
+    quantizer._check_owned()

@@ -183,6 +183,7 @@ class QuantizerBase(Codebook):
         Raises:
             TypeError, ValueError: as for `kmeans`.
         """
+        self._check_owned()
         own: dict[str, Any] = {"metric": self.metric, "backend": self.backend, "synchronise": self.synchronise}
         results = []
         for head in range(self._layout.num_codebooks):
@@ -209,6 +210,8 @@ class QuantizerBase(Codebook):
             check_no_vmap()
             check_not_traced()
         learns = self.training and not self.freeze_codebook
+        if learns and self._copies:
+            self._check_owned()
         positions, row_mask = self._positions(x, mask)
         leading = positions.shape[:-1]
         rows = self._as_searched(self._layout.split(positions))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from vq_kernels.cosine import unit
-from vq_kernels.distributed import rank_and_world, sum_over_ranks
+from vq_kernels.distributed import check_owned, check_whole, is_dtensor, rank_and_world, sum_over_ranks
 from vq_kernels.gradient.autograd import LEFT_OUT, METRICS, Metric, straight_through
 from vq_kernels.learning.dead_codes import draw_sampling, evenly_spaced_rows, random_replacements
 from vq_kernels.learning.ema import RowSums, mean_codes, move_averages_, row_sums
@@ -63,6 +63,7 @@ class Codebook(nn.Module):
     """The arguments that give the sizes of `codebook`, the last ones if it has fewer dimensions."""
 
     _frozen = False
+    _was_sharded = False
     steps_unused: Tensor
     batch_counts: Tensor
     usage_counts: Tensor
@@ -149,7 +150,9 @@ class Codebook(nn.Module):
     @property
     def _codes(self) -> Tensor:
         """[P, K, D]: all codes. They have no gradient if they are frozen."""
-        codes = _flat(getattr(self, self.state_names[0]), 2)
+        codes = getattr(self, self.state_names[0])
+        check_whole(self.state_names[0], codes, (self.num_codes, self.code_dim))
+        codes = _flat(codes, 2)
         return codes.detach() if self._frozen else codes
 
     @property
@@ -180,6 +183,21 @@ class Codebook(nn.Module):
                 self._buffers[name] = before.to(after.device)
         return self
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Notes whether codes were sharded, because FSDP2 replaces them by a plain tensor during the forward pass."""
+        if name == self.state_names[0] and is_dtensor(value):
+            self._was_sharded = True
+        super().__setattr__(name, value)
+
+    def _check_owned(self) -> None:
+        """Raises RuntimeError if codes that the module writes would be lost, or small steps of the averages."""
+        check_owned(self, self.state_names[0], (self.num_codes, self.code_dim), self._was_sharded)
+        if self.ema_decay is not None and self._sizes.dtype.itemsize < 4:
+            raise RuntimeError(
+                f"{self.state_names[1]} must be float32 or wider, got {self._sizes.dtype}; set no buffer_dtype in the "
+                "MixedPrecision of FullyShardedDataParallel, or pass it ignored_modules=[quantizer]"
+            )
+
     # Codes that do not learn
 
     @property
@@ -206,12 +224,14 @@ class Codebook(nn.Module):
 
         Raises:
             TypeError, ValueError: codes do not fit.
+            RuntimeError: `codebook` is sharded or has a parametrization.
         """
         self._set_all(codes, "codes", getattr(self, self.state_names[0]).shape)
 
     @torch.no_grad()
     def _set_all(self, codes: Tensor, name: str, shape: torch.Size) -> None:
         """Does the work of `set_codes`; `name` and `shape` are those of the user's argument."""
+        self._check_owned()
         check_dtype(name, codes)
         if codes.shape != shape:
             raise ValueError(f"{name} must be {tuple(shape)}, got {tuple(codes.shape)}")
