@@ -1,7 +1,7 @@
 """Collectives for the processes of a distributed job, and the detection of codes that a module does not hold itself.
 
-Without a process group, collectives act on one rank. A module writes in vain to codes that are shards of FSDP or another
-DTensor, or that a parametrization recomputes from other tensors.
+Without a process group, collectives act on one rank. A module writes in vain to codes that are shards of FSDP or of
+another DTensor, or that a parametrization recomputes from other tensors.
 """
 
 import torch.distributed
