@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._pytree import _register_namedtuple
 
-from vq_kernels.search import nearest_code, torch_backend
+from vq_kernels.search import nearest_code, nearest_code_topk, torch_backend
 from vq_kernels.search.backend import Backend, choose_backend, has_float64
 from vq_kernels.search.torch_bounds import power_of_two_below
 from vq_kernels.search.validation import check_pair
@@ -88,6 +88,15 @@ def most_similar_code(x: Tensor, codebook: Tensor, *, backend: Backend = "auto")
     return SimilarCode(indices.view(leading), chosen.to(x.dtype).view(x.shape), similarities.view(leading))
 
 
+def most_similar_codes(x: Tensor, codebook: Tensor, k: int) -> Tensor:
+    """Find the k codes [N, k] with the largest dot products for x [N, D] in codebook [K, D], the largest first.
+
+    The codes have about the same length. For k = 1 it finds what `most_similar_code` does.
+    """
+    rows, lengthened = _to_equal_length(x, codebook)
+    return nearest_code_topk(rows, lengthened, k).indices
+
+
 def most_similar_index(x: Tensor, codebook: Tensor, backend: Backend, *, unit_codes: bool = False) -> Tensor:
     """Find the indices [N] of `most_similar_code` for x [N, D] and codebook [K, D].
 
@@ -150,12 +159,17 @@ def _nearest_of_equal_length(x: Tensor, codebook: Tensor, backend: Backend) -> T
     Source: Bachrach et al. 2014, "Speeding up the Xbox recommender system using a Euclidean transformation for
     inner-product spaces", theorem 1.
     """
-    wide = torch.promote_types(torch.promote_types(x.dtype, codebook.dtype), torch.float32)
-    rows, codes = x.to(wide), codebook.to(wide)
-    lengthened = torch.cat([codes, _missing_length(codes)], dim=1)  # [K, D + 3]
-    found = nearest_code(F.pad(rows, (0, _STEPS)), lengthened, backend=backend)
+    rows, lengthened = _to_equal_length(x, codebook)
+    found = nearest_code(rows, lengthened, backend=backend)
     first_usable = lengthened.isfinite().all(dim=1).int().argmax()
-    return torch.where(rows.any(dim=1), found.indices, first_usable)
+    return torch.where(x.any(dim=1), found.indices, first_usable)
+
+
+def _to_equal_length(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows (x, 0) [N, D + 3], and the codes (c_k, a_k) [K, D + 3], which have equal lengths."""
+    wide = torch.promote_types(torch.promote_types(x.dtype, codebook.dtype), torch.float32)
+    codes = codebook.to(wide)
+    return F.pad(x.to(wide), (0, _STEPS)), torch.cat([codes, _missing_length(codes)], dim=1)
 
 
 def _missing_length(codes: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """Drop-in replacements for the quantizers of other libraries."""
 
-from vq_kernels.compat.vector_quantize import LossBreakdown, VectorQuantize
+from vq_kernels.compat.losses import LossBreakdown
+from vq_kernels.compat.residual_vq import GroupedResidualVQ, ResidualVQ
+from vq_kernels.compat.vector_quantize import VectorQuantize
 
-__all__ = ["LossBreakdown", "VectorQuantize"]
+__all__ = ["GroupedResidualVQ", "LossBreakdown", "ResidualVQ", "VectorQuantize"]

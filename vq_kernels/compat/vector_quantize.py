@@ -1,34 +1,28 @@
 """`VectorQuantize`, a drop-in replacement for that of vector_quantize_pytorch."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils._pytree import _register_namedtuple
 
-from vq_kernels.compat.codebook import CompatCodebook
-from vq_kernels.compat.keywords import AT_CONSTRUCTION, IN_A_CALL, refuse_unsupported
+from vq_kernels.compat.arguments import check_targets, position_mask, projections, register_in_sequential
+from vq_kernels.compat.codebook import CompatCodebook, EmaUpdate, Weight
+from vq_kernels.compat.keywords import AT_CONSTRUCTION, IN_A_CALL, WITHOUT_EFFECT, refuse_unsupported
+from vq_kernels.compat.losses import (
+    LossBreakdown,
+    commitment_loss,
+    cross_entropy,
+    directional_noise,
+    orthogonal_loss,
+    row_losses,
+)
 from vq_kernels.cosine import unit
-from vq_kernels.cross_entropy import code_cross_entropy
 from vq_kernels.gradient.autograd import LEFT_OUT, straight_through
 from vq_kernels.gradient.autograd import rotation_trick as rotate_gradient
 from vq_kernels.modules.base import HeadLayout, check_mask, codes_at
 from vq_kernels.modules.codebook import check_at_least
 from vq_kernels.search.backend import BACKENDS, Backend
 from vq_kernels.search.validation import check_choice, check_dtype, check_not_traced
-
-
-class LossBreakdown(NamedTuple):
-    """The parts of the loss, [] each, before they are weighted. All but the first are 0."""
-
-    commitment: Tensor
-    codebook_diversity: Tensor
-    orthogonal_reg: Tensor
-    inplace_optimize: Tensor
-
-
-_register_namedtuple(LossBreakdown, serialized_type_name="vq_kernels.LossBreakdown")  # for torch.export.save
 
 
 class VectorQuantize(nn.Module):
@@ -55,7 +49,7 @@ class VectorQuantize(nn.Module):
             has the same effect.
         kmeans_init: initialise the codebook by k-means on the first batch, in eval mode as well.
         kmeans_iters: the iterations of k-means, >= 1.
-        sync_kmeans: k-means over all ranks. False is not supported, because the ranks would get different codebooks.
+        sync_kmeans: k-means over all ranks. False needs one process, because the ranks would get different codebooks.
         use_cosine_sim: normalise rows and codes, and choose the code with the largest dot product.
         layernorm_after_project_in: apply LayerNorm after `project_in`.
         threshold_ema_dead_code: reset codes whose average number of rows falls below it to random rows; 0 disables
@@ -64,16 +58,27 @@ class VectorQuantize(nn.Module):
         accept_image_fmap: x is [b, dim, h, w].
         accept_3d_fmap: x is [b, dim, d, h, w].
         commitment_weight: at least 0, the weight of MSE(x, quantized) in the loss.
+        orthogonal_reg_weight: at least 0, the weight of the mean squared cosine between codes in the loss. More than 0
+            makes the codes a Parameter.
+        orthogonal_reg_active_codes_only: only the codes that the batch chose count.
+        orthogonal_reg_max_codes: only so many random codes count; None: all.
         rotation_trick: rotate the gradient from the code to x, see `vq_kernels.gradient.autograd.rotation_trick`;
-            None means if dim > 1.
+            None means if dim > 1, without directional_reparam.
+        directional_reparam: in training, return x moved towards its code in a noisy direction, which gives x and the
+            code a gradient (DiVeQ, Vali et al. 2025, arXiv:2509.26469). There is no commitment loss.
+        directional_reparam_variance: at least 0, of the noise.
         sync_codebook: sum the averages over all ranks; None and True do so if there is a process group in the forward
             pass.
-        ema_update: whether the codes follow the means of their rows; None means True.
+        ema_update: whether the codes follow the means of their rows; None means True, without directional_reparam and
+            vq_bridge.
+        vq_bridge: a module that makes the codes [C, K, D] to search from the stored ones. Needs a learnable codebook.
+        manual_ema_update: whether the codes move only when `_codebook.update_ema()` is called.
         learnable_codebook: whether the codes are a Parameter that gets the gradient of the commitment loss. Requires
-            ema_update=False.
+            ema_update=False. None means with directional_reparam or vq_bridge.
         return_zeros_for_masked_padding: whether padded positions are returned as 0 or as in x.
+        route_gradients_to_input: whether x gets the gradient of `quantized`.
         backend: as for `nearest_code`.
-        unsupported: the other keywords of 1.32.0, accepted only at their defaults.
+        unsupported: the other keywords of 1.32.0, accepted only at values that change nothing.
 
     Attributes:
         codebook: [K, D]; [heads, K, D] with `separate_codebook_per_head`. It can be set, which sets the averages too.
@@ -107,16 +112,25 @@ class VectorQuantize(nn.Module):
         accept_3d_fmap: bool = False,
         commitment_weight: float = 1.0,
         *,
+        orthogonal_reg_weight: float = 0.0,
+        orthogonal_reg_active_codes_only: bool = False,
+        orthogonal_reg_max_codes: int | None = None,
         rotation_trick: bool | None = None,
+        directional_reparam: bool = False,
+        directional_reparam_variance: float = 5e-3,
         sync_codebook: bool | None = None,
         ema_update: bool | None = None,
+        vq_bridge: nn.Module | None = None,
+        manual_ema_update: bool = False,
         learnable_codebook: bool | None = None,
         return_zeros_for_masked_padding: bool = True,
+        route_gradients_to_input: bool = True,
         backend: Backend = "auto",
         **unsupported: Any,
     ) -> None:
         super().__init__()
-        refuse_unsupported({"sync_kmeans": sync_kmeans, **unsupported}, AT_CONSTRUCTION)
+        with_effect = {name: value for name, value in unsupported.items() if name not in WITHOUT_EFFECT}
+        refuse_unsupported(with_effect, AT_CONSTRUCTION)
         codebook_dim = dim if codebook_dim is None else codebook_dim
         check_at_least(
             1, dim=dim, codebook_size=codebook_size, codebook_dim=codebook_dim, heads=heads, kmeans_iters=kmeans_iters
@@ -127,15 +141,30 @@ class VectorQuantize(nn.Module):
             eps=eps,
             threshold_ema_dead_code=threshold_ema_dead_code,
             commitment_weight=commitment_weight,
+            orthogonal_reg_weight=orthogonal_reg_weight,
+            directional_reparam_variance=directional_reparam_variance,
         )
+        if orthogonal_reg_max_codes is not None:
+            check_at_least(1, orthogonal_reg_max_codes=orthogonal_reg_max_codes)
         if decay > 1:
             raise ValueError(f"decay must be <= 1, got {decay}")
         check_choice("backend", backend, BACKENDS)
-        ema = ema_update is None or ema_update
-        if learnable_codebook and ema:
+        by_gradient = directional_reparam or vq_bridge is not None
+        ema = not by_gradient if ema_update is None else ema_update
+        learnable = by_gradient if learnable_codebook is None else learnable_codebook
+        rotates = dim > 1 and not directional_reparam if rotation_trick is None else rotation_trick
+        if learnable and ema:
             raise ValueError("learnable_codebook=True needs ema_update=False, or two rules would move the codes")
-        if learnable_codebook and use_cosine_sim:
+        if learnable and use_cosine_sim:
             raise ValueError("learnable_codebook=True needs use_cosine_sim=False, or codes would leave the unit sphere")
+        if vq_bridge is not None and not learnable:
+            raise ValueError("vq_bridge needs learnable_codebook=True, because the bridge moves with the codes")
+        if directional_reparam and rotates:
+            raise ValueError("rotation_trick and directional_reparam must not both be True")
+        if directional_reparam and threshold_ema_dead_code == 0:
+            raise ValueError("directional_reparam=True needs threshold_ema_dead_code > 0, got 0")
+        if orthogonal_reg_weight and orthogonal_reg_active_codes_only and separate_codebook_per_head and heads > 1:
+            raise ValueError("orthogonal_reg_active_codes_only=True needs one codebook, got separate_codebook_per_head")
         if accept_image_fmap and accept_3d_fmap:
             raise ValueError("accept_image_fmap and accept_3d_fmap must not both be True")
 
@@ -149,14 +178,20 @@ class VectorQuantize(nn.Module):
         self.accept_3d_fmap = accept_3d_fmap
         self.freeze_codebook = freeze_codebook
         self.use_cosine_sim = use_cosine_sim
-        self.learnable_codebook = bool(learnable_codebook)
+        self.learnable_codebook = learnable
         self.commitment_weight = commitment_weight
-        self.rotation_trick = dim > 1 if rotation_trick is None else rotation_trick
+        self.orthogonal_reg_weight = orthogonal_reg_weight
+        self.orthogonal_reg_active_codes_only = orthogonal_reg_active_codes_only
+        self.orthogonal_reg_max_codes = orthogonal_reg_max_codes
+        self.rotation_trick = rotates
+        self.directional_reparam = directional_reparam
+        self.directional_reparam_variance = directional_reparam_variance
         self.return_zeros_for_masked_padding = return_zeros_for_masked_padding
+        self.route_gradients_to_input = route_gradients_to_input
 
         inner_dim = heads * codebook_dim
         self.has_projections = inner_dim != dim
-        self.project_in, self.project_out = _projections(dim, inner_dim, layernorm_after_project_in)
+        self.project_in, self.project_out = projections(dim, inner_dim, layernorm_after_project_in)
         self._channels_second = accept_image_fmap or accept_3d_fmap or not channel_last
         self._layout = HeadLayout(heads, separate_codebook_per_head)
         self._codebook = CompatCodebook(
@@ -167,13 +202,27 @@ class VectorQuantize(nn.Module):
             kmeans_iters=kmeans_iters,
             min_cluster_size=threshold_ema_dead_code,
             metric="cosine" if use_cosine_sim else "euclidean",
-            learnable=self.learnable_codebook,
+            learnable=learnable or orthogonal_reg_weight > 0,
             follows_means=ema,
+            manual_ema_update=manual_ema_update,
+            vq_bridge=vq_bridge,
+            sync_kmeans=sync_kmeans,
             ema_decay=decay,
             ema_eps=eps,
             synchronise=sync_codebook is None or sync_codebook,
             backend=backend,
         )
+        register_in_sequential(type(self))
+
+    @property
+    def has_commitment_loss(self) -> bool:
+        """Whether the loss contains the distance to the code."""
+        return self.commitment_weight > 0 and not self.directional_reparam
+
+    @property
+    def has_codebook_orthogonal_loss(self) -> bool:
+        """Whether the loss contains the cosines between codes."""
+        return self.orthogonal_reg_weight > 0
 
     def forward(
         self,
@@ -181,9 +230,14 @@ class VectorQuantize(nn.Module):
         indices: Tensor | None = None,
         mask: Tensor | None = None,
         lens: Tensor | None = None,
-        *,
+        topk: int | None = None,
+        sample_codebook_temp: float | None = None,
         freeze_codebook: bool | None = None,
         return_loss_breakdown: bool = False,
+        *,
+        ema_update_weight: Weight | None = None,
+        accum_ema_update: bool = False,
+        ema_update: bool | None = None,
         **unsupported: Any,
     ) -> tuple[Any, ...]:
         """Quantizes x. In training mode, the codebook learns from it.
@@ -197,19 +251,28 @@ class VectorQuantize(nn.Module):
             indices: targets of a cross-entropy, with the shape of the returned indices; -1 does not count.
             mask: [...] bool, False for padding, which may hold anything.
             lens: [b], instead of a mask for [b, n]: the number of positions of each row before the padding.
+            topk: return the so many nearest codes, or all if there are fewer, nearest first; for one head. The codebook
+                learns nothing.
+            sample_codebook_temp: has no effect, because codes are not sampled.
             freeze_codebook: as in the constructor, whose value is used if None.
             return_loss_breakdown: also return the parts of the loss.
-            unsupported: the other keywords of 1.32.0, accepted only at their defaults.
+            ema_update_weight: [codebook_size] or [heads, codebook_size], multiplies how far the averages of each code
+                move; or a function of the sums [heads, codebook_size, D] and counts [heads, codebook_size] of the
+                batch that returns it.
+            accum_ema_update: keep the sums of this batch for the next call without it, and learn nothing now.
+            ema_update: as in the constructor, whose value is used if None.
+            unsupported: the other keywords of 1.32.0, accepted only at values that change nothing.
 
         Returns:
             quantized, with x's shape and dtype; indices [...] int64, or [..., heads]; loss []; with
             `return_loss_breakdown`, a LossBreakdown. Padding has quantized 0 and index -1. With `indices`: quantized,
             and the cross-entropy [], the mean of -log p over the targets that count, where the probabilities p of the
-            codes are softmax(-distance), or softmax(similarity).
+            codes are softmax(-distance), or softmax(similarity). With `topk`: quantized [..., k, dim], or with the
+            channels second [b, dim, ..., k]; indices [..., k]; loss [..., k], in eval mode too, 0 for padding.
 
         Raises:
             NotImplementedError, TypeError: as the constructor.
-            TypeError, ValueError: a tensor's dtype or shape does not fit.
+            TypeError, ValueError: a tensor's dtype or shape, or topk, does not fit.
         """
         refuse_unsupported(unsupported, IN_A_CALL)
         if self.training:
@@ -217,51 +280,91 @@ class VectorQuantize(nn.Module):
         channel_dim = self._channel_dim(x)
         positions = x.movedim(channel_dim, -1)  # [..., dim]
         leading = positions.shape[:-1]
-        mask = _position_mask(mask, lens, leading)
+        mask = position_mask(mask, lens, leading)
         row_mask = None if mask is None else self._layout.split_mask(mask)  # [M]
         if indices is not None:
-            _check_targets(indices, leading, self.heads)
+            check_targets(indices, leading, self.heads)
+        if topk is not None:
+            topk = self._checked_topk(topk, indices)
         frozen = self.freeze_codebook if freeze_codebook is None else freeze_codebook
         frozen = frozen or self._codebook.freeze_codebook  # by requires_grad_(False)
         learns = self.training and not frozen
 
         rows = self._rows(positions, mask)  # [C, M, D]
-        codes, chosen, codebooks = self._codebook(rows.detach(), row_mask, learns)
+        update = EmaUpdate(ema_update, ema_update_weight, accum_ema_update)
+        codes, chosen, codebooks = self._codebook(rows.detach(), row_mask, learns, update, topk)
         codebooks = codebooks.detach() if frozen else codebooks
+        if topk is not None:  # every row k times, as if x had one more dimension
+            leading = torch.Size((*leading, topk))
+            rows, codes = rows[:, :, None].expand_as(codes).flatten(1, 2), codes.flatten(1, 2)
+            chosen, positions = chosen.flatten(1, 2), positions[..., None, :].expand(*leading, -1)
+            if mask is not None:
+                mask = mask[..., None].expand(leading)
+                row_mask = self._layout.split_mask(mask)
         if indices is None:
             target = codes if self.learnable_codebook and learns else codes.detach()
-            loss, commitment = self._loss(rows, target, row_mask)
+            loss, breakdown = self._loss(rows, target, chosen, row_mask, leading if topk is not None else None)
         else:
             targets = self._layout.split_indices(indices)
-            loss = _cross_entropy(rows, codebooks.clone(), targets, row_mask, cosine=self.use_cosine_sim)
+            loss = cross_entropy(rows, codebooks.clone(), targets, row_mask, cosine=self.use_cosine_sim)
 
-        if self.training and x.requires_grad:
-            codes = (rotate_gradient if self.rotation_trick else straight_through)(rows, codes)
+        if self.training and x.requires_grad and self.route_gradients_to_input:
+            if self.directional_reparam:
+                codes = directional_noise(rows, codes, self.directional_reparam_variance)
+            else:
+                codes = (rotate_gradient if self.rotation_trick else straight_through)(rows, codes)
         quantized = self.project_out(self._layout.join(codes.to(x.dtype), leading))
         joined = self._layout.join_indices(chosen, leading)
         if mask is not None:
             padding = torch.zeros_like(positions) if self.return_zeros_for_masked_padding else positions
             quantized = torch.where(mask[..., None], quantized, padding.to(quantized.dtype))
             joined = joined.masked_fill(~(mask if self.heads == 1 else mask[..., None]), LEFT_OUT)
-        quantized = self._restore(quantized)
+        quantized = quantized.movedim(-1, channel_dim)
         if indices is not None:
             return quantized, loss
-        if return_loss_breakdown:
-            zero = torch.zeros_like(commitment)
-            return quantized, joined, loss, LossBreakdown(commitment, zero, zero, zero)
-        return quantized, joined, loss
+        return (quantized, joined, loss, breakdown) if return_loss_breakdown else (quantized, joined, loss)
 
-    def _loss(self, rows: Tensor, codes: Tensor, row_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Returns the loss and its commitment part, [] each, of rows and their codes [C, M, D]."""
+    def _checked_topk(self, topk: int, indices: Tensor | None) -> int:
+        """Returns topk, at most the number of codes. Raises ValueError if it does not fit."""
+        if topk < 1:
+            raise ValueError(f"topk must be >= 1, got {topk}")
+        if self.heads > 1:
+            raise ValueError(f"topk needs heads=1, got {self.heads}")
+        if indices is not None:
+            raise ValueError("topk and indices must not both be given")
+        return min(topk, self.codebook_size)
+
+    def _loss(
+        self, rows: Tensor, codes: Tensor, chosen: Tensor, row_mask: Tensor | None, per_row: torch.Size | None
+    ) -> tuple[Tensor, LossBreakdown]:
+        """Returns the loss and its parts, of rows and their codes [C, M, D] at indices [C, M].
+
+        They are [], or of the shape per_row, with the loss of each row in one codebook.
+        """
         zero = torch.zeros((), device=rows.device)
-        if not self.training:
-            return zero, zero
-        is_leaf = not torch.compiler.is_compiling()  # a captured graph cannot create a leaf
-        loss = torch.zeros_like(zero, requires_grad=is_leaf)  # can be backpropagated even if the rows cannot
-        if not self.commitment_weight:
-            return loss, zero
-        commitment = _commitment_loss(rows, codes, row_mask)
-        return loss + self.commitment_weight * commitment, commitment
+        commitment = orthogonal = zero
+        if per_row is not None and (self.has_commitment_loss or not self.training):
+            commitment = row_losses(rows[0], codes[0], row_mask).view(per_row)
+        elif self.training and self.has_commitment_loss:
+            commitment = commitment_loss(rows, codes, row_mask)
+        loss = commitment * (self.commitment_weight if self.has_commitment_loss else 1)
+        if self.training:
+            is_leaf = not torch.compiler.is_compiling()  # a captured graph cannot create a leaf
+            loss = loss + torch.zeros_like(zero, requires_grad=is_leaf)  # so that backward() works without a gradient
+            if self.has_codebook_orthogonal_loss:
+                orthogonal = orthogonal_loss(self._codes_to_separate(chosen, row_mask))
+                loss = loss + self.orthogonal_reg_weight * orthogonal
+        return loss, LossBreakdown(commitment, zero, orthogonal, zero)
+
+    def _codes_to_separate(self, chosen: Tensor, row_mask: Tensor | None) -> Tensor:
+        """Returns the codes [C, K', D] of the orthogonal loss, for a batch that chose [C, M]."""
+        codes = self._codebook.embed
+        if self.orthogonal_reg_active_codes_only:
+            codes = codes[:, torch.unique(chosen if row_mask is None else chosen[:, row_mask])]
+        most = self.orthogonal_reg_max_codes
+        if most is not None and codes.shape[1] > most:
+            codes = codes[:, torch.randperm(codes.shape[1], device=codes.device)[:most]]
+        return codes
 
     def _channel_dim(self, x: Tensor) -> int:
         """Checks x and returns where its channels are, 1 or -1."""
@@ -333,72 +436,29 @@ class VectorQuantize(nn.Module):
         if self.heads > 1 and indices.shape[-1:] != (self.heads,):
             raise ValueError(f"indices must be [..., {self.heads}], one for each head, got {tuple(indices.shape)}")
         leading = indices.shape if self.heads == 1 else indices.shape[:-1]
-        each = zip(self._codebook._codes, self._layout.split_indices(indices), strict=True)
+        each = zip(self._codebook.codes_to_decode, self._layout.split_indices(indices), strict=True)
         return self._layout.join(torch.stack([codes_at(*head) for head in each]), leading)
 
     def expire_codes_(self, x: Tensor) -> None:
         """Resets dead codes to random rows of x [..., heads·D], an output of `project_in`. Only in training mode."""
-        if self.training and self._codebook.min_cluster_size and not self.freeze_codebook:
-            self._codebook.expire(self._as_searched(self._layout.split(x.detach())))
+        if not self.freeze_codebook:
+            self._codebook.expire_codes_(self._as_searched(self._layout.split(x.detach())))
 
+    @torch.no_grad()
+    def update_indices(self, x: Tensor, indices: Tensor, mask: Tensor | None = None) -> None:
+        """Learns from x as a training step that chose `indices`, as `forward` returns them; -1 does not count.
 
-def _position_mask(mask: Tensor | None, lens: Tensor | None, leading: torch.Size) -> Tensor | None:
-    """Returns the mask [*leading] bool of a call, or None; `leading` is the shape of x without channels.
-
-    Raises:
-        TypeError, ValueError: mask or lens does not fit, or both are given.
-    """
-    if lens is not None:
+        Raises:
+            TypeError, ValueError: a tensor's dtype or shape does not fit.
+        """
+        positions = x.movedim(self._channel_dim(x), -1)
+        check_targets(indices, positions.shape[:-1], self.heads)
         if mask is not None:
-            raise ValueError("mask and lens must not both be given")
-        if len(leading) != 2 or lens.shape != leading[:1]:
-            raise ValueError(f"lens must be [b] for sequences [b, n], got {tuple(lens.shape)} for {tuple(leading)}")
-        return torch.arange(leading[1], device=lens.device) < lens[:, None]
-    if mask is not None:
-        check_mask(mask, leading)
-    return mask
+            check_mask(mask, positions.shape[:-1])
+        rows, row_mask = self._rows(positions, mask), None if mask is None else self._layout.split_mask(mask)
+        self._codebook.update_indices(rows[:, None], self._layout.split_indices(indices), row_mask)
 
+    update_ema_indices = update_indices
 
-def _check_targets(targets: Tensor, leading: torch.Size, heads: int) -> None:
-    """Raises TypeError or ValueError unless `targets` is int64 and [*leading], or [*leading, heads].
-
-    Leading dimensions may be flattened to [b, n], as vector_quantize_pytorch requires for images.
-    """
-    if targets.dtype != torch.int64:
-        raise TypeError(f"indices must be int64, got {targets.dtype}")
-    ends = (heads,) if heads > 1 else ()
-    if targets.shape not in ((*leading, *ends), (leading[0], leading[1:].numel(), *ends)):
-        raise ValueError(f"indices must be {(*leading, *ends)} to match x, got {tuple(targets.shape)}")
-
-
-def _projections(dim: int, inner_dim: int, layernorm: bool) -> tuple[nn.Module, nn.Module]:
-    """Returns the projections from `dim` channels to `inner_dim` and back; identities if they are equal."""
-    if inner_dim == dim:
-        return nn.Identity(), nn.Identity()
-    project_in: nn.Module = nn.Linear(dim, inner_dim)
-    if layernorm:
-        project_in = nn.Sequential(project_in, nn.LayerNorm(inner_dim))
-    return project_in, nn.Linear(inner_dim, dim)
-
-
-def _commitment_loss(rows: Tensor, codes: Tensor, row_mask: Tensor | None) -> Tensor:
-    """Returns the mean of (row - code)², [], over rows [C, M, D] that row_mask [M] does not exclude; 0 for none."""
-    sq_distances = F.mse_loss(rows, codes, reduction="none").sum(dim=-1)  # [C, M]
-    if row_mask is None:
-        return (sq_distances / max(rows.numel(), 1)).sum()  # divided first, so that the sum is finite
-    num_numbers = row_mask.sum() * rows.shape[0] * rows.shape[2]
-    return (torch.where(row_mask, sq_distances, 0) / num_numbers.clamp(min=1)).sum()
-
-
-def _cross_entropy(
-    rows: Tensor, codebooks: Tensor, targets: Tensor, row_mask: Tensor | None, *, cosine: bool
-) -> Tensor:
-    """Returns the mean cross-entropy, [], of targets [C, M] for rows [C, M, D] in codebooks [C, K, D]; 0 for none.
-
-    A target counts unless it is -1 or row_mask [M] excludes its row.
-    """
-    if row_mask is not None:
-        targets = targets.masked_fill(~row_mask, LEFT_OUT)
-    each = zip(rows, codebooks, targets, strict=True)
-    total = torch.stack([code_cross_entropy(*one, metric="dot" if cosine else "euclidean") for one in each]).sum()
-    return total / (targets != LEFT_OUT).sum().clamp(min=1)
+    def update_in_place_optimizer(self) -> None:
+        """Does nothing, because there is no `in_place_codebook_optimizer`."""

@@ -235,6 +235,7 @@ class QuantizerBase(Codebook):
             self._count(indices.flatten(0, 1), learning)
             if learns and self.follows_means:
                 self._update_averages(searched, batches, learning)
+                self._follow_means(learning)
             if learns and self._monitor is not None and not torch.compiler.is_compiling():
                 self._steps_trained += 1
                 if self._steps_trained == FIRST or self._steps_trained % PERIOD == 0:

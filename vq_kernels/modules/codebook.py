@@ -33,7 +33,8 @@ class Codebook(nn.Module):
 
     1. calls `_reset_unused` (or `_start_by_kmeans`) with the rows that codebook p will quantize;
     2. searches `_to_search(p)`, and takes gradients with respect to `_differentiable(...)`;
-    3. calls `_count`, and `_update_averages` with the `_row_sums` of each codebook, unless it is recomputing;
+    3. calls `_count`, `_update_averages` with the `_row_sums` of each codebook, and `_follow_means`, unless it is
+       recomputing;
     4. calls `_reset_small`.
 
     Under activation checkpointing the recomputed forward pass searches the same codes as the original one, draws the
@@ -61,6 +62,9 @@ class Codebook(nn.Module):
 
     size_names: ClassVar[tuple[str, ...]]
     """The arguments that give the sizes of `codebook`, the last ones if it has fewer dimensions."""
+
+    reset_cluster_size: float | None = None
+    """The average number of rows of a code that `_reset_small` reset; None means `min_cluster_size`."""
 
     _frozen = False
     _was_sharded = False
@@ -392,7 +396,8 @@ class Codebook(nn.Module):
         dead = unless_recomputing(self._sizes[p] < self.min_cluster_size)
         sampling = draw_sampling(rows.shape[0], rows.device)
         drawn, replaced = random_replacements(dead, rows, counted, sampling, synchronise=self.synchronise)
-        self._set_codes(p, replaced, drawn.to(self._codes.dtype), self.min_cluster_size)
+        size = self.min_cluster_size if self.reset_cluster_size is None else self.reset_cluster_size
+        self._set_codes(p, replaced, drawn.to(self._codes.dtype), size)
 
     def _set_codes(self, p: int, chosen: Tensor, codes: Tensor, sizes: Tensor | float) -> None:
         """Sets the codes of codebook p where chosen, [K] or [] bool, to `codes` [K, D], as means of `sizes` rows."""
@@ -440,10 +445,7 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def _update_averages(self, searched: list[Tensor], batches: list[RowSums], learning: Tensor | None) -> None:
-        """Moves the averages by one batch, and the codes to the means if they follow them.
-
-        Takes the results of `_to_search` and `_row_sums` for each codebook, and that of `_learning`.
-        """
+        """Moves the averages by one batch, from `_to_search` and `_row_sums` for each codebook, and `_learning`."""
         assert self.searched_codebook is not None
         self.searched_codebook.copy_(stack(searched))  # for a recomputation
         counts, sums = (torch.stack(parts) for parts in zip(*batches, strict=True))  # [P, K], [P, K, D]
@@ -454,9 +456,12 @@ class Codebook(nn.Module):
             counts = torch.where(learning[:, None], counts, self._sizes)
             sums = torch.where(learning[:, None, None], sums, self._sums)
         move_averages_(self._sizes, self._sums, RowSums(counts, sums), share)
-        if self.follows_means:
-            means = torch.where(self._sizes[..., None] > 0, self._means(self._sizes, self._sums), self._codes)
-            self._codes.copy_(means if learning is None else torch.where(learning[:, None, None], means, self._codes))
+
+    @torch.no_grad()
+    def _follow_means(self, learning: Tensor | None) -> None:
+        """Sets the codes to the means of their rows, in the codebooks that `_learning` returned."""
+        means = torch.where(self._sizes[..., None] > 0, self._means(self._sizes, self._sums), self._codes)
+        self._codes.copy_(means if learning is None else torch.where(learning[:, None, None], means, self._codes))
 
     def _share(self, counts: Tensor) -> Tensor:
         """Returns 1 - λ for a batch with these counts [P, K] of rows, [P]."""

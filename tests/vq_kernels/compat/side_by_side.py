@@ -85,7 +85,7 @@ def step(layer: Any, x: Tensor, seed: int = 0, **call: Any) -> Step:
     layer.zero_grad()
     x = x.clone().requires_grad_()
     quantized, indices, loss = layer(x, **call)
-    ((quantized * draw(*quantized.shape, seed=seed + 1)).sum() + loss).backward()
+    ((quantized * draw(*quantized.shape, seed=seed + 1)).sum() + loss.sum()).backward()
     gradients = {name: value.grad for name, value in [("x", x), *layer.named_parameters()] if value.grad is not None}
     state = {name: value.clone() for name, value in layer.state_dict().items()}
     return Step(quantized.detach(), indices, loss.detach(), gradients, state)

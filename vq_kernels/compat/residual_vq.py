@@ -1,0 +1,403 @@
+"""`ResidualVQ` and `GroupedResidualVQ`, drop-in replacements for those of vector_quantize_pytorch."""
+
+import math
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vq_kernels.compat.arguments import register_in_sequential
+from vq_kernels.compat.keywords import RESIDUAL, refuse_unsupported
+from vq_kernels.compat.losses import directional_noise
+from vq_kernels.compat.vector_quantize import VectorQuantize
+from vq_kernels.distributed import sum_over_ranks
+from vq_kernels.gradient.autograd import LEFT_OUT
+from vq_kernels.modules.base import check_mask, codes_at
+from vq_kernels.modules.codebook import check_at_least
+
+_DIVEQ = {
+    "ema_update": False,
+    "learnable_codebook": True,
+    "route_gradients_to_input": False,
+    "commitment_weight": 0.0,
+}
+_DIVEQ_VARIANCE = 5e-3
+
+
+class ResidualVQ(nn.Module):
+    """Quantizes each vector by the sum of one code per stage. Each stage quantizes the residual of those before it.
+
+    It has the arguments, results and state dict of vector_quantize_pytorch's `ResidualVQ` (1.32.0), with the exact
+    search of this library. docs/guides/migrating.md lists what is the same, what differs and what is not supported.
+
+    Example, with dim=256, num_quantizers=8 and codebook_size=1024: x [8, 1024, 256] gives quantized [8, 1024, 256],
+    indices [8, 1024, 8] and losses [8], which are 0 in eval mode.
+
+    Args:
+        dim: the number of channels of x.
+        num_quantizers: Q, the number of stages; the length of codebook_size if None.
+        codebook_size: the number of codes of each stage, or a tuple of those of every stage.
+        codebook_dim: D, the dimension of the codes; `dim` if None. If they differ, the layer has the projections
+            `project_in` and `project_out`.
+        shared_codebook: whether all stages share one codebook, which learns from all of them at the end of a step.
+        diveq: return x moved towards the sum of codes in a noisy direction, which trains the codes by their gradient
+            (Vali et al. 2025, arXiv:2509.26469). There is no commitment loss.
+        heads: only 1.
+        quantize_dropout: in training, leave out the stages after a random one.
+        quantize_dropout_cutoff_index: the first stage that may be the last one, counted from 0.
+        quantize_dropout_multiple_of: the number of stages is rounded up to a multiple of it.
+        accept_image_fmap: x is [b, dim, h, w].
+        quant_grad_frac: in [0, 1], the part of the gradient that passes from a residual to the codes before it.
+        return_zeros_for_masked_padding: whether padded positions are returned as 0 or as in x.
+        options: the other arguments of `VectorQuantize`, for all stages.
+
+    Attributes:
+        layers: the stages, each a `VectorQuantize`.
+        codebooks: [Q, K, D], or a tuple of [K_q, D] if the sizes differ.
+
+    Raises:
+        NotImplementedError: a keyword of 1.32.0 is not supported.
+        TypeError: a keyword is not known.
+        ValueError: an argument is out of range, or two arguments conflict.
+
+    Source: Zeghidour et al. 2021, arXiv:2107.03312, algorithm 1; names: vector_quantize_pytorch 1.32.0.
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        num_quantizers: int | None = None,
+        codebook_size: int | tuple[int, ...],
+        codebook_dim: int | None = None,
+        shared_codebook: bool = False,
+        diveq: bool = False,
+        heads: int = 1,
+        quantize_dropout: bool = False,
+        quantize_dropout_cutoff_index: int = 0,
+        quantize_dropout_multiple_of: int = 1,
+        accept_image_fmap: bool = False,
+        quant_grad_frac: float = 0.0,
+        return_zeros_for_masked_padding: bool = True,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        refuse_unsupported({name: options.pop(name) for name in RESIDUAL if name in options}, RESIDUAL)
+        if heads != 1:
+            raise ValueError(f"heads must be 1, got {heads}")
+        sizes = _stage_sizes(num_quantizers, codebook_size)
+        check_at_least(0, quantize_dropout_cutoff_index=quantize_dropout_cutoff_index, quant_grad_frac=quant_grad_frac)
+        check_at_least(1, quantize_dropout_multiple_of=quantize_dropout_multiple_of)
+        if quantize_dropout and len(sizes) > 1 and quantize_dropout_cutoff_index >= len(sizes):
+            raise ValueError(
+                f"quantize_dropout_cutoff_index must be < {len(sizes)}, the number of stages, "
+                f"got {quantize_dropout_cutoff_index}"
+            )
+        if shared_codebook and len(set(sizes)) > 1:
+            raise ValueError(f"shared_codebook=True needs stages of one codebook_size, got {sizes}")
+        if shared_codebook:
+            options |= {"manual_ema_update": True}
+        if diveq:
+            options |= _DIVEQ
+        codebook_dim = dim if codebook_dim is None else codebook_dim
+        self.codebook_dim = codebook_dim
+        self.num_quantizers = len(sizes)
+        self.codebook_sizes = sizes
+        self.uniform_codebook_size = len(set(sizes)) == 1
+        self.shared_codebook = shared_codebook
+        self.diveq = diveq
+        self.quantize_dropout = quantize_dropout and len(sizes) > 1
+        self.quantize_dropout_cutoff_index = quantize_dropout_cutoff_index
+        self.quantize_dropout_multiple_of = quantize_dropout_multiple_of
+        self.accept_image_fmap = accept_image_fmap
+        self.quant_grad_frac = 1.0 if diveq else quant_grad_frac
+        self.return_zeros_for_masked_padding = return_zeros_for_masked_padding
+        self.has_projections = codebook_dim != dim
+        projects = self.has_projections
+        self.project_in: nn.Module = nn.Linear(dim, codebook_dim) if projects else nn.Identity()
+        self.project_out: nn.Module = nn.Linear(codebook_dim, dim) if projects else nn.Identity()
+        self.layers = nn.ModuleList(
+            VectorQuantize(
+                dim=codebook_dim,
+                codebook_size=size,
+                accept_image_fmap=accept_image_fmap,
+                return_zeros_for_masked_padding=return_zeros_for_masked_padding,
+                **options,
+            )
+            for size in sizes
+        )
+        self._channels_second = self._stages[0]._channels_second
+        if shared_codebook:
+            shared = self._stages[0]._codebook
+            shared.resets_in_forward = False
+            for layer in self._stages[1:]:
+                layer._codebook = shared
+        register_in_sequential(type(self))
+
+    @property
+    def _stages(self) -> list[VectorQuantize]:
+        return list(self.layers)  # type: ignore[arg-type]
+
+    @property
+    def vq_is_ema_updating(self) -> bool:
+        """Whether the codes follow the means of their rows."""
+        return self._stages[0].ema_update
+
+    @property
+    def codebook_size(self) -> int:
+        """The number of codes of the first stage."""
+        return self._stages[0].codebook_size
+
+    @property
+    def codebooks(self) -> Tensor | tuple[Tensor, ...]:
+        """[Q, K, D], or a tuple of [K_q, D] if the sizes differ."""
+        codebooks = tuple(layer.codebook for layer in self._stages)
+        return torch.stack(codebooks) if self.uniform_codebook_size else codebooks
+
+    def get_codes_from_indices(self, indices: Tensor) -> Tensor:
+        """Returns the codes [Q, ..., D] of indices [..., q], q <= Q; 0 for -1 and for the stages after the first q."""
+        last = indices.shape[-1]
+        if last > self.num_quantizers:
+            raise ValueError(f"indices must be [..., q] with q <= {self.num_quantizers}, got {tuple(indices.shape)}")
+        chosen = nn.functional.pad(indices, (0, self.num_quantizers - last), value=LEFT_OUT).unbind(dim=-1)
+        stages = zip(self._stages, chosen, strict=True)
+        codes = [codes_at(layer._codebook.codes_to_decode[0], one.reshape(-1)) for layer, one in stages]
+        return torch.stack(codes).view(self.num_quantizers, *indices.shape[:-1], self.codebook_dim)
+
+    def get_output_from_indices(self, indices: Tensor) -> Tensor:
+        """Returns the sum of the codes of indices [..., q], projected: [..., dim], with the channels last."""
+        output: Tensor = self.project_out(self.get_codes_from_indices(indices).sum(dim=0))
+        return output
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        indices: Tensor | list[Tensor] | None = None,
+        return_all_codes: bool = False,
+        sample_codebook_temp: float | None = None,
+        freeze_codebook: bool = False,
+        beam_size: int | None = None,
+        rand_quantize_dropout_fixed_seed: int | None = None,
+    ) -> tuple[Tensor, ...]:
+        """Quantizes x. In training mode, the codebooks learn from it.
+
+        Args:
+            x: [b, n, dim] or [b, dim]; [b, dim, h, w] with accept_image_fmap. [...] is its shape without dim.
+            mask: [...] bool, False for padding, which may hold anything.
+            indices, beam_size: not supported, only None.
+            return_all_codes: also return the codes of each stage.
+            sample_codebook_temp: has no effect, because codes are not sampled.
+            freeze_codebook: whether the codebooks stay unchanged.
+            rand_quantize_dropout_fixed_seed: of the number of stages under quantize_dropout; None draws it.
+
+        Returns:
+            quantized, with x's shape and dtype; indices [..., Q] int64; losses [Q], those of the stages; with
+            return_all_codes, the codes [Q, ..., D]. Padding has quantized 0 and index -1. A stage that is left out has
+            index -1 and loss 0.
+
+        Raises:
+            NotImplementedError: an argument is not supported.
+            TypeError, ValueError: a tensor's dtype or shape does not fit.
+        """
+        refuse_unsupported({"indices": indices, "beam_size": beam_size}, RESIDUAL)
+        given = x
+        if mask is not None:
+            check_mask(mask, x.movedim(1, -1).shape[:-1] if self._channels_last_of(x) == 1 else x.shape[:-1])
+            x = x.masked_fill(~self._with_channels(mask, x), 0)
+        x = self._project(self.project_in, x)
+        num_active = self._draw_num_active(rand_quantize_dropout_fixed_seed, x.device)
+        quantized, residual = torch.zeros_like(x), x
+        residuals, chosen, losses = [], [], []
+        for layer in self._stages[:num_active]:
+            residuals.append(residual.detach())
+            codes, stage_indices, loss = layer(residual, mask=mask, freeze_codebook=freeze_codebook or None)
+            passed = codes.detach() if self.quant_grad_frac <= 0 else _scale_gradient(codes, self.quant_grad_frac)
+            residual, quantized = residual - passed, quantized + codes
+            chosen.append(stage_indices)
+            losses.append(loss)
+        num_left_out = self.num_quantizers - num_active
+        all_indices = torch.stack(chosen + [torch.full_like(chosen[0], LEFT_OUT)] * num_left_out, dim=-1)
+        all_losses = torch.stack(losses + [torch.zeros_like(losses[0])] * num_left_out)
+        if self.shared_codebook and self.training and not freeze_codebook:
+            self._update_shared(residuals)
+        if self.diveq:
+            quantized = directional_noise(x, quantized, _DIVEQ_VARIANCE)
+        quantized = self._project(self.project_out, quantized)
+        if mask is not None:
+            padding = torch.zeros_like(quantized) if self.return_zeros_for_masked_padding else given
+            quantized = torch.where(self._with_channels(mask, given), quantized, padding.to(quantized.dtype))
+        if not return_all_codes:
+            return quantized, all_indices, all_losses
+        return quantized, all_indices, all_losses, self.get_codes_from_indices(all_indices)
+
+    def _channels_last_of(self, x: Tensor) -> int:
+        """Returns where x has its channels, 1 or -1."""
+        return 1 if self._channels_second and x.dim() > 2 else -1
+
+    def _with_channels(self, mask: Tensor, x: Tensor) -> Tensor:
+        """Returns mask [...] with a dimension of size 1 for the channels of x."""
+        return mask.unsqueeze(self._channels_last_of(x))
+
+    def _project(self, projection: nn.Module, x: Tensor) -> Tensor:
+        """Applies a projection to the channels of x."""
+        if not self.has_projections:
+            return x
+        channel_dim = self._channels_last_of(x)
+        projected: Tensor = projection(x.movedim(channel_dim, -1)).movedim(-1, channel_dim)
+        return projected
+
+    def _draw_num_active(self, seed: int | None, device: torch.device) -> int:
+        """Returns the number of stages that take part, equal on all ranks."""
+        if not (self.training and self.quantize_dropout):
+            return self.num_quantizers
+        if seed is None:
+            seed = _seed_of(_draw(device))
+        last = random.Random(seed).randrange(self.quantize_dropout_cutoff_index, self.num_quantizers)
+        multiple = self.quantize_dropout_multiple_of
+        return min(math.ceil((last + 1) / multiple) * multiple, self.num_quantizers)
+
+    def _update_shared(self, residuals: list[Tensor]) -> None:
+        """Moves the shared codes to the means of the rows of all stages, and resets dead ones to some of these rows."""
+        first = self._stages[0]
+        if first.freeze_codebook or first._codebook.freeze_codebook:
+            return
+        if first.ema_update:
+            first._codebook.update_ema()
+        rows = [residual.movedim(self._channels_last_of(residual), -1) for residual in residuals]
+        first.expire_codes_(torch.stack(rows, dim=-2).flatten(-3, -2))
+
+
+class GroupedResidualVQ(nn.Module):
+    """Splits the channels of each vector into groups, each with its own `ResidualVQ`.
+
+    It has the arguments, results and state dict of vector_quantize_pytorch's `GroupedResidualVQ` (1.32.0).
+
+    Example, with dim=256, groups=2, num_quantizers=8 and codebook_size=1024: x [8, 1024, 256] gives quantized
+    [8, 1024, 256], indices [2, 8, 1024, 8] and losses [2, 8].
+
+    Args:
+        dim: the number of channels of x, a multiple of groups.
+        groups: G, at least 1.
+        accept_image_fmap: x is [b, dim, h, w].
+        options: the other arguments of `ResidualVQ`.
+
+    Attributes:
+        rvqs: the G modules.
+        codebooks: [G, Q, K, D].
+
+    Raises:
+        NotImplementedError, TypeError, ValueError: as for `ResidualVQ`.
+
+    Source: Yang et al. 2023, "HiFi-Codec", arXiv:2305.02765; names: vector_quantize_pytorch 1.32.0.
+    """
+
+    def __init__(self, *, dim: int, groups: int = 1, accept_image_fmap: bool = False, **options: Any) -> None:
+        super().__init__()
+        check_at_least(1, groups=groups)
+        if dim % groups:
+            raise ValueError(f"dim must be a multiple of groups={groups}, got {dim}")
+        self.dim = dim
+        self.groups = groups
+        self.accept_image_fmap = accept_image_fmap
+        self.rvqs = nn.ModuleList(
+            ResidualVQ(dim=dim // groups, accept_image_fmap=accept_image_fmap, **options) for _ in range(groups)
+        )
+        register_in_sequential(type(self))
+
+    @property
+    def _groups(self) -> list[ResidualVQ]:
+        return list(self.rvqs)  # type: ignore[arg-type]
+
+    @property
+    def codebooks(self) -> Tensor | tuple[tuple[Tensor, ...], ...]:
+        """[G, Q, K, D], or for each group a tuple of [K_q, D] if the sizes differ."""
+        codebooks = tuple(rvq.codebooks for rvq in self._groups)
+        return torch.stack(codebooks) if self._groups[0].uniform_codebook_size else codebooks  # type: ignore[arg-type,return-value]
+
+    @property
+    def split_dim(self) -> int:
+        """Where x has its channels."""
+        return 1 if self.accept_image_fmap else -1
+
+    def get_codes_from_indices(self, indices: Tensor | Sequence[Tensor]) -> Tensor:
+        """Returns the codes [G, Q, ..., D] of indices [G, ..., q]."""
+        groups = zip(self._groups, indices, strict=True)
+        return torch.stack([rvq.get_codes_from_indices(chosen) for rvq, chosen in groups])
+
+    def get_output_from_indices(self, indices: Tensor | Sequence[Tensor]) -> Tensor:
+        """Returns the `quantized` of indices [G, ..., q]: [..., dim], with the channels last."""
+        groups = zip(self._groups, indices, strict=True)
+        return torch.cat([rvq.get_output_from_indices(chosen) for rvq, chosen in groups], dim=-1)
+
+    def forward(
+        self,
+        x: Tensor,
+        indices: Sequence[Tensor] | None = None,
+        return_all_codes: bool = False,
+        sample_codebook_temp: float | None = None,
+        freeze_codebook: bool = False,
+        mask: Tensor | None = None,
+    ) -> tuple[Any, ...]:
+        """Quantizes x, group by group. Quantize dropout leaves out the same stages of all groups.
+
+        Args:
+            x, return_all_codes, sample_codebook_temp, freeze_codebook, mask: as for `ResidualVQ`.
+            indices: not supported, only None.
+
+        Returns:
+            quantized, with x's shape and dtype; indices [G, ..., Q] int64; losses [G, Q]; with return_all_codes, a
+            tuple of the codes [Q, ..., D] of each group.
+
+        Raises:
+            NotImplementedError, TypeError, ValueError: as for `ResidualVQ`.
+        """
+        refuse_unsupported({"indices": indices}, RESIDUAL)
+        if x.shape[self.split_dim] != self.dim:
+            raise ValueError(f"x must have {self.dim} channels in dimension {self.split_dim}, got {tuple(x.shape)}")
+        drawn = _draw(x.device) if self.training else None  # always, as in vector_quantize_pytorch
+        seed = None if drawn is None or not self._groups[0].quantize_dropout else _seed_of(drawn)
+        parts = zip(self._groups, x.chunk(self.groups, dim=self.split_dim), strict=True)
+        each = [
+            rvq(
+                part,
+                mask=mask,
+                return_all_codes=return_all_codes,
+                freeze_codebook=freeze_codebook,
+                rand_quantize_dropout_fixed_seed=seed,
+            )
+            for rvq, part in parts
+        ]
+        quantized, indices, losses, *codes = zip(*each, strict=True)
+        return torch.cat(quantized, dim=self.split_dim), torch.stack(indices), torch.stack(losses), *codes
+
+
+def _stage_sizes(num_quantizers: int | None, codebook_size: int | tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the number of codes of each stage."""
+    if isinstance(codebook_size, tuple):
+        if num_quantizers not in (None, len(codebook_size)):
+            raise ValueError(f"codebook_size must have {num_quantizers} numbers, got {codebook_size}")
+        sizes = codebook_size
+    elif num_quantizers is None:
+        raise ValueError(f"num_quantizers must be given unless codebook_size is a tuple, got {codebook_size}")
+    else:
+        sizes = (codebook_size,) * num_quantizers
+    check_at_least(1, num_quantizers=len(sizes))
+    return sizes
+
+
+def _scale_gradient(x: Tensor, fraction: float) -> Tensor:
+    """Returns x with a gradient that is multiplied by fraction."""
+    return fraction * x + (1 - fraction) * x.detach()
+
+
+def _draw(device: torch.device) -> Tensor:
+    """Draws [] int64 in [0, 10000)."""
+    return torch.randint(0, 10_000, (), device=device)
+
+
+def _seed_of(drawn: Tensor) -> int:
+    """Returns the sum over the ranks of what they drew, which is equal on all ranks."""
+    return int(sum_over_ranks(drawn, synchronise=True))
