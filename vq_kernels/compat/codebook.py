@@ -250,8 +250,8 @@ class CompatCodebook(Codebook):
 
     @property
     def codes_to_decode(self) -> Tensor:
-        """[C, K, D]: `embed`, or what the bridge makes of it."""
-        return self.embed if self.vq_bridge is None else self.vq_bridge(self.embed)
+        """[C, K, D]: the codes, or what the bridge makes of them."""
+        return self._codes if self.vq_bridge is None else self.vq_bridge(self._codes)
 
     def transform_input(self, x: Tensor) -> Tensor:
         """Normalises x [..., D] for the cosine, and returns it as it is otherwise."""

@@ -358,7 +358,7 @@ class VectorQuantize(nn.Module):
 
     def _codes_to_separate(self, chosen: Tensor, row_mask: Tensor | None) -> Tensor:
         """Returns the codes [C, K', D] of the orthogonal loss, for a batch that chose [C, M]."""
-        codes = self._codebook.embed
+        codes = self._codebook._codes
         if self.orthogonal_reg_active_codes_only:
             codes = codes[:, torch.unique(chosen if row_mask is None else chosen[:, row_mask])]
         most = self.orthogonal_reg_max_codes
