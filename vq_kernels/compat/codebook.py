@@ -101,7 +101,8 @@ class CompatCodebook(Codebook):
         """
         if learns:
             check_no_vmap()
-        if (learns and self._copies) or self.init == "kmeans":
+        updates = learns and topk is None and self._updates(update)
+        if updates or (learns and self._copies) or self.init == "kmeans":
             self._check_owned()
         captured = torch.compiler.is_exporting() or is_tracing()
         if self.init == "kmeans" and captured and not self.training:  # for inference, so it writes to no buffer
@@ -110,8 +111,7 @@ class CompatCodebook(Codebook):
             )
         elif self.init == "kmeans" and not is_recomputing():
             self.init_embed_(rows, mask)
-        updates = learns and topk is None and self._updates(update)
-        searched = [self._to_search(p, learns) for p in range(len(rows))]
+        searched = [self._to_search(p, head, learns) for p, head in enumerate(rows)]
         codebooks = self._differentiable(searched, learns)
         to_search = searched
         if self.vq_bridge is not None:
@@ -172,12 +172,14 @@ class CompatCodebook(Codebook):
 
     def _reset_dead(self, rows: Tensor, counted: list[Tensor]) -> None:
         """Resets dead codes to random rows of [C, M, D] that count. Draws random numbers only where a code is dead."""
-        self._num_drawn = 0
+        num_drawn = 0
         for p, head in enumerate(rows if self.min_cluster_size and self.training else ()):
             is_known = rows.device.type == "cpu" and not torch.compiler.is_compiling()  # without waiting for a device
             if not is_known or bool((self._sizes[p] < self.min_cluster_size).any()):
-                self._num_drawn += 1
+                num_drawn += 1
                 self._reset_small(p, head, counted[p])
+        if not torch.compiler.is_compiling():  # a captured graph repeats its own operators
+            self._num_drawn = num_drawn
 
     def _weighted(self, p: int, batch: RowSums, weight: Tensor) -> RowSums:
         """Returns a batch that moves the averages of each code by its weight, [K] or [C, K], times as far."""
@@ -298,12 +300,14 @@ class CompatCodebook(Codebook):
         row_mask = (indices >= 0).all(dim=0)
         row_mask = row_mask if mask is None else row_mask & mask.reshape(-1)
         if self._updates(update):
+            self._check_owned()
             self._learn(rows, list(self._codes.detach()), indices.clamp(min=0), row_mask, update)
 
     update_ema_indices = update_indices
 
     def expire_codes_(self, batch_samples: Tensor) -> None:
         """Resets dead codes to random rows of [C, ..., D], in training mode."""
+        self._check_owned()
         rows = batch_samples.flatten(1, -2)
         if not is_recomputing():
             self._reset_dead(rows, [self._counted(head, None) for head in rows])

@@ -38,8 +38,21 @@ def _(like: Tensor) -> Tensor:
     return like.new_empty((), dtype=torch.bool)
 
 
+NUM_SAMPLES = 64
+"""The rows of a batch by which a recomputation recognises it."""
+
+
+def sample_rows(rows: Tensor, like: Tensor) -> Tensor:
+    """Returns evenly spaced rows of [M, D] in the shape and dtype of `like` [NUM_SAMPLES, D]; 0 if there are none."""
+    if rows.shape[0] == 0:
+        return torch.zeros_like(like)
+    return rows[torch.arange(NUM_SAMPLES, device=rows.device) * rows.shape[0] // NUM_SAMPLES].to(like.dtype)
+
+
 @torch.library.custom_op("vq_kernels::copy_to_search", mutates_args=(), tags=_TAGS)
-def copy_to_search(codebook: Tensor, last_searched: Tensor) -> Tensor:
+def copy_to_search(
+    codebook: Tensor, last_searched: Tensor, samples: Tensor, last_samples: Tensor
+) -> tuple[Tensor, Tensor]:
     """Copies the codes to search, [..., K, D]: `codebook`, or in a recomputation `last_searched`.
 
     An operator, so that no compiler replaces the copy by its source, which changes before the backward.
@@ -47,13 +60,29 @@ def copy_to_search(codebook: Tensor, last_searched: Tensor) -> Tensor:
     Args:
         codebook: [..., K, D], the current codes.
         last_searched: [..., K, D], the codes that the last original forward pass searched.
+        samples: [NUM_SAMPLES, D], rows of this batch.
+        last_samples: [NUM_SAMPLES, D], rows of the batch of that pass.
+
+    Returns:
+        The codes, and the samples of the last original forward pass.
+
+    Raises:
+        RuntimeError: a recomputation of another batch than the last one, whose codes are gone.
     """
-    return (last_searched if _in_backward() else codebook).clone(memory_format=torch.contiguous_format)
+    if not _in_backward():
+        return codebook.clone(memory_format=torch.contiguous_format), samples.clone()
+    if (samples - last_samples).norm() > 1e-3 * last_samples.norm():  # a recomputation may round differently
+        raise RuntimeError(
+            "the batch that activation checkpointing recomputes must be that of the last forward pass, because the "
+            "codebook has changed since; run the backward pass of a batch before the next forward pass, or call the "
+            "quantizer outside of the checkpointed function"
+        )
+    return last_searched.clone(memory_format=torch.contiguous_format), last_samples.clone()
 
 
 @copy_to_search.register_fake
-def _(codebook: Tensor, last_searched: Tensor) -> Tensor:
-    return torch.empty_like(codebook, memory_format=torch.contiguous_format)
+def _(codebook: Tensor, last_searched: Tensor, samples: Tensor, last_samples: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(codebook, memory_format=torch.contiguous_format), torch.empty_like(samples)
 
 
 def _in_backward() -> bool:

@@ -306,7 +306,7 @@ class QuantizerBase(Codebook):
                 p = head * self._num_stages + stage
                 if learns:
                     self._reset_unused(p, residual, row_mask)
-                searched.append(self._to_search(p, learns))
+                searched.append(self._to_search(p, residual, learns))
                 codebook = self._normalise(searched[p])
                 chosen, codes, distances = choose(residual, codebook, metric=self.metric, backend=self.backend)
                 if learns and self.follows_means and not is_recomputing():

@@ -1,7 +1,8 @@
 """Codebooks and the state of their training: initialisation, dead-code resets, moving averages, usage counts."""
 
+import math
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal, Self, TypeGuard
+from typing import Any, ClassVar, Literal, Self, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from vq_kernels.gradient.autograd import LEFT_OUT, METRICS, Metric, straight_thr
 from vq_kernels.learning.dead_codes import draw_sampling, evenly_spaced_rows, random_replacements
 from vq_kernels.learning.ema import RowSums, mean_codes, move_averages_, row_sums
 from vq_kernels.learning.kmeans import kmeans_if_needed
-from vq_kernels.learning.recompute import copy_to_search, unless_recomputing
+from vq_kernels.learning.recompute import NUM_SAMPLES, copy_to_search, sample_rows, unless_recomputing
 from vq_kernels.search.backend import BACKENDS, Backend, has_float64
 from vq_kernels.search.validation import check_choice, check_dtype
 
@@ -74,6 +75,7 @@ class Codebook(nn.Module):
     restarts: Tensor
     needs_data: Tensor
     searched_codebook: Tensor | None
+    searched_rows: Tensor
 
     def __init__(
         self,
@@ -131,6 +133,8 @@ class Codebook(nn.Module):
         changes_after_search = follows_means or min_cluster_size > 0
         searched = _flat(codes.clone(), 2) if changes_after_search else None
         self.register_buffer("searched_codebook", searched, persistent=False)
+        samples = torch.zeros(math.prod(leading), NUM_SAMPLES, code_dim)
+        self.register_buffer("searched_rows", samples, persistent=False)
         self._register_counts((*leading, num_codes))
         if isinstance(init, Tensor):
             self._set_all(init, "init", codes.shape)
@@ -302,14 +306,20 @@ class Codebook(nn.Module):
         """Whether a training step may change codes between the search and the backward, so that it searches a copy."""
         return self.restart_after != 0 or self.init in ("data", "kmeans") or self.searched_codebook is not None
 
-    def _to_search(self, p: int, learns: bool) -> Tensor:
-        """Returns the codes [K, D] of codebook p for this forward pass; `learns` says whether it may change them."""
+    def _to_search(self, p: int, rows: Tensor, learns: bool) -> Tensor:
+        """Returns the codes [K, D] of codebook p for this forward pass of rows [M, D], which changes them if `learns`.
+
+        Raises:
+            RuntimeError: the pass recomputes another batch than that of the last one.
+        """
         codes = self._codes.detach()
         if not (learns and self._copies):
             return codes[p]
         last_searched = codes if self.searched_codebook is None else self.searched_codebook
-        copy: Tensor = copy_to_search(codes[p], last_searched[p])
-        return copy
+        samples = self.searched_rows[p]
+        copy, last_samples = copy_to_search(codes[p], last_searched[p], sample_rows(rows, samples), samples)
+        samples.copy_(last_samples)
+        return cast(Tensor, copy)
 
     def _differentiable(self, searched: list[Tensor], learns: bool) -> Tensor:
         """Returns [P, K, D], all codes with their gradient, given those that `_to_search` returned."""

@@ -129,3 +129,53 @@ def test_recomputation_in_eval_mode_searches_the_current_codebook(cosine: bool) 
         (checkpoint(block, x, use_reentrant=False) if checkpointed else block(x)).backward()
         gradients.append(x.grad)
     assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", MODULES)
+def test_two_forward_passes_before_the_backward_are_refused(name: str, reentrant: bool) -> None:
+    torch.manual_seed(0)
+    module = MODULES[name]()
+    layer = nn.Linear(6, 6)
+
+    def block(x: Tensor) -> Tensor:
+        quantized, _, loss = module(layer(x))
+        total: Tensor = quantized.square().sum() + loss
+        return total
+
+    losses = [checkpoint(block, draw(seed).requires_grad_(), use_reentrant=reentrant) for seed in range(2)]
+    losses[1].backward()  # that of the last forward pass
+    with pytest.raises(RuntimeError, match="must be that of the last forward pass"):
+        losses[0].backward()
+
+
+@pytest.mark.parametrize(
+    ("way", "error"),
+    [(INSIDE, "must be that of the last forward pass"), (AROUND, "modified by an inplace operation")],
+)
+def test_two_compiled_forward_passes_before_the_backward_are_refused(way: str, error: str) -> None:
+    module = MODULES["averages"]()
+
+    def block(x: Tensor) -> Tensor:
+        total: Tensor = module(x).loss
+        return total
+
+    inner = torch.compile(block, backend="aot_eager") if way == INSIDE else block
+
+    def checkpointed(x: Tensor) -> Tensor:
+        total: Tensor = checkpoint(inner, x.sin(), use_reentrant=False)
+        return total
+
+    model = torch.compile(checkpointed, backend="aot_eager") if way == AROUND else checkpointed
+    losses = [model(draw(seed).requires_grad_()) for seed in range(2)]
+    with pytest.raises(RuntimeError, match=error):
+        losses[0].backward()
+
+
+def test_a_batch_may_be_recomputed_twice_and_without_rows() -> None:
+    module = MODULES["averages"]()
+    for rows in (30, 0):
+        x = draw(0)[:rows].requires_grad_()
+        loss = checkpoint(lambda x: module(x)[0].square().sum(), x, use_reentrant=False)
+        first, second = (torch.autograd.grad(loss, x, retain_graph=True)[0] for _ in range(2))
+        assert torch.equal(first, second)
