@@ -94,7 +94,8 @@ def most_similar_codes(x: Tensor, codebook: Tensor, k: int) -> Tensor:
     The codes have about the same length. For k = 1 it finds what `most_similar_code` does.
     """
     rows, lengthened = _to_equal_length(x, codebook)
-    return nearest_code_topk(rows, lengthened, k).indices
+    first_usable = lengthened.isfinite().all(dim=1).logical_not().argsort(stable=True)[:k]
+    return torch.where(x.any(dim=1, keepdim=True), nearest_code_topk(rows, lengthened, k).indices, first_usable)
 
 
 def most_similar_index(x: Tensor, codebook: Tensor, backend: Backend, *, unit_codes: bool = False) -> Tensor:

@@ -63,7 +63,8 @@ def orthogonal_loss(codes: Tensor) -> Tensor:
     num_books, num_codes, code_dim = codes.shape
     directions = F.normalize(codes, dim=-1, eps=_SHORTEST)
     left, right = directions, directions.transpose(1, 2)
-    gram = left @ right if num_codes < code_dim else right @ left
+    with torch.autocast(codes.device.type, enabled=False):
+        gram = left @ right if num_codes < code_dim else right @ left
     loss: Tensor = gram.square().sum() / (num_books * num_codes**2) - 1 / num_codes
     return loss
 

@@ -302,7 +302,8 @@ class VectorQuantize(nn.Module):
                 mask = mask[..., None].expand(leading)
                 row_mask = self._layout.split_mask(mask)
         if indices is None:
-            target = codes if self.learnable_codebook and learns else codes.detach()
+            has_gradient = (self.learnable_codebook and learns) or not self.training  # of topk, in eval mode
+            target = codes if has_gradient else codes.detach()
             loss, breakdown = self._loss(rows, target, chosen, row_mask, leading if topk is not None else None)
         else:
             targets = self._layout.split_indices(indices)

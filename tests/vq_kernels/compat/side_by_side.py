@@ -44,6 +44,13 @@ MODES: dict[str, dict[str, Any]] = {
     "images, heads, projection": {"accept_image_fmap": True, "heads": 2, "codebook_dim": 5},
     "volumes": {"accept_3d_fmap": True},
     "volumes, heads with own codes": {"accept_3d_fmap": True, **OWN_CODES},
+    "orthogonal": {"orthogonal_reg_weight": 3.0},
+    "orthogonal, learnable, heads": {"orthogonal_reg_weight": 3.0, **LEARNABLE, **OWN_CODES},
+    "orthogonal, chosen codes": {"orthogonal_reg_weight": 3.0, "orthogonal_reg_active_codes_only": True},
+    "orthogonal, few codes": {"orthogonal_reg_weight": 3.0, "orthogonal_reg_max_codes": 7, "rotation_trick": False},
+    "directional": {"directional_reparam": True, "threshold_ema_dead_code": 1e-9},
+    "manual averages": {"manual_ema_update": True},
+    "no gradient to x": {"route_gradients_to_input": False, **LEARNABLE},
 }
 """Keywords of each supported mode."""
 
