@@ -125,6 +125,11 @@ class CompatCodebook(Codebook):
             self._learn(rows, searched, indices, mask, update)
         return Found(codes, indices, codebooks)
 
+    def _to_search(self, p: int, rows: Tensor, learns: bool) -> Tensor:
+        if not self.resets_in_forward:  # several stages search it in a step, so no one batch identifies the pass
+            rows = self.searched_rows[p]
+        return super()._to_search(p, rows, learns)
+
     def _search(self, rows: Tensor, codes: Tensor, topk: int | None) -> tuple[Tensor, Tensor]:
         """Returns the indices and codes of rows [M, D], [M] and [M, D]; or [M, k] and [M, k, D]."""
         cosine = self.metric == "cosine"
