@@ -149,9 +149,11 @@ class CompatCodebook(Codebook):
     ) -> None:
         """Updates the averages and the codes, and resets dead codes."""
         if is_recomputing():
-            for _ in range(self._num_drawn):
-                draw_sampling(rows.shape[1], rows.device)  # leaves the random state of the original pass
+            if self.resets_in_forward:
+                self._reset_dead(rows, [])
             return
+        if not torch.compiler.is_compiling():
+            self._num_drawn = 0
         counted = [self._counted(head, mask) for head in rows]
         batches = [self._row_sums(*head) for head in zip(rows, searched, indices, counted, strict=True)]
         weight = update.weight
@@ -176,7 +178,14 @@ class CompatCodebook(Codebook):
             self._reset_dead(rows, counted)
 
     def _reset_dead(self, rows: Tensor, counted: list[Tensor]) -> None:
-        """Resets dead codes to random rows of [C, M, D] that count. Draws random numbers only where a code is dead."""
+        """Resets dead codes to random rows of [C, M, D] that count. Draws random numbers only where a code is dead.
+
+        A recomputation draws as many as the original pass, and resets nothing.
+        """
+        if is_recomputing():
+            for _ in range(self._num_drawn):
+                draw_sampling(rows.shape[1], rows.device)
+            return
         num_drawn = 0
         for p, head in enumerate(rows if self.min_cluster_size and self.training else ()):
             is_known = rows.device.type == "cpu" and not torch.compiler.is_compiling()  # without waiting for a device
@@ -314,11 +323,7 @@ class CompatCodebook(Codebook):
         """Resets dead codes to random rows of [C, ..., D], in training mode."""
         self._check_owned()
         rows = batch_samples.flatten(1, -2)
-        if not is_recomputing():
-            self._reset_dead(rows, [self._counted(head, None) for head in rows])
-            return
-        for _ in range(self._num_drawn):
-            draw_sampling(rows.shape[1], rows.device)
+        self._reset_dead(rows, [self._counted(head, None) for head in rows])
 
     def _update_averages(self, searched: list[Tensor], batches: list[RowSums], learning: Tensor | None) -> None:
         if self.searched_codebook is None:  # `ema_update` or `threshold_ema_dead_code` was set later

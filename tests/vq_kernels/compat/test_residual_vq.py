@@ -230,15 +230,21 @@ def test_freezing(shared: bool) -> None:
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_activation_checkpointing_learns_once(shared: bool) -> None:
-    keywords = {"shared_codebook": shared, "threshold_ema_dead_code": 1, "quantize_dropout": True}
+    keywords = {"shared_codebook": shared, "threshold_ema_dead_code": 2, "quantize_dropout": True}
     results = []
     for checkpoint in (False, True):
         layer, _ = both(**keywords)
         torch.manual_seed(0)
         x = inputs({}).requires_grad_()
         for _ in range(2):
-            call = (torch.utils.checkpoint.checkpoint, layer, x) if checkpoint else (layer, x)
-            quantized, _, losses = call[0](*call[1:], **({"use_reentrant": False} if checkpoint else {}))
+
+            def block(x: Tensor, layer: Any = layer) -> tuple[Tensor, Tensor]:
+                quantized, _, losses = layer(x)
+                return torch.dropout(quantized, 0.5, train=True), losses  # needs the random state of the original pass
+
+            quantized, losses = (
+                torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False) if checkpoint else block(x)
+            )
             ((quantized * draw(*x.shape, seed=2)).sum() + losses.sum()).backward()
         assert x.grad is not None
         results.append({"x": x.grad, **layer.state_dict()})
