@@ -1,7 +1,8 @@
 """Drop-in replacements for the quantizers of other libraries."""
 
+from vq_kernels.compat.grouped_residual_vq import GroupedResidualVQ
 from vq_kernels.compat.losses import LossBreakdown
-from vq_kernels.compat.residual_vq import GroupedResidualVQ, ResidualVQ
+from vq_kernels.compat.residual_vq import ResidualVQ
 from vq_kernels.compat.vector_quantize import VectorQuantize
 
 __all__ = ["GroupedResidualVQ", "LossBreakdown", "ResidualVQ", "VectorQuantize"]

@@ -1,8 +1,7 @@
-"""`ResidualVQ` and `GroupedResidualVQ`, drop-in replacements for those of vector_quantize_pytorch."""
+"""`ResidualVQ`, a drop-in replacement for that of vector_quantize_pytorch."""
 
 import math
 import random
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -254,7 +253,7 @@ class ResidualVQ(nn.Module):
         if not (self.training and self.quantize_dropout):
             return self.num_quantizers
         if seed is None:
-            seed = _seed_of(_draw(device))
+            seed = sum_of_seeds(draw_seed(device))
         last = random.Random(seed).randrange(self.quantize_dropout_cutoff_index, self.num_quantizers)
         multiple = self.quantize_dropout_multiple_of
         return min(math.ceil((last + 1) / multiple) * multiple, self.num_quantizers)
@@ -268,110 +267,6 @@ class ResidualVQ(nn.Module):
             first._codebook.update_ema()
         rows = [residual.movedim(self._channels_last_of(residual), -1) for residual in residuals]
         first.expire_codes_(torch.stack(rows, dim=-2).flatten(-3, -2))
-
-
-class GroupedResidualVQ(nn.Module):
-    """Splits the channels of each vector into groups, each with its own `ResidualVQ`.
-
-    It has the arguments, results and state dict of vector_quantize_pytorch's `GroupedResidualVQ` (1.32.0).
-
-    Example, with dim=256, groups=2, num_quantizers=8 and codebook_size=1024: x [8, 1024, 256] gives quantized
-    [8, 1024, 256], indices [2, 8, 1024, 8] and losses [2, 8].
-
-    Args:
-        dim: the number of channels of x, a multiple of groups.
-        groups: G, at least 1.
-        accept_image_fmap: x is [b, dim, h, w].
-        options: the other arguments of `ResidualVQ`.
-
-    Attributes:
-        rvqs: the G modules.
-        codebooks: [G, Q, K, D].
-
-    Raises:
-        NotImplementedError, TypeError, ValueError: as for `ResidualVQ`.
-
-    Source: Yang et al. 2023, "HiFi-Codec", arXiv:2305.02765; names: vector_quantize_pytorch 1.32.0.
-    """
-
-    def __init__(self, *, dim: int, groups: int = 1, accept_image_fmap: bool = False, **options: Any) -> None:
-        super().__init__()
-        check_at_least(1, groups=groups)
-        if dim % groups:
-            raise ValueError(f"dim must be a multiple of groups={groups}, got {dim}")
-        self.dim = dim
-        self.groups = groups
-        self.accept_image_fmap = accept_image_fmap
-        self.rvqs = nn.ModuleList(
-            ResidualVQ(dim=dim // groups, accept_image_fmap=accept_image_fmap, **options) for _ in range(groups)
-        )
-        register_in_sequential(type(self))
-
-    @property
-    def _groups(self) -> list[ResidualVQ]:
-        return list(self.rvqs)  # type: ignore[arg-type]
-
-    @property
-    def codebooks(self) -> Tensor | tuple[tuple[Tensor, ...], ...]:
-        """[G, Q, K, D], or for each group a tuple of [K_q, D] if the sizes differ."""
-        codebooks = tuple(rvq.codebooks for rvq in self._groups)
-        return torch.stack(codebooks) if self._groups[0].uniform_codebook_size else codebooks  # type: ignore[arg-type,return-value]
-
-    @property
-    def split_dim(self) -> int:
-        """Where x has its channels."""
-        return 1 if self.accept_image_fmap else -1
-
-    def get_codes_from_indices(self, indices: Tensor | Sequence[Tensor]) -> Tensor:
-        """Returns the codes [G, Q, ..., D] of indices [G, ..., q]."""
-        groups = zip(self._groups, indices, strict=True)
-        return torch.stack([rvq.get_codes_from_indices(chosen) for rvq, chosen in groups])
-
-    def get_output_from_indices(self, indices: Tensor | Sequence[Tensor]) -> Tensor:
-        """Returns the `quantized` of indices [G, ..., q]: [..., dim], with the channels last."""
-        groups = zip(self._groups, indices, strict=True)
-        return torch.cat([rvq.get_output_from_indices(chosen) for rvq, chosen in groups], dim=-1)
-
-    def forward(
-        self,
-        x: Tensor,
-        indices: Sequence[Tensor] | None = None,
-        return_all_codes: bool = False,
-        sample_codebook_temp: float | None = None,
-        freeze_codebook: bool = False,
-        mask: Tensor | None = None,
-    ) -> tuple[Any, ...]:
-        """Quantizes x, group by group. Quantize dropout leaves out the same stages of all groups.
-
-        Args:
-            x, return_all_codes, sample_codebook_temp, freeze_codebook, mask: as for `ResidualVQ`.
-            indices: not supported, only None.
-
-        Returns:
-            quantized, with x's shape and dtype; indices [G, ..., Q] int64; losses [G, Q]; with return_all_codes, a
-            tuple of the codes [Q, ..., D] of each group.
-
-        Raises:
-            NotImplementedError, TypeError, ValueError: as for `ResidualVQ`.
-        """
-        refuse_unsupported({"indices": indices}, RESIDUAL)
-        if x.shape[self.split_dim] != self.dim:
-            raise ValueError(f"x must have {self.dim} channels in dimension {self.split_dim}, got {tuple(x.shape)}")
-        drawn = _draw(x.device) if self.training else None  # always, as in vector_quantize_pytorch
-        seed = None if drawn is None or not self._groups[0].quantize_dropout else _seed_of(drawn)
-        parts = zip(self._groups, x.chunk(self.groups, dim=self.split_dim), strict=True)
-        each = [
-            rvq(
-                part,
-                mask=mask,
-                return_all_codes=return_all_codes,
-                freeze_codebook=freeze_codebook,
-                rand_quantize_dropout_fixed_seed=seed,
-            )
-            for rvq, part in parts
-        ]
-        quantized, indices, losses, *codes = zip(*each, strict=True)
-        return torch.cat(quantized, dim=self.split_dim), torch.stack(indices), torch.stack(losses), *codes
 
 
 def _stage_sizes(num_quantizers: int | None, codebook_size: int | tuple[int, ...]) -> tuple[int, ...]:
@@ -393,11 +288,11 @@ def _scale_gradient(x: Tensor, fraction: float) -> Tensor:
     return fraction * x + (1 - fraction) * x.detach()
 
 
-def _draw(device: torch.device) -> Tensor:
+def draw_seed(device: torch.device) -> Tensor:
     """Draws [] int64 in [0, 10000)."""
     return torch.randint(0, 10_000, (), device=device)
 
 
-def _seed_of(drawn: Tensor) -> int:
+def sum_of_seeds(drawn: Tensor) -> int:
     """Returns the sum over the ranks of what they drew, which is equal on all ranks."""
     return int(sum_over_ranks(drawn, synchronise=True))
