@@ -8,6 +8,13 @@ import torch.distributed
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+_LOST = "because codes that are initialised from data, reset or set would be lost"
+_LEAVE_OUT = (
+    "leave the quantizer out of sharding: fully_shard(model, ignored_params=set(quantizer.parameters())), or "
+    "FullyShardedDataParallel(model, ignored_modules=[quantizer]); or use moving averages, whose codes are not sharded"
+)
+_BY_GRADIENTS = "this works only for codes that learn by gradients alone, without initialisation from data or resets"
+
 
 def rank_and_world(synchronise: bool) -> tuple[int, int]:
     """Returns this process's rank and the world size, or (0, 1) without a process group or if `synchronise` is False.
@@ -65,11 +72,3 @@ def check_owned(module: nn.Module, name: str, sizes: tuple[int, int], was_sharde
 def _is_shard(codes: Tensor, sizes: tuple[int, int]) -> bool:
     """Returns whether `codes` is a DTensor, or flattened as FSDP1 does outside of the forward pass."""
     return is_dtensor(codes) or codes.shape[-2:] != sizes
-
-
-_LOST = "because codes that are initialised from data, reset or set would be lost"
-_LEAVE_OUT = (
-    "leave the quantizer out of sharding: fully_shard(model, ignored_params=set(quantizer.parameters())), or "
-    "FullyShardedDataParallel(model, ignored_modules=[quantizer]); or use moving averages, whose codes are not sharded"
-)
-_BY_GRADIENTS = "this works only for codes that learn by gradients alone, without initialisation from data or resets"

@@ -1,5 +1,6 @@
 """Under FSDP2 and FSDP1, quantizers train as under DistributedDataParallel, or raise an error that says what to do."""
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +25,10 @@ def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
 
 
-@pytest.mark.parametrize("way", SHARD)
-@pytest.mark.parametrize("name", FOLLOW_MEANS | LEARN_BY_GRADIENTS)
-def test_sharded_training_equals_ddp(ranks: list[dict[Any, Any]], name: str, way: str) -> None:
-    for rank in ranks:
-        for key, value in rank[name, "ddp"].items():
-            torch.testing.assert_close(rank[name, way][key], value, msg=key)
-
-
-@pytest.mark.parametrize("way", LEAVE_OUT)
-@pytest.mark.parametrize("name", WRITE_TO_A_PARAMETER)
-def test_a_quantizer_left_out_of_sharding_trains_as_in_ddp(ranks: list[dict[Any, Any]], name: str, way: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "way"), [*product(FOLLOW_MEANS | LEARN_BY_GRADIENTS, SHARD), *product(WRITE_TO_A_PARAMETER, LEAVE_OUT)]
+)
+def test_training_sharded_or_left_out_equals_ddp(ranks: list[dict[Any, Any]], name: str, way: str) -> None:
     for rank in ranks:
         for key, value in rank[name, "ddp"].items():
             torch.testing.assert_close(rank[name, way][key], value, msg=key)
