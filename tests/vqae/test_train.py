@@ -345,36 +345,22 @@ def test_overwrite_removes_the_run_and_nothing_else(command: Command, tiny: tupl
         assert (tmp_path / name).read_text() == "old"
 
 
-def timed_run(*arguments: object, environment: dict[str, str]) -> float:
-    """Run vqae.train in a process of its own. Returns the seconds from start to exit."""
-    command = [sys.executable, "-m", "vqae.train", *map(str, arguments)]
-    start = time.monotonic()
-    subprocess.run(command, env=environment, capture_output=True, check=True, timeout=200)
-    return time.monotonic() - start
-
-
-def test_max_minutes_is_the_time_from_start_to_exit(
+def test_max_minutes_is_the_time_from_start_to_the_last_metrics(
     tiny: tuple[str, ...], tmp_path: Path, environment: dict[str, str]
 ) -> None:
-    """Without load, within the limit. A busy machine, where closing takes longer than reserved, gets what it needs.
-
-    How long start and closing take is measured in the shortest run, which has one step.
-    """
-    short, long = tmp_path / "short", tmp_path / "long"
-    shortest_s = timed_run(*tiny, "--max-minutes", 0.001, "--out", short, environment=environment)
-    (line,) = metrics(short)
-    assert line["step"] == 1
-    assert files_in(short) >= FILES
-    closing_s = shortest_s - line["elapsed_s"]
-
-    reserved_s = trainer._CLOSING_S
-    limit_s = shortest_s + reserved_s
-    settings = (*tiny, "--epochs", 100_000, "--max-minutes", limit_s / 60, "--out", long)
-    assert timed_run(*settings, environment=environment) < limit_s + max(0, 1.5 * closing_s - reserved_s)
-    line = metrics(long)[-1]
+    """The time runs from the start of the process. The time reserved for the end, which a busy machine may exceed, is
+    left at the last metrics."""
+    limit_s, reserved_s = 15.0, trainer._CLOSING_S
+    settings = (*tiny, "--epochs", 100_000, "--max-minutes", limit_s / 60, "--out", tmp_path / "run")
+    start = time.time()
+    command = [sys.executable, "-m", "vqae.train", *map(str, settings)]
+    subprocess.run(command, env=environment, capture_output=True, check=True, timeout=200)
+    line = metrics(tmp_path / "run")[-1]
     assert line["elapsed_s"] < limit_s - reserved_s / 2
+    written_s = (tmp_path / "run" / "metrics.jsonl").stat().st_mtime - start
+    assert abs(written_s - line["elapsed_s"]) < 1  # counted from the start of the process, imports included
     assert line["lr"] < 0.01 * Config().lr  # the schedule ends where the time does
-    assert files_in(long) >= FILES
+    assert files_in(tmp_path / "run") >= FILES
 
 
 # -- refused before anything is written

@@ -107,9 +107,8 @@ def test_compiled_recomputation_repeats_the_forward_and_learns_nothing(name: str
     assert_same(steps(name, way), steps(name))
 
 
-@pytest.mark.parametrize("way", [INSIDE, AROUND])
-def test_compiled_recomputation_with_inductor(way: str) -> None:
-    assert_same(steps("averages", way, backend="inductor"), steps("averages"))
+def test_compiled_recomputation_with_inductor() -> None:
+    assert_same(steps("averages", AROUND, backend="inductor"), steps("averages"))
 
 
 @pytest.mark.parametrize("cosine", [False, True])

@@ -222,10 +222,7 @@ def test_an_interrupted_run_is_bit_identical(restarted: RestartedJob, stopped: P
         assert_equal(state[part], uninterrupted[part])
 
 
-@pytest.mark.parametrize("repetition", range(2))
-def test_two_ranks_end_a_run_with_0(
-    tiny: tuple[str, ...], environment: dict[str, str], tmp_path: Path, repetition: int
-) -> None:
+def test_two_ranks_end_a_run_with_0(tiny: tuple[str, ...], environment: dict[str, str], tmp_path: Path) -> None:
     arguments = (*tiny, "--image-size", 8, "--epochs", 1, "--out", tmp_path / "run")
     done = torchrun({**environment, "PYTHONPATH": os.pathsep.join(sys.path)}, "-m", "vqae.train", *arguments)
     assert (done.returncode, done.stderr) == (0, "")
