@@ -11,6 +11,7 @@ from torch import Tensor
 from vq_kernels.modules.base import QuantizerBase, checked_indices
 from vq_kernels.modules.residual_vector_quantizer import ResidualVectorQuantizer
 from vq_kernels.modules.vector_quantizer import VectorQuantizer
+from vq_kernels.search.validation import check_tensor
 
 _MOST_BITS = 16  # faiss computes the tables of all 2^bits codes in each search
 
@@ -48,6 +49,7 @@ def to_faiss(quantizer: VectorQuantizer | ResidualVectorQuantizer, indices: Tens
         index.rq.is_trained, index.rq.max_beam_size = True, 1
     index.is_trained = True
     if indices is not None:
+        check_tensor("indices", indices)
         if num_books == 1 and indices.dim() == 1:
             indices = indices[:, None]
         if indices.dim() != 2 or indices.shape[1] != num_books:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from vq_kernels.compat.arguments import register_in_sequential
 from vq_kernels.compat.keywords import RESIDUAL, refuse_unsupported
 from vq_kernels.compat.residual_vq import ResidualVQ, draw_seed, sum_of_seeds
-from vq_kernels.modules.codebook import check_at_least
+from vq_kernels.search.validation import check_at_least
 
 
 class GroupedResidualVQ(nn.Module):

@@ -20,9 +20,8 @@ from vq_kernels.cosine import unit
 from vq_kernels.gradient.autograd import LEFT_OUT, straight_through
 from vq_kernels.gradient.autograd import rotation_trick as rotate_gradient
 from vq_kernels.modules.base import HeadLayout, check_mask, codes_at
-from vq_kernels.modules.codebook import check_at_least
 from vq_kernels.search.backend import BACKENDS, Backend
-from vq_kernels.search.validation import check_choice, check_dtype, check_not_traced
+from vq_kernels.search.validation import check_at_least, check_choice, check_dtype, check_not_traced
 
 
 class VectorQuantize(nn.Module):

@@ -15,7 +15,7 @@ from vq_kernels.learning.dead_codes import random_rows
 from vq_kernels.learning.ema import row_sums
 from vq_kernels.search import nearest_code
 from vq_kernels.search.backend import Backend, has_float64
-from vq_kernels.search.validation import check_choice, check_codebook, check_dtype
+from vq_kernels.search.validation import check_at_least, check_bool, check_choice, check_codebook, check_dtype
 
 KMeansInit = Literal["k-means++", "random"]
 INITS = ("k-means++", "random")
@@ -71,7 +71,7 @@ def kmeans(
             the codes, [K, D].
         max_iterations: at least 0, over all rows. With 0 the codes are those of `init`, without iterations.
         tolerance: at least 0; stop when an iteration lowers the inertia by less than this fraction of it.
-        seed: determines all random choices.
+        seed: at least 0; determines all random choices.
         progress: show a progress bar on stderr (needs tqdm).
         metric: "euclidean"; or "cosine", which normalises rows and means (spherical k-means). The inertia is then that
             of the normalised rows.
@@ -84,7 +84,7 @@ def kmeans(
         those of the returned codebook.
 
     Raises:
-        TypeError: a dtype that is not supported, or an iterator that can be iterated over only once.
+        TypeError: an argument or dtype that is not supported, or an iterator that can be iterated over only once.
         ValueError: an argument out of range; fewer rows than codes; x holds NaN or Inf; batches of different D.
         RuntimeError: as for `nearest_code`.
 
@@ -93,12 +93,11 @@ def kmeans(
     overrelaxed bound optimization methods"; Dhillon and Modha 2001, "Concept decompositions for large sparse text data
     using clustering", for the cosine.
     """
-    if num_codes < 1:
-        raise ValueError(f"num_codes must be >= 1, got {num_codes}")
-    if max_iterations < 0:
-        raise ValueError(f"max_iterations must be >= 0, got {max_iterations}")
-    if not tolerance >= 0:
-        raise ValueError(f"tolerance must be >= 0, got {tolerance}")
+    check_at_least(1, integer=True, num_codes=num_codes)
+    check_at_least(0, integer=True, max_iterations=max_iterations)
+    check_at_least(0, tolerance=tolerance)
+    check_at_least(0, 2**63 - 1, integer=True, seed=seed)
+    check_bool(progress=progress, synchronise=synchronise)
     if not isinstance(init, Tensor):
         check_choice("init", init, INITS)
     check_choice("metric", metric, METRICS)
@@ -154,7 +153,7 @@ class Mapped:
     """
 
     def __init__(self, batches: Iterable[Tensor], function: Callable[[Tensor], Tensor]) -> None:
-        if iter(batches) is batches:
+        if not isinstance(batches, Iterable) or isinstance(batches, Iterator):
             kind = type(batches).__name__
             raise TypeError(f"x must be a tensor or re-iterable, such as a list or a DataLoader, got {kind}")
         self._batches = batches

@@ -16,10 +16,18 @@ from vq_kernels.learning.ema import RowSums
 from vq_kernels.learning.kmeans import KMeansResult, Mapped, kmeans
 from vq_kernels.learning.monitor import FIRST, PERIOD, TrainingMonitor
 from vq_kernels.learning.recompute import is_recomputing
-from vq_kernels.modules.codebook import Codebook, check_at_least, stack
+from vq_kernels.modules.codebook import Codebook, stack
 from vq_kernels.search.api import nearest_code
 from vq_kernels.search.backend import Backend
-from vq_kernels.search.validation import check_choice, check_dtype, check_no_vmap, check_not_traced
+from vq_kernels.search.validation import (
+    check_at_least,
+    check_bool,
+    check_choice,
+    check_dtype,
+    check_no_vmap,
+    check_not_traced,
+    check_tensor,
+)
 
 Init = Literal["normal", "uniform", "data", "kmeans"]
 INITS = ("normal", "uniform", "data", "kmeans")
@@ -78,6 +86,7 @@ class HeadLayout:
 
 def check_mask(mask: Tensor, shape: torch.Size) -> None:
     """Raises TypeError or ValueError unless `mask` is bool and has this shape."""
+    check_tensor("mask", mask)
     if mask.dtype != torch.bool:
         raise TypeError(f"mask must be bool, got {mask.dtype}")
     if mask.shape != shape:
@@ -114,8 +123,10 @@ class QuantizerBase(Codebook):
         warn: bool,
         **options: Any,
     ) -> None:
-        check_at_least(1, heads=heads)
+        check_at_least(1, integer=True, heads=heads)
+        check_at_least(-math.inf, integer=True, channel_dim=channel_dim)
         check_at_least(0, commitment_weight=commitment_weight)
+        check_bool(separate_codebooks=separate_codebooks, freeze_codebook=freeze_codebook, warn=warn)
         if not isinstance(options["init"], Tensor):
             check_choice("init", options["init"], INITS)
         layout = HeadLayout(heads, separate_codebooks and heads > 1)
@@ -151,13 +162,18 @@ class QuantizerBase(Codebook):
         Raises:
             TypeError, ValueError: codebook or an option does not fit.
         """
+        check_dtype("codebook", codebook)
+        check_bool(freeze=freeze)
         num_sizes = len(cls.size_names) - 1
         if codebook.dim() not in (num_sizes, num_sizes + 1):
             raise ValueError(f"codebook must have {num_sizes} or {num_sizes + 1} dimensions, got {codebook.dim()}")
         if codebook.dim() > num_sizes:
             options = {"heads": codebook.shape[0], "separate_codebooks": True} | options
             codebook = codebook if codebook.shape[0] > 1 else codebook[0]
-        return cls(*codebook.shape[-num_sizes:], init=codebook, freeze_codebook=freeze, **options)
+        module = cls(*codebook.shape[-num_sizes:], init="kmeans", freeze_codebook=freeze, **options)
+        module.init = "codes"
+        module._set_all(codebook, "codebook", module.codebook.shape)
+        return module
 
     def extra_repr(self) -> str:
         """Returns the arguments that `print(module)` shows."""

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal, Self, TypeGuard, cast
+from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from vq_kernels.learning.ema import RowSums, mean_codes, move_averages_, row_sum
 from vq_kernels.learning.kmeans import kmeans_if_needed
 from vq_kernels.learning.recompute import NUM_SAMPLES, copy_to_search, sample_rows, unless_recomputing
 from vq_kernels.search.backend import BACKENDS, Backend, has_float64
-from vq_kernels.search.validation import check_choice, check_dtype
+from vq_kernels.search.validation import check_at_least, check_bool, check_choice, check_dtype
 
 STEPS_UNTIL_RESET, ROWS_UNTIL_RESET = 20, 10
 """restart_after="auto": a code is dead after so many steps, and so many rows for each code, without a row."""
@@ -55,7 +55,7 @@ class Codebook(nn.Module):
         ema_decay: λ of the moving averages, see `VectorQuantizer`, or None for no averages.
 
     Raises:
-        ValueError: an argument is out of range.
+        TypeError, ValueError: an argument does not fit.
     """
 
     state_names: ClassVar[tuple[str, str, str]] = ("codebook", "cluster_sizes", "cluster_sums")
@@ -98,12 +98,11 @@ class Codebook(nn.Module):
         backend: Backend,
     ) -> None:
         super().__init__()
-        check_at_least(1, num_codes=num_codes, code_dim=code_dim)
+        check_at_least(1, integer=True, num_codes=num_codes, code_dim=code_dim)
         check_at_least(0, init_scale=init_scale, restart_noise=restart_noise, ema_eps=ema_eps)
-        if restart_after != "auto" and not (_is_number(restart_after) and restart_after >= 0):
-            raise ValueError(f"restart_after must be 'auto' or >= 0, got {restart_after!r}")
-        if ema_decay not in ("auto", None) and not (_is_number(ema_decay) and 0 <= ema_decay <= 1):
-            raise ValueError(f"ema_decay must be 'auto', None or in [0, 1], got {ema_decay!r}")
+        check_at_least(0, integer=True, others=("auto",), restart_after=restart_after)
+        check_at_least(0, 1, others=("auto", None), ema_decay=ema_decay)
+        check_bool(synchronise=synchronise)
         check_choice("metric", metric, METRICS)
         check_choice("backend", backend, BACKENDS)
         self.num_codes = num_codes
@@ -216,6 +215,7 @@ class Codebook(nn.Module):
 
     @freeze_codebook.setter
     def freeze_codebook(self, freeze: bool) -> None:
+        check_bool(freeze_codebook=freeze)
         self._frozen = freeze
         if self.learnable:
             parameter = getattr(self, self.state_names[0]).requires_grad_(not freeze)
@@ -274,7 +274,9 @@ class Codebook(nn.Module):
         ):
             self._leave_meta(codes.device)
         own, names = getattr(self, self.state_names[0]), self.size_names
-        if codes is not None and sizes is None and self.ema_decay is not None and codes.shape == own.shape:
+        codes_alone = "needs_data" in self._buffers and prefix + "needs_data" not in state_dict
+        without_averages = sizes is None and self.ema_decay is not None
+        if codes is not None and (codes_alone or without_averages) and codes.shape == own.shape:
             self._set_all(codes, "codes", own.shape)
         super()._load_from_state_dict(state_dict, prefix, *others)
         *keys, errors = others[-3:]
@@ -284,9 +286,14 @@ class Codebook(nn.Module):
             for name, theirs, ours in zip(names[-own.dim() :], codes.shape, own.shape, strict=True):
                 if theirs != ours:
                     errors.append(f"this state dict was saved with {name}={theirs}; the module has {name}={ours}")
-        reasons = ("without ema_decay; construct the module with ema_decay=None", "with ema_decay; construct it so too")
-        for found, reason in zip(keys, reasons, strict=True):  # missing and unexpected
-            found[:] = [_Explained(key, reason) if key == prefix + self.state_names[1] else key for key in found]
+        missing = {
+            self.state_names[1]: "without ema_decay; construct the module with ema_decay=None",
+            "needs_data": "without it; to load codes alone, use set_codes or from_codebook",
+        }
+        unexpected = {self.state_names[1]: "with ema_decay; construct it so too"}
+        for found, reasons in zip(keys, (missing, unexpected), strict=True):
+            explained = {prefix + name: _Explained(prefix + name, reason) for name, reason in reasons.items()}
+            found[:] = [explained.get(key, key) for key in found]
 
     def _leave_meta(self, device: torch.device) -> None:
         """Makes on `device` what a state dict that is assigned may lack. It counts nothing yet."""
@@ -513,17 +520,6 @@ def perplexity(counts: Tensor) -> Tensor:
     total = counts.sum(dim=-1)
     entropy: Tensor = torch.special.entr(counts.double() / total.clamp(min=1)[..., None]).sum(dim=-1)
     return entropy.exp() * (total > 0)
-
-
-def _is_number(argument: Any) -> TypeGuard[float]:
-    return isinstance(argument, int | float)
-
-
-def check_at_least(least: float, **arguments: float) -> None:
-    """Raises ValueError for an argument that is less than `least`, or NaN."""
-    for name, value in arguments.items():
-        if not value >= least:
-            raise ValueError(f"{name} must be >= {least}, got {value}")
 
 
 def stack(tensors: list[Tensor] | tuple[Tensor, ...]) -> Tensor:

@@ -9,6 +9,7 @@ from vq_kernels.distributed import rank_and_world, sum_over_ranks
 from vq_kernels.functional import Quantized
 from vq_kernels.modules.base import Init, QuantizerBase
 from vq_kernels.search.backend import Backend
+from vq_kernels.search.validation import check_at_least, check_tensor
 
 
 class ResidualVectorQuantizer(QuantizerBase):
@@ -51,7 +52,7 @@ class ResidualVectorQuantizer(QuantizerBase):
             "kmeans".
 
     Raises:
-        ValueError: an argument is out of range.
+        TypeError, ValueError: an argument does not fit.
 
     Source: Zeghidour et al. 2021, arXiv:2107.03312, section 3.3, with its quantizer dropout; Lee et al. 2022,
     arXiv:2203.01941; grouped: Yang et al. 2023, arXiv:2305.02765.
@@ -81,10 +82,8 @@ class ResidualVectorQuantizer(QuantizerBase):
         backend: Backend = "auto",
         synchronise: bool = True,
     ) -> None:
-        if num_quantizers < 1:
-            raise ValueError(f"num_quantizers must be >= 1, got {num_quantizers}")
-        if not 0 <= quantizer_dropout <= 1:
-            raise ValueError(f"quantizer_dropout must be in [0, 1], got {quantizer_dropout}")
+        check_at_least(1, integer=True, num_quantizers=num_quantizers)
+        check_at_least(0, 1, quantizer_dropout=quantizer_dropout)
         super().__init__(
             num_quantizers,
             num_codes,
@@ -143,6 +142,7 @@ class ResidualVectorQuantizer(QuantizerBase):
         Raises:
             TypeError, ValueError: indices do not fit, see `VectorQuantizer.decode`.
         """
+        check_tensor("indices", indices)
         heads = (self.heads,) if self.heads > 1 else ()
         fits = indices.shape[-1 - len(heads) : -1] == heads
         if not fits or not 1 <= indices.shape[-1] <= self.num_quantizers:

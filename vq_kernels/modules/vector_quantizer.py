@@ -12,6 +12,7 @@ from vq_kernels.gradient.autograd import Metric
 from vq_kernels.modules.base import Init, QuantizerBase
 from vq_kernels.search.backend import Backend
 from vq_kernels.search.topk import NearestCodes, nearest_code_topk
+from vq_kernels.search.validation import check_tensor
 
 
 class VectorQuantizer(QuantizerBase):
@@ -69,7 +70,7 @@ class VectorQuantizer(QuantizerBase):
             "kmeans".
 
     Raises:
-        ValueError: an argument is out of range.
+        TypeError, ValueError: an argument does not fit.
 
     Source: van den Oord et al. 2017, arXiv:1711.00937, the averages in appendix A.1; resets: Zeghidour et al. 2021,
     arXiv:2107.03312, section 3.3.
@@ -156,6 +157,7 @@ class VectorQuantizer(QuantizerBase):
             TypeError, ValueError: indices do not fit. Values out of range are refused on the CPU; on CUDA they fail an
                 assertion of the device, because a check would wait for it.
         """
+        check_tensor("indices", indices)
         if self.heads > 1 and indices.shape[-1:] != (self.heads,):
             raise ValueError(f"indices must be [..., {self.heads}], one for each head, got {tuple(indices.shape)}")
         return self._decode(indices[..., None])

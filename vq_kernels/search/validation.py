@@ -1,15 +1,24 @@
 """Checks of public arguments, done before any computation."""
 
+import math
+from numbers import Integral, Real
+from typing import Any
+
 import torch
 from torch import Tensor, bfloat16, float16, float32, float64, strided
 
 SUPPORTED_DTYPES = (float32, float16, bfloat16, float64)
 
 
-def check_dtype(name: str, tensor: Tensor) -> None:
-    """Raise TypeError unless `tensor` is a dense tensor of a supported dtype."""
+def check_tensor(name: str, tensor: Tensor) -> None:
+    """Raise TypeError unless `tensor` is one."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+
+
+def check_dtype(name: str, tensor: Tensor) -> None:
+    """Raise TypeError unless `tensor` is a dense tensor of a supported dtype."""
+    check_tensor(name, tensor)
     if tensor.dtype not in SUPPORTED_DTYPES:
         raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {tensor.dtype}")
     if tensor.layout != strided or tensor.is_nested:
@@ -37,8 +46,40 @@ def check_pair(x: Tensor, codebook: Tensor) -> None:
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """Raise ValueError unless `value` is one of `choices`."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def check_at_least(
+    least: float,
+    most: float = math.inf,
+    *,
+    integer: bool = False,
+    others: tuple[str | None, ...] = (),
+    **arguments: Any,
+) -> None:
+    """Raise TypeError unless each argument is a number, or an integer; ValueError unless it is finite and in range.
+
+    A bool is neither. The values in `others` are allowed too.
+    """
+    kind: type
+    kind, noun = (Integral, "an integer") if integer else (Real, "a number")
+    prefix = "".join(f"{other!r} or " for other in others)
+    for name, value in arguments.items():
+        if isinstance(value, str | None) and value in others:
+            continue
+        if isinstance(value, bool) or not isinstance(value, kind):
+            raise TypeError(f"{name} must be {prefix}{noun}, got {value!r}")
+        if not least <= value <= most or value == math.inf:
+            rule = f"in [{least}, {most}]" if most < math.inf else "finite" if value == math.inf else f">= {least}"
+            raise ValueError(f"{name} must be {prefix}{rule}, got {value}")
+
+
+def check_bool(**arguments: Any) -> None:
+    """Raise TypeError unless each argument is True or False."""
+    for name, value in arguments.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
 def is_tracing() -> bool:

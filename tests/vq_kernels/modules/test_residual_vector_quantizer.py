@@ -351,20 +351,6 @@ def test_usage_statistics_of_each_stage() -> None:
     assert not quantizer.perplexity.any()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"num_quantizers": 0}, "num_quantizers must be >= 1, got 0"),
-        ({"quantizer_dropout": 1.5}, r"quantizer_dropout must be in \[0, 1\], got 1.5"),
-        ({"num_codes": 0}, "num_codes must be >= 1, got 0"),
-        ({"commitment_weight": -1.0}, "commitment_weight must be >= 0, got -1.0"),
-    ],
-)
-def test_invalid_arguments(arguments: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        residual_quantizer(**{"num_quantizers": 2, "num_codes": 4, "code_dim": 4, **arguments})
-
-
 @pytest.mark.parametrize("shape", [(5, 4), (5, 0), (2, 5, 4)])
 def test_invalid_indices(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"indices must be \[..., q\] with 1 <= q <= 3, got"):

@@ -255,6 +255,13 @@ def test_a_reset_code_counts_as_new() -> None:
     assert quantizer.restarts == unused.sum()  # they have three steps again
 
 
+def alone(module: nn.Module) -> nn.Module:
+    """Codes without the state of their training."""
+    codes = nn.Module()
+    codes.codebook = module.codebook
+    return codes
+
+
 SAVED: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module], str]] = {
     "with": (
         lambda: vector_quantizer(K, D, ema_decay=0.9),
@@ -265,6 +272,11 @@ SAVED: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module], str]] =
         lambda: residual_quantizer(2, K, D, ema_decay=None),
         lambda: residual_quantizer(2, K, D, ema_decay=0.9),
         "saved without ema_decay; construct the module with ema_decay=None",
+    ),
+    "alone": (
+        lambda: alone(vector_quantizer(K, D)),
+        lambda: vector_quantizer(K, D),
+        "q.needs_data .* without it; to load codes alone, use set_codes or from_codebook",
     ),
     "codes": (
         lambda: vector_quantizer(K, D),
@@ -309,5 +321,9 @@ def test_without_strict_missing_averages_start_at_the_loaded_codes() -> None:
     assert missing.missing_keys == ["cluster_sizes", "cluster_sums"]
     quantizer(draw(5, D), mask=torch.zeros(5, dtype=torch.bool))
     torch.testing.assert_close(quantizer.codebook, source.codebook.detach(), rtol=1e-5, atol=1e-6)
+    waiting = QUANTIZERS["data"]()
+    waiting.load_state_dict({"codebook": source.codebook}, strict=False)
+    waiting(draw(5, D))
+    assert torch.equal(waiting.codebook, source.codebook)
     unexpected = source.load_state_dict(quantizer.state_dict(), strict=False)
     assert unexpected.unexpected_keys == ["cluster_sizes", "cluster_sums"]

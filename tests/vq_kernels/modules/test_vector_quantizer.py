@@ -139,19 +139,3 @@ def test_training_continues_from_a_state_dict() -> None:
         for (name, a), b in zip(first.state_dict().items(), second.state_dict().values(), strict=True):
             assert torch.equal(a, b), name
     assert first.restarts > 0
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"num_codes": 0}, "num_codes must be >= 1, got 0"),
-        ({"code_dim": -1}, "code_dim must be >= 1, got -1"),
-        ({"restart_after": -1}, "restart_after must be 'auto' or >= 0, got -1"),
-        ({"restart_noise": float("nan")}, "restart_noise must be >= 0, got nan"),
-        ({"init": "zeros"}, "init must be one of normal, uniform, data, kmeans, got 'zeros'"),
-        ({"backend": "cuda"}, "backend must be one of auto, triton, torch, got 'cuda'"),
-    ],
-)
-def test_invalid_arguments(arguments: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        vector_quantizer(**{"num_codes": 4, "code_dim": 4, **arguments})
