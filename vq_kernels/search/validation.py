@@ -62,8 +62,8 @@ def check_at_least(
 
     A bool is neither. The values in `others` are allowed too.
     """
-    kind: type
-    kind, noun = (Integral, "an integer") if integer else (Real, "a number")
+    kind: Any = Integral if integer else Real
+    noun = "an integer" if integer else "a number"
     prefix = "".join(f"{other!r} or " for other in others)
     for name, value in arguments.items():
         if isinstance(value, str | None) and value in others:
