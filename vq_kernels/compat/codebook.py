@@ -205,6 +205,10 @@ class CompatCodebook(Codebook):
             self._sizes[p].lerp(batch.counts, share), self._sums[p].lerp(batch.sums, share[:, None].to(batch.sums))
         )
 
+    @property
+    def _set_size(self) -> float:  # type: ignore[override]
+        return max(1, 10 * self.min_cluster_size)  # a code may go without rows for some steps before it is reset
+
     # Names of vector_quantize_pytorch
 
     @property

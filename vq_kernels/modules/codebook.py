@@ -67,6 +67,9 @@ class Codebook(nn.Module):
     reset_cluster_size: float | None = None
     """The average number of rows of a code that `_reset_small` reset; None means `min_cluster_size`."""
 
+    _set_size: float = -1
+    """The average number of rows of codes that were set; negative: that of their first batch."""
+
     _frozen = False
     _was_sharded = False
     steps_unused: Tensor
@@ -224,8 +227,9 @@ class Codebook(nn.Module):
     def set_codes(self, codes: Tensor) -> None:
         """Sets all codes. They count as just used, and are no longer initialised from data.
 
-        Each average becomes that of one row at its code: a training step moves the codes by one step from here. With
-        moving averages and the cosine, the codes are normalised.
+        With moving averages, each code gets the weight that the next training batch gives it (of N·(n + 1)/(N + K) rows
+        for n rows of N), so that this batch moves it by about 1 - ema_decay of the way to the mean of its rows. With
+        the cosine as well, the codes are normalised.
 
         Args:
             codes: of the shape of `codebook`, finite, of any dtype of `nearest_code`, on any device.
@@ -248,9 +252,8 @@ class Codebook(nn.Module):
         if not codes.isfinite().all():
             raise ValueError(f"{name} must be finite in {own.dtype}, got {(~codes.isfinite()).sum()} NaN or Inf")
         codes = (codes if self.learnable else self._normalise(codes)).to(own.device)
-        size = max(1, 10 * self.min_cluster_size)  # a code may go without rows for some steps before it is reset
         for p, each in enumerate(codes.reshape(own.shape)):
-            self._set_codes(p, torch.ones((), dtype=torch.bool, device=own.device), each, size)
+            self._set_codes(p, torch.ones((), dtype=torch.bool, device=own.device), each, self._set_size)
         self._end_wait()
 
     def _end_wait(self) -> None:
@@ -467,8 +470,7 @@ class Codebook(nn.Module):
         self.searched_codebook.copy_(stack(searched))  # for a recomputation
         counts, sums = (torch.stack(parts) for parts in zip(*batches, strict=True))  # [P, K], [P, K, D]
         share = self._share(counts)
-        if self.restart_after or self.init == "data":
-            self._weigh_new_codes(NEW_CODE_ROWS * share, counts)
+        self._weigh_new_codes(NEW_CODE_ROWS * share, counts)
         if learning is not None:  # the averages of the other codebooks move to themselves
             counts = torch.where(learning[:, None], counts, self._sizes)
             sums = torch.where(learning[:, None, None], sums, self._sums)
@@ -487,11 +489,19 @@ class Codebook(nn.Module):
             return self._sizes.new_full(counts.shape[:1], 1 - self.ema_decay)
         return (counts.sum(dim=1) / (ROWS_IN_AVERAGE * self.num_codes)).clamp(max=1 - LEAST_DECAY)
 
-    def _weigh_new_codes(self, sizes: Tensor, counts: Tensor) -> None:
-        """Gives codes that were set to a row, and now have counts [P, K] of rows, averages of these sizes [P]."""
-        new = (self._sizes == 0) & (counts > 0)
-        self._sizes.copy_(torch.where(new, sizes[:, None], self._sizes))
-        self._sums.copy_(torch.where(new[..., None], sizes[:, None, None] * self._codes, self._sums))
+    def _weigh_new_codes(self, row_sizes: Tensor, counts: Tensor) -> None:
+        """Gives averages to codes that have none yet, from the counts [P, K] of their first batch.
+
+        Those that `_reset_unused` set to a row, and now have rows, get the sizes row_sizes [P].
+        """
+        num_rows = counts.sum(dim=1, keepdim=True)
+        sizes = num_rows * (counts + 1) / (num_rows + self.num_codes)
+        new = (self._sizes < 0) & (num_rows > 0)
+        if self.restart_after or self.init == "data":
+            set_to_row = (self._sizes == 0) & (counts > 0)
+            new, sizes = new | set_to_row, torch.where(set_to_row, row_sizes[:, None], sizes)
+        self._sizes.copy_(torch.where(new, sizes, self._sizes))
+        self._sums.copy_(torch.where(new[..., None], sizes[..., None] * self._codes, self._sums))
 
     @property
     def perplexity(self) -> Tensor:

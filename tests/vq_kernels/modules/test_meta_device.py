@@ -60,7 +60,6 @@ def test_missing_averages_are_made_from_the_codes() -> None:
     loaded = on_meta("averages")
     loaded.load_state_dict(saved, assign=True, strict=False)
     assert torch.equal(loaded.codebook, codes)
-    assert torch.equal(loaded.cluster_sums, codes)
-    assert torch.equal(loaded.cluster_sizes, torch.ones(20))
+    assert torch.equal(loaded.cluster_sums / loaded.cluster_sizes[:, None], codes)
     train(loaded, 0)
     assert loaded.codebook.isfinite().all()

@@ -133,6 +133,32 @@ def test_codes_that_were_set_move_by_one_step(name: str) -> None:
         assert not module.needs_data.any()
 
 
+@pytest.mark.parametrize("way", ["set_codes", "fit", "from_codebook", "load_state_dict"])
+def test_averages_move_codes_that_were_set_by_a_small_step(way: str) -> None:
+    """By about 1 - λ of the way to the mean of their rows: as if averages had led there."""
+    x = draw(300, D)
+    quantizer = vector_quantizer(K, D, ema_decay=0.9)
+    quantizer(x)
+    if way == "fit":
+        quantizer.fit(x, max_iterations=1)
+    elif way == "from_codebook":
+        quantizer = VectorQuantizer.from_codebook(x[:K], ema_decay=0.9, restart_after=0)
+    elif way == "load_state_dict":
+        quantizer.load_state_dict({"codebook": x[:K]}, strict=False)
+    else:
+        quantizer.set_codes(x[:K])
+    before = quantizer.codebook.clone()
+    indices = quantizer(x[:200]).indices
+    for code, old, new in zip(range(K), before, quantizer.codebook, strict=True):
+        n = int((indices == code).sum())
+        assert n > 0
+        size = 200 * (n + 1) / (200 + K)
+        share = 0.1 * n / (0.9 * size + 0.1 * n)
+        assert 0.08 < share < 0.13
+        expected = old + share * (x[:200][indices == code].mean(dim=0) - old)
+        torch.testing.assert_close(new, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", [name for name in MODULES if "averages" in name or name in DROP_INS])
 def test_a_step_without_rows_leaves_set_codes_in_place(name: str) -> None:
     module: Any = MODULES[name]()
