@@ -104,6 +104,8 @@ class CompatCodebook(Codebook):
         updates = learns and topk is None and self._updates(update)
         if updates or (learns and self._copies) or self.init == "kmeans":
             self._check_owned()
+        if updates and self.searched_codebook is None:  # `ema_update` or `threshold_ema_dead_code` was set later
+            self.register_buffer("searched_codebook", self._codes.detach().clone(), persistent=False)
         captured = torch.compiler.is_exporting() or is_tracing()
         if self.init == "kmeans" and captured and not self.training:  # for inference, so it writes to no buffer
             torch._assert_async(
@@ -112,7 +114,7 @@ class CompatCodebook(Codebook):
         elif self.init == "kmeans" and not is_recomputing():
             self.init_embed_(rows, mask)
         searched = [self._to_search(p, head, learns) for p, head in enumerate(rows)]
-        codebooks = self._differentiable(searched, learns)
+        codebooks = self._differentiable(dict(enumerate(searched)), learns)
         to_search = searched
         if self.vq_bridge is not None:
             codebooks = self.vq_bridge(codebooks)
@@ -158,11 +160,12 @@ class CompatCodebook(Codebook):
         batches = [self._row_sums(*head) for head in zip(rows, searched, indices, counted, strict=True)]
         weight = update.weight
         if callable(weight):
-            counts, sums = (torch.stack(parts) for parts in zip(*batches, strict=True))
-            weight = weight(sums, counts)
+            sums, counts = zip(*((batch.all_sums(), batch.counts) for batch in batches), strict=True)
+            weight = weight(torch.stack(sums), torch.stack(counts))
         if self._accumulated:
             batches = [
-                RowSums(a.counts + b.counts, a.sums + b.sums) for a, b in zip(self._accumulated, batches, strict=True)
+                RowSums(a.counts + b.counts, a.all_sums() + b.all_sums())
+                for a, b in zip(self._accumulated, batches, strict=True)
             ]
         self._accumulated = batches if update.accumulate else []
         if update.accumulate:
@@ -170,10 +173,11 @@ class CompatCodebook(Codebook):
         if weight is not None:
             batches = [self._weighted(p, batch, weight) for p, batch in enumerate(batches)]
         learning = self._learning()
-        self._update_averages(searched, batches, learning)
         moves_codes = self.follows_means if update.ema_update is None else update.ema_update
-        if moves_codes and not self.manual_ema_update:
-            self._follow_means(learning)
+        for p, batch in enumerate(batches):
+            self._update_averages(p, batch, learning)
+            if moves_codes and not self.manual_ema_update:
+                self._follow_means(p, learning)
         if self.resets_in_forward:
             self._reset_dead(rows, counted)
 
@@ -202,7 +206,8 @@ class CompatCodebook(Codebook):
             raise ValueError(f"ema_update_weight must be {expected}, got {tuple(weight.shape)}")
         share = weight.expand_as(self._sizes)[p].to(batch.counts)
         return RowSums(
-            self._sizes[p].lerp(batch.counts, share), self._sums[p].lerp(batch.sums, share[:, None].to(batch.sums))
+            self._sizes[p].lerp(batch.counts, share),
+            self._sums[p].lerp(batch.all_sums(), share[:, None].to(batch.sums)),
         )
 
     @property
@@ -293,7 +298,8 @@ class CompatCodebook(Codebook):
     def update_ema(self) -> None:
         """Sets the codes to the means that the averages hold. A recomputation under checkpointing changes nothing."""
         if not is_recomputing():
-            self._follow_means(self._learning())
+            for p in range(self.num_codebooks):
+                self._follow_means(p, self._learning())
 
     def update_indices(
         self,
@@ -328,11 +334,6 @@ class CompatCodebook(Codebook):
         self._check_owned()
         rows = batch_samples.flatten(1, -2)
         self._reset_dead(rows, [self._counted(head, None) for head in rows])
-
-    def _update_averages(self, searched: list[Tensor], batches: list[RowSums], learning: Tensor | None) -> None:
-        if self.searched_codebook is None:  # `ema_update` or `threshold_ema_dead_code` was set later
-            self.register_buffer("searched_codebook", self._codes.detach().clone(), persistent=False)
-        super()._update_averages(searched, batches, learning)
 
     def _end_wait(self) -> None:
         self.initted.fill_(1)

@@ -363,8 +363,8 @@ def kmeans_if_needed(
     for _ in range(num_iterations):
         search = most_similar_code if cosine else nearest_code  # an operator's schema has no Literal
         indices = search(rows, means, backend=cast(Backend, backend)).indices
-        counts, sums = row_sums(rows, means, indices, counted, synchronise=synchronise, backend=backend)
-        moved = sums / counts.clamp(min=1)[:, None]
+        batch = row_sums(rows, means, indices, counted, synchronise=synchronise, backend=backend)
+        counts, moved = batch.counts, batch.all_sums() / batch.counts.clamp(min=1)[:, None]
         means = torch.where((counts > 0)[:, None], unit(moved) if cosine else moved, means)
     return means, counts, torch.ones_like(needed)
 

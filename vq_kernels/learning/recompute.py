@@ -15,6 +15,11 @@ def is_recomputing() -> bool:
     return not torch.compiler.is_compiling() and _in_backward()
 
 
+def is_readable(tensor: Tensor) -> bool:
+    """Returns whether the host can read the tensor without waiting for a device. False while a graph is captured."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def unless_recomputing(condition: Tensor) -> Tensor:
     """Returns `condition` [...] bool, or all False in a recomputation. Works in captured graphs."""
     if torch.compiler.is_compiling():

@@ -250,8 +250,9 @@ class QuantizerBase(Codebook):
             learning = self._learning(None if active is None else active.repeat(len(choices)))
             self._count(indices.flatten(0, 1), learning)
             if learns and self.follows_means:
-                self._update_averages(searched, batches, learning)
-                self._follow_means(learning)
+                for p, batch in batches.items():
+                    self._update_averages(p, batch, learning)
+                    self._follow_means(p, learning)
             if learns and self._monitor is not None and not torch.compiler.is_compiling():
                 self._steps_trained += 1
                 if self._steps_trained == FIRST or self._steps_trained % PERIOD == 0:
@@ -309,25 +310,27 @@ class QuantizerBase(Codebook):
 
     def _choose(
         self, rows: Tensor, row_mask: Tensor | None, left_out: Tensor | None, learns: bool
-    ) -> tuple[list[Choice], list[Tensor], list[RowSums]]:
+    ) -> tuple[list[Choice], dict[int, Tensor], dict[int, RowSums]]:
         """Searches rows [C, M, D] stage by stage, without a gradient. If it `learns`, it resets dead codes first.
 
-        Returns the choices of the C heads; the P codebooks that were searched, not normalised; and, if the codes follow
+        Returns the choices of the C heads; the codebooks p that were searched, not normalised; and, if the codes follow
         the means of their rows, the sums of the batch for each.
         """
-        choices, searched, batches = [], [], []
+        choices: list[Choice] = []
+        searched: dict[int, Tensor] = {}
+        batches: dict[int, RowSums] = {}
         for head, residual in enumerate(rows):
             indices, sq_distances, total = [], [], residual.new_zeros(())
             for stage in range(self._num_stages):
                 p = head * self._num_stages + stage
                 if learns:
                     self._reset_unused(p, residual, row_mask)
-                searched.append(self._to_search(p, residual, learns))
+                searched[p] = self._to_search(p, residual, learns)
                 codebook = self._normalise(searched[p])
                 chosen, codes, distances = choose(residual, codebook, metric=self.metric, backend=self.backend)
                 if learns and self.follows_means and not is_recomputing():
                     counted = self._counted(residual, row_mask)
-                    batches.append(self._row_sums(residual, codebook, chosen[0], counted))
+                    batches[p] = self._row_sums(residual, codebook, chosen[0], counted)
                 if stage + 1 < self._num_stages:
                     residual = residual - codes
                 if left_out is not None:
@@ -379,8 +382,8 @@ class QuantizerBase(Codebook):
         return self._normalise(rows.to(wide))
 
     def _by_head(self, codebooks: Tensor) -> Tensor:
-        """Normalises codebooks [P, K, D] for the cosine, and views them as [C, Q, K, D]."""
-        return self._normalise(codebooks).view(-1, self._num_stages, self.num_codes, self.code_dim)
+        """Normalises codebooks [C·q, K, D] for the cosine, and views them as [C, q, K, D]."""
+        return self._normalise(codebooks).view(self._layout.num_codebooks, -1, self.num_codes, self.code_dim)
 
 
 def checked_indices(indices: Tensor, num_codes: int) -> Tensor:

@@ -11,9 +11,16 @@ from vq_kernels.cosine import unit
 from vq_kernels.distributed import check_owned, check_whole, is_dtensor, rank_and_world, sum_over_ranks
 from vq_kernels.gradient.autograd import LEFT_OUT, METRICS, Metric, straight_through
 from vq_kernels.learning.dead_codes import draw_sampling, evenly_spaced_rows, random_replacements
-from vq_kernels.learning.ema import RowSums, mean_codes, move_averages_, row_sums
+from vq_kernels.learning.ema import RowSums, mean_codes, move_averages_, row_sums, smoothed_sizes
 from vq_kernels.learning.kmeans import kmeans_if_needed
-from vq_kernels.learning.recompute import NUM_SAMPLES, copy_to_search, sample_rows, unless_recomputing
+from vq_kernels.learning.recompute import (
+    NUM_SAMPLES,
+    copy_to_search,
+    is_readable,
+    is_recomputing,
+    sample_rows,
+    unless_recomputing,
+)
 from vq_kernels.search.backend import BACKENDS, Backend, has_float64
 from vq_kernels.search.validation import check_at_least, check_bool, check_choice, check_dtype
 
@@ -34,7 +41,7 @@ class Codebook(nn.Module):
 
     1. calls `_reset_unused` (or `_start_by_kmeans`) with the rows that codebook p will quantize;
     2. searches `_to_search(p)`, and takes gradients with respect to `_differentiable(...)`;
-    3. calls `_count`, `_update_averages` with the `_row_sums` of each codebook, and `_follow_means`, unless it is
+    3. calls `_count`, and for each codebook `_update_averages` with its `_row_sums` and `_follow_means`, unless it is
        recomputing;
     4. calls `_reset_small`.
 
@@ -325,17 +332,24 @@ class Codebook(nn.Module):
         codes = self._codes.detach()
         if not (learns and self._copies):
             return codes[p]
-        last_searched = codes if self.searched_codebook is None else self.searched_codebook
-        samples = self.searched_rows[p]
-        copy, last_samples = copy_to_search(codes[p], last_searched[p], sample_rows(rows, samples), samples)
+        samples, last = self.searched_rows[p], self.searched_codebook
+        new_samples = sample_rows(rows, samples)
+        if last is not None and not torch.compiler.is_compiling() and not is_recomputing():
+            samples.copy_(new_samples)
+            return last[p].copy_(codes[p])
+        copy, last_samples = copy_to_search(codes[p], (codes if last is None else last)[p], new_samples, samples)
         samples.copy_(last_samples)
+        if last is not None:
+            last[p].copy_(copy)
         return cast(Tensor, copy)
 
-    def _differentiable(self, searched: list[Tensor], learns: bool) -> Tensor:
-        """Returns [P, K, D], all codes with their gradient, given those that `_to_search` returned."""
+    def _differentiable(self, searched: dict[int, Tensor], learns: bool) -> Tensor:
+        """Returns the codes [p, K, D] of codebooks that `_to_search` returned, with their gradient."""
+        codes = self._codes if len(searched) == len(self._codes) else self._codes[list(searched)]
         if not (learns and self._copies):
-            return self._codes
-        return straight_through(self._codes, stack(searched)) if self.learnable else stack(searched)
+            return codes
+        copies = stack(list(searched.values()))
+        return straight_through(codes, copies) if self.learnable else copies
 
     # Initialisation and dead codes
 
@@ -464,44 +478,48 @@ class Codebook(nn.Module):
         self.steps_unused.masked_fill_(self.batch_counts > 0, 0)
 
     @torch.no_grad()
-    def _update_averages(self, searched: list[Tensor], batches: list[RowSums], learning: Tensor | None) -> None:
-        """Moves the averages by one batch, from `_to_search` and `_row_sums` for each codebook, and `_learning`."""
-        assert self.searched_codebook is not None
-        self.searched_codebook.copy_(stack(searched))  # for a recomputation
-        counts, sums = (torch.stack(parts) for parts in zip(*batches, strict=True))  # [P, K], [P, K, D]
-        share = self._share(counts)
-        self._weigh_new_codes(NEW_CODE_ROWS * share, counts)
-        if learning is not None:  # the averages of the other codebooks move to themselves
-            counts = torch.where(learning[:, None], counts, self._sizes)
-            sums = torch.where(learning[:, None, None], sums, self._sums)
-        move_averages_(self._sizes, self._sums, RowSums(counts, sums), share)
+    def _update_averages(self, p: int, batch: RowSums, learning: Tensor | None) -> None:
+        """Moves the averages of codebook p by one batch, from `_row_sums`, if it is one of those of `_learning`."""
+        sizes, sums, share = self._sizes[p], self._sums[p], self._share(batch.counts)
+        if learning is not None:  # the averages of another codebook do not move
+            share = torch.where(learning[p], share, 0)
+            counts, sums_of_batch = (torch.where(learning[p], part, 0) for part in batch[:2])
+            batch = RowSums(counts, sums_of_batch, batch.codes)
+        if not is_readable(sizes) or bool((sizes <= 0).any()):
+            self._weigh_new_codes(p, NEW_CODE_ROWS * share, batch.counts)
+        move_averages_(sizes, sums, batch, share)
 
     @torch.no_grad()
-    def _follow_means(self, learning: Tensor | None) -> None:
-        """Sets the codes to the means of their rows, in the codebooks that `_learning` returned."""
-        means = torch.where(self._sizes[..., None] > 0, self._means(self._sizes, self._sums), self._codes)
-        self._codes.copy_(means if learning is None else torch.where(learning[:, None, None], means, self._codes))
+    def _follow_means(self, p: int, learning: Tensor | None) -> None:
+        """Sets the codes of codebook p to the means of their rows, if it is one of those of `_learning`."""
+        sizes, sums, codes = self._sizes[p], self._sums[p], self._codes[p]
+        if learning is None and self.metric == "euclidean" and is_readable(sizes) and bool((sizes > 0).all()):
+            torch.div(sums, smoothed_sizes(sizes, self.ema_eps)[:, None], out=codes)
+            return
+        has_rows = sizes > 0 if learning is None else (sizes > 0) & learning[p]
+        _write_where(has_rows, codes, self._means(sizes, sums))
 
     def _share(self, counts: Tensor) -> Tensor:
-        """Returns 1 - λ for a batch with these counts [P, K] of rows, [P]."""
+        """Returns 1 - λ for a batch with these counts [K] of rows, []."""
         assert self.ema_decay is not None
         if self.ema_decay != "auto":
-            return self._sizes.new_full(counts.shape[:1], 1 - self.ema_decay)
-        return (counts.sum(dim=1) / (ROWS_IN_AVERAGE * self.num_codes)).clamp(max=1 - LEAST_DECAY)
+            return self._sizes.new_full((), 1 - self.ema_decay)
+        share = (counts.sum() / (ROWS_IN_AVERAGE * self.num_codes)).clamp(max=1 - LEAST_DECAY)
+        return share.to(self._sizes.dtype)
 
-    def _weigh_new_codes(self, row_sizes: Tensor, counts: Tensor) -> None:
-        """Gives averages to codes that have none yet, from the counts [P, K] of their first batch.
+    def _weigh_new_codes(self, p: int, row_size: Tensor, counts: Tensor) -> None:
+        """Gives averages to codes that have none yet, from the counts [K] of their first batch.
 
-        Those that `_reset_unused` set to a row, and now have rows, get the sizes row_sizes [P].
+        Those that `_reset_unused` set to a row, and now have rows, get the size row_size [].
         """
-        num_rows = counts.sum(dim=1, keepdim=True)
+        old, num_rows = self._sizes[p], counts.sum()
         sizes = num_rows * (counts + 1) / (num_rows + self.num_codes)
-        new = (self._sizes < 0) & (num_rows > 0)
+        new = (old < 0) & (num_rows > 0)
         if self.restart_after or self.init == "data":
-            set_to_row = (self._sizes == 0) & (counts > 0)
-            new, sizes = new | set_to_row, torch.where(set_to_row, row_sizes[:, None], sizes)
-        self._sizes.copy_(torch.where(new, sizes, self._sizes))
-        self._sums.copy_(torch.where(new[..., None], sizes[..., None] * self._codes, self._sums))
+            set_to_row = (old == 0) & (counts > 0)
+            new, sizes = new | set_to_row, torch.where(set_to_row, row_size, sizes)
+        _write_where(new, self._sums[p], sizes[:, None] * self._codes[p])
+        _write_where(new, old, sizes)
 
     @property
     def perplexity(self) -> Tensor:
