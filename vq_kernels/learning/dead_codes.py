@@ -10,6 +10,9 @@ from torch import Tensor
 
 from vq_kernels.distributed import rank_and_world, sum_over_ranks
 
+SPREAD_ROWS = 64
+"""The rows that the spread of a batch is estimated from."""
+
 
 def evenly_spaced_rows(
     rows: Tensor,
@@ -31,7 +34,7 @@ def evenly_spaced_rows(
         row_mask: [N] bool, the rows that may be taken, or None for all.
         slots: [K] int64, equal on all ranks. Slots in [0, num_slots) get distinct rows if there are enough.
         num_slots: [] int64.
-        noise: standard deviation of the noise, relative to the row's root mean square.
+        noise: standard deviation of the noise, relative to the mean absolute deviation of the batch in each dimension.
         dtype: dtype of the result.
         synchronise: whether to use the rows of all ranks of the default process group, or only those of this process.
 
@@ -40,17 +43,27 @@ def evenly_spaced_rows(
     """
     if row_mask is not None:
         rows = _repeat_masked(rows, row_mask)
+    num_slots = num_slots.clamp(min=1)
+    if noise:  # further slots, for the rows that give the spread
+        further = torch.arange(SPREAD_ROWS, device=rows.device)
+        slots, num_slots = torch.cat([slots * SPREAD_ROWS, further * num_slots]), num_slots * SPREAD_ROWS
     if rank_and_world(synchronise)[1] == 1:
         start = torch.randint(rows.shape[0], (), device=rows.device)
-        chosen = (start + slots * rows.shape[0] // num_slots.clamp(min=1)) % rows.shape[0]
-        return _with_noise(rows[chosen].to(dtype), noise)
+        drawn = rows[(start + slots * rows.shape[0] // num_slots) % rows.shape[0]].to(dtype)
+        return _with_noise(drawn, torch.randn_like(drawn[:-SPREAD_ROWS]), noise) if noise else drawn
     start, first, num_rows = draw_start(rows).unbind()
-    chosen = (start + slots * num_rows // num_slots.clamp(min=1)) % num_rows.clamp(min=1) - first  # on this rank
-    is_here = (chosen >= 0) & (chosen < rows.shape[0])
+    chosen = (start + slots * num_rows // num_slots) % num_rows.clamp(min=1) - first  # on this rank
+    is_here = ((chosen >= 0) & (chosen < rows.shape[0]))[:, None]
     padded = rows if rows.shape[0] else rows.new_zeros(1, rows.shape[1])
-    targets = _with_noise(padded[chosen.clamp(0, padded.shape[0] - 1)].to(dtype), noise)
-    targets = sum_over_ranks(torch.where(is_here[:, None], targets, 0), synchronise)
-    return targets.masked_fill(num_rows == 0, torch.nan)
+    drawn = torch.where(is_here, padded[chosen.clamp(0, padded.shape[0] - 1)].to(dtype), 0)
+    if noise:
+        draws = torch.randn_like(drawn[:-SPREAD_ROWS]) * is_here[:-SPREAD_ROWS]
+        packed = sum_over_ranks(torch.cat([drawn, draws]), synchronise)
+        drawn, draws = torch.split(packed, [len(drawn), len(draws)])
+        drawn = _with_noise(drawn, draws, noise)
+    else:
+        drawn = sum_over_ranks(drawn, synchronise)
+    return drawn.masked_fill(num_rows == 0, torch.nan)
 
 
 def _repeat_masked(rows: Tensor, row_mask: Tensor) -> Tensor:
@@ -63,9 +76,12 @@ def _repeat_masked(rows: Tensor, row_mask: Tensor) -> Tensor:
     return rows[kept_first[position]].masked_fill(~row_mask.any(), torch.nan)
 
 
-def _with_noise(rows: Tensor, noise: float) -> Tensor:
-    spread = noise * rows.square().mean(dim=1, keepdim=True).sqrt()
-    return rows + spread * torch.randn_like(rows)
+def _with_noise(drawn: Tensor, draws: Tensor, noise: float) -> Tensor:
+    """Returns the first rows of drawn [K + SPREAD_ROWS, D], plus normal draws [K, D] of the spread of the last ones."""
+    rows, sample = torch.split(drawn, [len(draws), SPREAD_ROWS])
+    sample = sample.masked_fill(~sample.isfinite(), torch.nan)
+    spread = (sample - sample.nanmean(dim=0)).abs().nanmean(dim=0)  # no squares, which overflow
+    return rows + noise * spread * draws
 
 
 @torch.library.custom_op("vq_kernels::draw_start", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))

@@ -35,8 +35,9 @@ class VectorQuantizer(QuantizerBase):
         restart_after: reset a code that no row has chosen for this many training steps to a random row of the batch,
             before the next search. With 0, codes are never reset. "auto" is 20 steps, or as many as bring 10 rows for
             each code if that is more.
-        restart_noise: standard deviation of the noise added to a reset code, relative to the row's root mean square.
-            It keeps codes apart if more codes are reset than there are rows.
+        restart_noise: standard deviation of the noise added to a reset code, relative to the spread of the batch: the
+            mean absolute deviation in each dimension, of 64 rows. It keeps codes apart if more codes are reset than
+            there are rows.
         commitment_weight: w >= 0, the weight of the loss that draws x to its codes, see `vector_quantize`.
         metric: "euclidean" or "cosine". With "cosine", vectors and codes are normalised, gradients pass through the
             normalisation, and the search for the largest dot product is exact, see

@@ -124,11 +124,13 @@ def test_a_code_is_reset_after_20_steps_or_10_rows_for_each_code(num_rows: int, 
     assert quantizer.steps_unused[1:].tolist() == 15 * [1]  # counted anew
 
 
-def test_a_codebook_larger_than_the_batch_fills_at_once() -> None:
+@pytest.mark.parametrize("offset", [0.0, 1000.0])
+def test_a_codebook_larger_than_the_batch_fills_at_once(offset: float) -> None:
     torch.manual_seed(0)
     quantizer = VectorQuantizer(64, 8)
     for _ in range(20):
-        quantizer(torch.randn(8, 8))
+        quantizer(torch.randn(8, 8) + offset)
+    assert quantizer.encode(torch.randn(2000, 8) + offset).unique().numel() > 56
     distances = torch.pdist(quantizer.codebook)
     assert (distances < 0.5).sum() < 10  # 224 pairs of copies in the first step
 
