@@ -81,7 +81,6 @@ class CompatCodebook(Codebook):
         self.sync_kmeans = sync_kmeans
         self.resets_in_forward = True
         self._accumulated: list[RowSums] = []
-        self._num_drawn = 0  # samplings that the last step drew
 
     def _register_counts(self, shape: tuple[int, ...]) -> None:
         self.register_buffer("initted", torch.tensor(float(self.init != "kmeans"), dtype=torch.float32))
@@ -155,7 +154,7 @@ class CompatCodebook(Codebook):
                 self._reset_dead(rows, [])
             return
         if not torch.compiler.is_compiling():
-            self._num_drawn = 0
+            self._drawn = [False] * len(rows)
         counted = [self._counted(head, mask) for head in rows]
         batches = [self._row_sums(*head) for head in zip(rows, searched, indices, counted, strict=True)]
         weight = update.weight
@@ -186,18 +185,13 @@ class CompatCodebook(Codebook):
 
         A recomputation draws as many as the original pass, and resets nothing.
         """
-        if is_recomputing():
-            for _ in range(self._num_drawn):
-                draw_sampling(rows.shape[1], rows.device)
-            return
-        num_drawn = 0
         for p, head in enumerate(rows if self.min_cluster_size and self.training else ()):
-            is_known = rows.device.type == "cpu" and not torch.compiler.is_compiling()  # without waiting for a device
-            if not is_known or bool((self._sizes[p] < self.min_cluster_size).any()):
-                num_drawn += 1
+            if not self._draws(p, self._sizes[p] < self.min_cluster_size):
+                continue
+            if is_recomputing():
+                draw_sampling(rows.shape[1], rows.device)
+            else:
                 self._reset_small(p, head, counted[p])
-        if not torch.compiler.is_compiling():  # a captured graph repeats its own operators
-            self._num_drawn = num_drawn
 
     def _weighted(self, p: int, batch: RowSums, weight: Tensor) -> RowSums:
         """Returns a batch that moves the averages of each code by its weight, [K] or [C, K], times as far."""

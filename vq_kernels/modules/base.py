@@ -9,6 +9,7 @@ from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from vq_kernels.functional import Quantized
 from vq_kernels.gradient.autograd import LEFT_OUT, Choice, choose, pass_gradients
@@ -217,11 +218,15 @@ class QuantizerBase(Codebook):
         rows = self._layout.split(self._positions(x, None)[0])[head]
         return rows.to(torch.promote_types(rows.dtype, torch.float32)).contiguous()
 
-    def _quantize(self, x: Tensor, mask: Tensor | None, active: Tensor | None = None) -> Quantized:
-        """Quantizes x, with indices [..., Q] or [..., heads, Q]; in training mode, also updates the codebooks.
+    def _quantize(
+        self, x: Tensor, mask: Tensor | None, active: Tensor | None = None, num_stages: int | None = None
+    ) -> Quantized:
+        """Quantizes x, with indices [..., q] or [..., heads, q]; in training mode, also updates the codebooks.
 
-        `active` [Q] bool says which stages take part; with None all do.
+        The first q = num_stages stages are computed, or all. `active` [Q] bool says which of them take part; with None
+        all do.
         """
+        num_stages = self._num_stages if num_stages is None else num_stages
         if self.training:
             check_no_vmap()
             check_not_traced()
@@ -231,9 +236,9 @@ class QuantizerBase(Codebook):
         positions, row_mask = self._positions(x, mask)
         leading = positions.shape[:-1]
         rows = self._as_searched(self._layout.split(positions))
-        left_out = self._left_out(rows.shape[1], row_mask, active)
-        choices, searched, batches = self._choose(rows.detach(), row_mask, left_out, learns)
-        indices = torch.stack([choice.indices for choice in choices])  # [C, Q, M]
+        left_out = self._left_out(rows.shape[1], row_mask, active, num_stages)
+        choices, searched, batches = self._choose(rows.detach(), row_mask, left_out, learns, num_stages)
+        indices = torch.stack([choice.indices for choice in choices])  # [C, q, M]
         codebooks = self._by_head(self._differentiable(searched, learns))
         passed = (
             pass_gradients(
@@ -247,8 +252,14 @@ class QuantizerBase(Codebook):
         )
         codes, losses = zip(*passed, strict=True)
         if self.training and not is_recomputing():
-            learning = self._learning(None if active is None else active.repeat(len(choices)))
-            self._count(indices.flatten(0, 1), learning)
+            learning = counting = self._learning(None if active is None else active.repeat(len(choices)))
+            if num_stages < self._num_stages:
+                computed = (torch.arange(self._num_stages, device=x.device) < num_stages).repeat(len(choices))
+                counting = computed if learning is None else learning & computed
+                indices_of_all = F.pad(indices, (0, 0, 0, self._num_stages - num_stages), value=LEFT_OUT)
+            else:
+                indices_of_all = indices
+            self._count(indices_of_all.flatten(0, 1), counting)
             if learns and self.follows_means:
                 for p, batch in batches.items():
                     self._update_averages(p, batch, learning)
@@ -284,7 +295,6 @@ class QuantizerBase(Codebook):
             advice = "lower the learning rate, or check that the input varies"
         warnings.warn(f"{problem}; {advice}, or warn=False to hide this warning", stacklevel=2)
 
-    @torch.no_grad()
     def encode(self, x: Tensor, mask: Tensor | None = None, dtype: torch.dtype = torch.int64) -> Tensor:
         """Returns the indices that `forward` gives in eval mode, without a gradient. It learns and counts nothing.
 
@@ -295,6 +305,10 @@ class QuantizerBase(Codebook):
         Raises:
             TypeError, ValueError: x, mask or dtype does not fit.
         """
+        return self._encode(x, mask, dtype, self._num_stages)
+
+    @torch.no_grad()
+    def _encode(self, x: Tensor, mask: Tensor | None, dtype: torch.dtype, num_stages: int) -> Tensor:
         if dtype not in INDEX_DTYPES:
             raise TypeError(f"dtype must be an integer dtype, got {dtype}")
         if torch.iinfo(dtype).max < self.num_codes - 1:
@@ -303,15 +317,16 @@ class QuantizerBase(Codebook):
             raise ValueError(f"dtype must be signed with a mask, because padding has index -1, got {dtype}")
         positions, row_mask = self._positions(x, mask)
         rows = self._as_searched(self._layout.split(positions))
-        choices, _, _ = self._choose(rows, row_mask, self._left_out(rows.shape[1], row_mask, None), learns=False)
-        indices = torch.stack([choice.indices for choice in choices]).transpose(1, 2)  # [C, M, Q]
+        left_out = self._left_out(rows.shape[1], row_mask, None, num_stages)
+        choices, _, _ = self._choose(rows, row_mask, left_out, False, num_stages)
+        indices = torch.stack([choice.indices for choice in choices]).transpose(1, 2)  # [C, M, q]
         indices = indices if "num_quantizers" in self.size_names else indices[..., 0]
         return self._layout.join_indices(indices, positions.shape[:-1]).to(dtype).contiguous()
 
     def _choose(
-        self, rows: Tensor, row_mask: Tensor | None, left_out: Tensor | None, learns: bool
+        self, rows: Tensor, row_mask: Tensor | None, left_out: Tensor | None, learns: bool, num_stages: int
     ) -> tuple[list[Choice], dict[int, Tensor], dict[int, RowSums]]:
-        """Searches rows [C, M, D] stage by stage, without a gradient. If it `learns`, it resets dead codes first.
+        """Searches rows [C, M, D] in the first stages, without a gradient. If it `learns`, it resets dead codes first.
 
         Returns the choices of the C heads; the codebooks p that were searched, not normalised; and, if the codes follow
         the means of their rows, the sums of the batch for each.
@@ -321,7 +336,7 @@ class QuantizerBase(Codebook):
         batches: dict[int, RowSums] = {}
         for head, residual in enumerate(rows):
             indices, sq_distances, total = [], [], residual.new_zeros(())
-            for stage in range(self._num_stages):
+            for stage in range(num_stages):
                 p = head * self._num_stages + stage
                 if learns:
                     self._reset_unused(p, residual, row_mask)
@@ -331,7 +346,7 @@ class QuantizerBase(Codebook):
                 if learns and self.follows_means and not is_recomputing():
                     counted = self._counted(residual, row_mask)
                     batches[p] = self._row_sums(residual, codebook, chosen[0], counted)
-                if stage + 1 < self._num_stages:
+                if stage + 1 < num_stages:
                     residual = residual - codes
                 if left_out is not None:
                     chosen = chosen.masked_fill(left_out[stage], LEFT_OUT)
@@ -342,13 +357,15 @@ class QuantizerBase(Codebook):
             choices.append(Choice(torch.cat(indices), total, torch.cat(sq_distances)))
         return choices, searched, batches
 
-    def _left_out(self, num_rows: int, row_mask: Tensor | None, active: Tensor | None) -> Tensor | None:
-        """Returns the rows that each stage leaves out, [Q, M] bool, or None if no stage leaves out any."""
+    def _left_out(
+        self, num_rows: int, row_mask: Tensor | None, active: Tensor | None, num_stages: int
+    ) -> Tensor | None:
+        """Returns the rows that each of the first q stages leaves out, [q, M] bool, or None if none leaves out any."""
         if row_mask is None and active is None:
             return None
-        taken = torch.ones(self._num_stages, num_rows, dtype=torch.bool, device=self.codebook.device)
+        taken = torch.ones(num_stages, num_rows, dtype=torch.bool, device=self.codebook.device)
         taken = taken if row_mask is None else taken & row_mask
-        return ~(taken if active is None else taken & active[:, None])
+        return ~(taken if active is None else taken & active[:num_stages, None])
 
     def _decode(self, indices: Tensor) -> Tensor:
         """Sums the codes of the first q stages, at indices [..., q] or [..., heads, q]. The channels are as in x."""

@@ -129,6 +129,7 @@ class Codebook(nn.Module):
         self.ema_eps = ema_eps
         self.synchronise = synchronise
         self.backend: Backend = backend
+        self._drawn = [False] * math.prod(leading)  # see `_draws`
 
         codes = self._initial_codes((*leading, num_codes, code_dim), init_scale)
         if learnable:
@@ -400,6 +401,8 @@ class Codebook(nn.Module):
             due = due | (steps_unused >= self._steps_to_reset(_flat(self.batch_counts, 1)[p].sum()))
             if self.ema_decay is not None:  # a code that was set to a row, and not chosen even in that step
                 due = due | (self._sizes[p] == 0)
+        if not self._draws(p, due):
+            return
         targets = evenly_spaced_rows(  # [K, D]
             rows,
             row_mask,
@@ -414,6 +417,16 @@ class Codebook(nn.Module):
         self.restarts.add_(torch.where(starts, 0, due.sum()))
         steps_unused.masked_fill_(due, 0)
         needs_data.mul_(~due.any())
+
+    def _draws(self, p: int, dead: Tensor) -> bool:
+        """Whether a pass draws random numbers for the dead codes [K] bool of codebook p: only if there are any.
+
+        A recomputation draws as the original pass did. Captured graphs and other devices than the CPU always draw,
+        because it would take time to wait for `dead`.
+        """
+        if not is_recomputing() and not torch.compiler.is_compiling():
+            self._drawn[p] = not is_readable(dead) or bool(dead.any())
+        return torch.compiler.is_compiling() or self._drawn[p]
 
     def _steps_to_reset(self, num_rows: Tensor) -> Tensor | float:
         """Returns the steps without use after which a code is reset, given the rows [...] of a batch."""

@@ -17,7 +17,7 @@ class ResidualVectorQuantizer(QuantizerBase):
 
     Example, with num_quantizers=8, num_codes=1024 and code_dim=128: x [16, 75, 128] gives quantized [16, 75, 128],
     indices [16, 75, 8] and a loss. `decode(indices[..., :3])` is the coarser vector of the first three stages; these
-    indices are those that a quantizer of three stages would give.
+    indices are those that a quantizer of three stages would give, and `quantizer(x, n_q=3)` computes only these.
 
     With r_1 = x, c_q the code nearest to r_q, r_{q+1} = r_q - c_q, and w the commitment_weight:
 
@@ -111,22 +111,44 @@ class ResidualVectorQuantizer(QuantizerBase):
         dropout = f", quantizer_dropout={self.quantizer_dropout}" if self.quantizer_dropout else ""
         return f"num_quantizers={self.num_quantizers}, {super().extra_repr()}{dropout}"
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Quantized:
-        """Quantizes x; in eval mode, by all stages. See `VectorQuantizer.forward` for training mode and checkpointing.
+    def forward(self, x: Tensor, mask: Tensor | None = None, *, n_q: int | None = None) -> Quantized:
+        """Quantizes x. See `VectorQuantizer.forward` for training mode and checkpointing.
 
         Args:
             x: heads·D channels in `channel_dim`, of any dtype of `nearest_code`. [...] is its shape without them.
                 Residuals of half precision are taken in float32.
             mask: [...] bool, False for padding, as for `VectorQuantizer`.
+            n_q: in [1, Q], the number of stages, equal on all ranks; None: all. The later ones are not computed and
+                learn nothing.
 
         Returns:
-            Quantized(quantized, with x's shape and dtype, indices [..., Q] int64, or [..., heads, Q], loss []).
+            Quantized(quantized, with x's shape and dtype, indices [..., n_q] int64, or [..., heads, n_q], loss []).
 
         Raises:
-            TypeError, ValueError: x or mask does not fit.
+            TypeError, ValueError: x, mask or n_q does not fit.
             RuntimeError: as for `nearest_code`.
         """
-        return self._quantize(x, mask, self._draw_active() if self.training and self.quantizer_dropout else None)
+        active = self._draw_active() if self.training and self.quantizer_dropout else None
+        return self._quantize(x, mask, active, self._checked_stages(n_q))
+
+    def encode(
+        self, x: Tensor, mask: Tensor | None = None, dtype: torch.dtype = torch.int64, *, n_q: int | None = None
+    ) -> Tensor:
+        """Returns the indices that `forward` gives in eval mode, without a gradient. It learns and counts nothing.
+
+        Args:
+            x, mask, n_q: as for `forward`.
+            dtype: as for `VectorQuantizer.encode`.
+
+        Raises:
+            TypeError, ValueError: x, mask, dtype or n_q does not fit.
+        """
+        return self._encode(x, mask, dtype, self._checked_stages(n_q))
+
+    def _checked_stages(self, n_q: int | None) -> int:
+        if n_q is not None and not 1 <= n_q <= self.num_quantizers:
+            raise ValueError(f"n_q must be in [1, {self.num_quantizers}], got {n_q}")
+        return self.num_quantizers if n_q is None else n_q
 
     def decode(self, indices: Tensor) -> Tensor:
         """Returns the sum of the codes of the first stages. With all indices of `forward`, this equals its quantized

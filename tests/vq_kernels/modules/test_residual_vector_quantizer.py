@@ -18,6 +18,7 @@ from vq_kernels import (
     nearest_code,
     vector_quantize,
 )
+from vq_kernels.modules import base
 from vq_kernels.search.reference import brute_force_nearest
 
 STAGES, CODES, DIM = 3, 20, 4
@@ -187,6 +188,66 @@ def test_dropped_stages_have_no_effect() -> None:
         assert not quantizer.batch_counts[num_stages:].any()
     assert drawn == {1, 2, 3}
     assert (quantizer.eval()(x).indices >= 0).all()
+
+
+@pytest.mark.parametrize("options", [{}, {"ema_decay": 0.5, "restart_after": 1}, {"heads": 2}], ids=str)
+def test_n_q_stages_equal_a_quantizer_of_fewer(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = make(commitment_weight=0.5, separate_codebooks=True, **options)
+    fewer = residual_quantizer(2, CODES, DIM, commitment_weight=0.5, separate_codebooks=True, **options)
+    before = copy.deepcopy(whole.state_dict())
+    axis = whole.codebook.dim() - 3
+    fewer.load_state_dict({key: value.narrow(axis, 0, 2) if value.dim() else value for key, value in before.items()})
+    num_searches, search = [], base.choose
+    monkeypatch.setattr(base, "choose", lambda *args, **keywords: num_searches.append(1) or search(*args, **keywords))
+    for step in range(3):
+        results = []
+        for quantizer, keywords in ((whole, {"n_q": 2}), (fewer, {})):
+            torch.manual_seed(step)
+            x = draw(40, DIM * whole.heads, seed=step).requires_grad_()
+            quantized, indices, loss = quantizer(x, **keywords)
+            (quantized.square().sum() + loss).backward()
+            results.append((quantized.detach(), indices, loss.detach(), x.grad))
+        torch.testing.assert_close(*results)
+    assert len(num_searches) == 2 * 3 * 2 * whole.heads
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(value.narrow(axis, 0, 2) if value.dim() else value, fewer.state_dict()[name])
+        assert not value.dim() or torch.equal(value.select(axis, 2), before[name].select(axis, 2)), name
+    if whole.codebook.requires_grad:
+        assert not whole.codebook.grad.select(axis, 2).any()
+    whole.eval()
+    x = draw(40, DIM * whole.heads)
+    assert torch.equal(whole.encode(x, n_q=1), whole.encode(x)[..., :1])
+    assert torch.equal(whole(x, n_q=1).quantized, whole.decode(whole(x).indices[..., :1]))
+
+
+@pytest.mark.parametrize("n_q", [0, STAGES + 1])
+def test_invalid_n_q(n_q: int) -> None:
+    for call in (make(), make().encode):
+        with pytest.raises(ValueError, match=rf"n_q must be in \[1, {STAGES}\], got {n_q}"):
+            call(draw(5, DIM), n_q=n_q)
+
+
+def test_dropout_with_n_q() -> None:
+    quantizer, num_active = make(quantizer_dropout=1.0), set()
+    for seed in range(12):
+        torch.manual_seed(seed)
+        indices = quantizer(draw(5, DIM), n_q=2).indices
+        assert indices.shape == (5, 2)
+        num_active.add(int((indices[0] >= 0).sum()))
+    assert num_active == {1, 2}
+
+
+def test_no_random_numbers_without_a_dead_code() -> None:
+    quantizer = residual_quantizer(2, 4, DIM, init="data", restart_after=2, ema_decay=0.5)
+    x = draw(200, DIM)
+    draws = []
+    for step in range(6):
+        if step == 3:
+            quantizer.steps_unused[1, 2] = 2
+        before = torch.get_rng_state()
+        quantizer(x)
+        draws.append(not torch.equal(torch.get_rng_state(), before))
+    assert draws == [True, False, False, True, False, False]
 
 
 def test_dropout_frequency() -> None:
