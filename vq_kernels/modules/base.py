@@ -2,9 +2,10 @@
 
 import math
 import warnings
-from collections.abc import Iterable
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import partial
 from typing import Any, Literal, Self
 
 import torch
@@ -367,15 +368,22 @@ class QuantizerBase(Codebook):
         taken = taken if row_mask is None else taken & row_mask
         return ~(taken if active is None else taken & active[:num_stages, None])
 
-    def _decode(self, indices: Tensor) -> Tensor:
-        """Sums the codes of the first q stages, at indices [..., q] or [..., heads, q]. The channels are as in x."""
+    @abstractmethod
+    def decode(self, indices: Tensor) -> Tensor:
+        """Returns the quantized vectors of these indices."""
+
+    def get_codebook_entry(self, indices: Tensor) -> Tensor:
+        """Returns `decode(indices)`."""
+        return self.decode(indices)
+
+    def _decode(self, indices: Tensor) -> Iterator[Tensor]:
+        """Yields the codes of the first q stages, at indices [..., q] or [..., heads, q]. The channels are as in x."""
         leading = indices.shape[:-1] if self.heads == 1 else indices.shape[:-2]
         by_head = self._layout.split_indices(checked_indices(indices, self.num_codes), num_last=1)  # [C, M, q]
-        sums = []
-        for codebooks, chosen in zip(self._by_head(self._codes), by_head, strict=True):
-            first_stages = zip(codebooks, chosen.unbind(-1), strict=False)  # q of Q
-            sums.append(reduce(torch.add, (codes_at(*stage) for stage in first_stages)))
-        return self._layout.join(torch.stack(sums), leading).movedim(-1, self.channel_dim)
+        codebooks = self._by_head(self._codes)
+        for stage, chosen in enumerate(by_head.unbind(-1)):
+            codes = [codes_at(*head) for head in zip(codebooks[:, stage], chosen, strict=True)]
+            yield self._layout.join(stack(codes), leading).movedim(-1, self.channel_dim)
 
     def _positions(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Checks x and mask. Returns x as [..., heads·D] with 0 for padding, and the mask of its rows, [M] or None."""

@@ -1,5 +1,6 @@
 """ResidualVectorQuantizer: each stage quantizes the residual of the previous stages."""
 
+from functools import reduce
 from typing import Literal
 
 import torch
@@ -111,7 +112,9 @@ class ResidualVectorQuantizer(QuantizerBase):
         dropout = f", quantizer_dropout={self.quantizer_dropout}" if self.quantizer_dropout else ""
         return f"num_quantizers={self.num_quantizers}, {super().extra_repr()}{dropout}"
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, *, n_q: int | None = None) -> Quantized:
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, *, n_q: int | None = None, return_all_codes: bool = False
+    ) -> Quantized | tuple[Tensor, ...]:
         """Quantizes x. See `VectorQuantizer.forward` for training mode and checkpointing.
 
         Args:
@@ -120,16 +123,19 @@ class ResidualVectorQuantizer(QuantizerBase):
             mask: [...] bool, False for padding, as for `VectorQuantizer`.
             n_q: in [1, Q], the number of stages, equal on all ranks; None: all. The later ones are not computed and
                 learn nothing.
+            return_all_codes: also return the codes of each stage, `get_codes_from_indices(indices)`.
 
         Returns:
             Quantized(quantized, with x's shape and dtype, indices [..., n_q] int64, or [..., heads, n_q], loss []).
+            With return_all_codes, a tuple of these three and the codes [n_q, ...].
 
         Raises:
             TypeError, ValueError: x, mask or n_q does not fit.
             RuntimeError: as for `nearest_code`.
         """
         active = self._draw_active() if self.training and self.quantizer_dropout else None
-        return self._quantize(x, mask, active, self._checked_stages(n_q))
+        result = self._quantize(x, mask, active, self._checked_stages(n_q))
+        return (*result, self.get_codes_from_indices(result.indices)) if return_all_codes else result
 
     def encode(
         self, x: Tensor, mask: Tensor | None = None, dtype: torch.dtype = torch.int64, *, n_q: int | None = None
@@ -165,6 +171,13 @@ class ResidualVectorQuantizer(QuantizerBase):
             TypeError, ValueError: indices do not fit, see `VectorQuantizer.decode`.
         """
         check_tensor("indices", indices)
+        return reduce(torch.add, self._decode(self._checked(indices)))
+
+    def get_codes_from_indices(self, indices: Tensor) -> Tensor:
+        """Returns the codes of each stage, [q, ...], which `decode` sums, for indices as there."""
+        return torch.stack(list(self._decode(self._checked(indices))))
+
+    def _checked(self, indices: Tensor) -> Tensor:
         heads = (self.heads,) if self.heads > 1 else ()
         fits = indices.shape[-1 - len(heads) : -1] == heads
         if not fits or not 1 <= indices.shape[-1] <= self.num_quantizers:
@@ -172,7 +185,7 @@ class ResidualVectorQuantizer(QuantizerBase):
             raise ValueError(
                 f"indices must be [{expected}] with 1 <= q <= {self.num_quantizers}, got {tuple(indices.shape)}"
             )
-        return self._decode(indices)
+        return indices
 
     def _draw_active(self) -> Tensor:
         """Draws which of the first stages quantize a training batch, [Q] bool, equal on all ranks."""

@@ -161,7 +161,11 @@ class VectorQuantizer(QuantizerBase):
         check_tensor("indices", indices)
         if self.heads > 1 and indices.shape[-1:] != (self.heads,):
             raise ValueError(f"indices must be [..., {self.heads}], one for each head, got {tuple(indices.shape)}")
-        return self._decode(indices[..., None])
+        return next(self._decode(indices[..., None]))
+
+    def get_codes_from_indices(self, indices: Tensor) -> Tensor:
+        """Returns `decode(indices)`."""
+        return self.decode(indices)
 
     @torch.no_grad()
     def topk(self, x: Tensor, k: int) -> NearestCodes:

@@ -44,6 +44,9 @@ def test_encode_gives_the_indices_of_eval_mode_and_decode_takes_them(
     if "cosine" not in name:
         assert torch.equal(decoded, expected.quantized)
     assert torch.equal(decoded, module.decode(expected.indices))
+    assert torch.equal(decoded, module.get_codebook_entry(indices))
+    codes = module.get_codes_from_indices(indices)
+    assert torch.equal(codes.sum(dim=0) if codes.dim() > decoded.dim() else codes, decoded)
 
 
 def test_padding_needs_a_signed_dtype() -> None:

@@ -94,6 +94,18 @@ def test_decoding_the_first_stages() -> None:
     assert torch.equal(quantizer.decode(indices)[3], quantizer.codebook[0, indices[3, 0]])
 
 
+@pytest.mark.parametrize("options", [{}, {"heads": 2, "separate_codebooks": True, "channel_dim": 1}], ids=str)
+def test_the_codes_of_each_stage(options: dict[str, Any]) -> None:
+    quantizer = make(**options)
+    x = draw(3, DIM * quantizer.heads, 7).movedim(1, quantizer.channel_dim)
+    quantized, indices, loss, codes = quantizer(x, return_all_codes=True)
+    assert torch.equal(codes, quantizer.get_codes_from_indices(indices))
+    assert torch.equal(codes[0] + codes[1] + codes[2], quantized)
+    assert torch.equal(codes[0], quantizer.decode(indices[..., :1]))
+    assert torch.equal(quantizer.get_codes_from_indices(indices[..., :2]), codes[:2])
+    assert torch.equal(loss, quantizer(x).loss)
+
+
 def test_the_first_indices_equal_those_of_fewer_stages() -> None:
     quantizer = make()
     x = draw(100, DIM)
