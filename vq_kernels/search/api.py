@@ -16,8 +16,8 @@ from torch.utils._pytree import _register_namedtuple
 
 from vq_kernels.search import onnx_export
 from vq_kernels.search.backend import BACKENDS, Backend, Found, backend_module, choose_backend, has_float64
+from vq_kernels.search.operators import define_operator
 from vq_kernels.search.validation import check_choice, check_codebook, check_dtype, check_pair
-from vq_kernels.search.vmap import register_vmap
 
 
 class NearestCode(NamedTuple):
@@ -159,6 +159,8 @@ def nearest_code(x: Tensor, codebook: Tensor | PreparedCodebook, *, backend: Bac
         each = [nearest_code(*pair, backend=backend) for pair in zip(x, codebook, strict=True)]
         return NearestCode(*(torch.stack(parts) for parts in zip(*each, strict=True)))
     indices, codes, sq_distances, _ = _search(x, codebook, backend)
+    if x.dim() == 2:
+        return NearestCode(indices, codes, sq_distances.float())
     return NearestCode(indices.view(x.shape[:-1]), codes.view(x.shape), sq_distances.view(x.shape[:-1]).float())
 
 
@@ -212,7 +214,8 @@ def unpacked(codebook: Tensor | PreparedCodebook, backend: Backend) -> tuple[Ten
 def _search(x: Tensor, codebook: Tensor | PreparedCodebook, backend: Backend) -> Found:
     codebook, operands, backend = unpacked(codebook, backend)
     check_pair(x, codebook)
-    return nearest_code_op(x.detach().reshape(-1, x.shape[-1]), codebook.detach(), operands, backend)
+    rows = x.detach() if x.dim() == 2 else x.detach().reshape(-1, x.shape[-1])
+    return nearest_code_op(rows, codebook.detach(), operands, backend)
 
 
 def nearest_code_op(x: Tensor, codebook: Tensor, operands: list[Tensor], backend: str) -> Found:
@@ -226,8 +229,7 @@ def nearest_code_op(x: Tensor, codebook: Tensor, operands: list[Tensor], backend
     return found
 
 
-@torch.library.custom_op("vq_kernels::nearest_code", mutates_args=())
-def _operator(x: Tensor, codebook: Tensor, operands: list[Tensor], backend: str) -> Found:
+def _search_by_backend(x: Tensor, codebook: Tensor, operands: list[Tensor], backend: str) -> Found:
     if not has_float64(x.device):
         indices, codes, sq_distances, statistics = _operator(
             x.cpu(), codebook.cpu(), [operand.cpu() for operand in operands], backend
@@ -238,11 +240,10 @@ def _operator(x: Tensor, codebook: Tensor, operands: list[Tensor], backend: str)
     return found
 
 
-@_operator.register_fake
-def _(x: Tensor, codebook: Tensor, operands: list[Tensor], backend: str) -> Found:
+def _fake(x: Tensor, codebook: Tensor, operands: list[Tensor], backend: str) -> Found:
     wide = torch.float64 if has_float64(x.device) else torch.float32
     indices, sq_distances = (x.new_empty(x.shape[0], dtype=dtype) for dtype in (torch.int64, wide))
     return indices, x.new_empty(x.shape), sq_distances, x.new_empty(3, dtype=torch.int64)
 
 
-register_vmap(_operator, num_row_outputs=3)
+_operator = define_operator("nearest_code", _search_by_backend, _fake, num_row_outputs=3)

@@ -30,14 +30,14 @@ def choose_backend(x: Tensor, codebook: Tensor, backend: str = "auto") -> tuple[
         raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if backend == "torch":
         return "torch", f"{source} asks for it"
+    if backend == "auto" and x.device.type != "cuda":
+        where = "" if has_float64(x.device) else f"; it runs on the CPU, as {x.device.type} has no float64"
+        return "torch", f"x is on {x.device.type}, and the Triton kernels need CUDA{where}"
     obstacle = _triton_obstacle(x, codebook)
     if backend == "triton":
         if obstacle:
             raise RuntimeError(f"{source}='triton' cannot run here: {obstacle}")
         return "triton", f"{source} asks for it"
-    if x.device.type != "cuda":
-        where = "" if has_float64(x.device) else f"; it runs on the CPU, as {x.device.type} has no float64"
-        return "torch", f"x is on {x.device.type}, and the Triton kernels need CUDA{where}"
     if obstacle:
         _warn_once(f"vq_kernels searches with PyTorch instead of Triton: {obstacle}")
         return "torch", obstacle

@@ -4,10 +4,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._library.custom_ops import CustomOpDef
 
 
-def register_vmap(op: CustomOpDef, num_row_outputs: int = 0) -> None:
+def register_vmap(op: Any, num_row_outputs: int = 0) -> None:
     """Let `torch.func.vmap` call an operator, whose first argument is x [N, D], with the results of a loop.
 
     If vmap adds a dimension to x alone, all rows are searched at once. That needs outputs with one entry per row, the
