@@ -8,7 +8,8 @@ Each step processes only the rows that the previous one left undecided:
    the lowest index on a tie.
 3. Exhaustive. If many codes reach it, steps 1 and 2 are repeated with float64 scores.
 
-If all scores fit into a tile, they are kept from step 1 to step 2 instead of being computed again.
+If all scores fit into a tile, they are kept from step 1 to step 2 instead of being computed again. Small searches for
+the nearest code begin with a cheaper step 1 (torch_small.py); where it leaves many candidates, all steps follow.
 
 Memory: a fixed buffer and O(N + K·D). Only a tile of the [N, K] scores exists at a time.
 
@@ -16,6 +17,7 @@ Sources: van den Oord et al. 2017, arXiv:1711.00937, eq. 1, for the search; High
 Algorithms", 2nd ed., section 3.1, for the error of a sum in any order.
 """
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
@@ -28,17 +30,23 @@ from vq_kernels.search.torch_bounds import (
     CodebookOperand,
     augment,
     float32_is_sufficient,
-    prepare,
     prepare_products,
     squared_distances,
 )
+from vq_kernels.search.torch_bounds import prepare as prepare_for_tiles
+from vq_kernels.search.torch_small import SmallOperand, is_small, prepare_small, scan_small
 
 __all__ = ["most_similar", "prepare", "search"]
 
 _DIRECT_ELEMENTS = 1 << 16  # elements per step of direct differences
 _GATHER_ELEMENTS = 1 << 20  # elements gathered at a time
+_DIFFERENCE_ELEMENTS = 1 << 18  # float64 differences computed at a time, which fit into a core's caches
 _MANY_CANDIDATES = 16  # per row; with more, float64 scores (or after them, removing duplicate codes) are faster
-_TINY_SQ_DISTANCE = 2.0**-80  # below it a float32 sum of squares may have lost terms to underflow
+
+
+def prepare(codebook: Tensor) -> tuple[Tensor, ...]:
+    """Return the operands of the codebook [K, D]: of the scan of tiles, and of the scan of small searches."""
+    return *prepare_for_tiles(codebook), *prepare_small(codebook)
 
 
 def search(x: Tensor, codebook: Tensor, prepared: list[Tensor]) -> Found:
@@ -53,7 +61,7 @@ def search(x: Tensor, codebook: Tensor, prepared: list[Tensor]) -> Found:
         As described at `Found`. Rows that are not finite count as certified.
     """
     with _no_autocast(x.device):
-        indices, statistics = _find(x, codebook, CodebookOperand(*prepared) if prepared else prepare(codebook))
+        indices, statistics = _find_nearest(x, codebook, prepared)
         codes, sq_distances = gather_codes(x, codebook, indices)
     return indices, codes, sq_distances, statistics
 
@@ -70,6 +78,33 @@ def most_similar(x: Tensor, codebook: Tensor) -> Tensor:
 def _no_autocast(device: torch.device) -> AbstractContextManager[object]:
     autocast = torch.is_autocast_enabled(device.type)
     return torch.autocast(device.type, enabled=False) if autocast else nullcontext()
+
+
+def _find_nearest(x: Tensor, codebook: Tensor, prepared: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """`_find` for the nearest codes. The rows that `scan_small` certifies, or leaves few candidates, skip the rest."""
+    scan, operand = None, None
+    if is_small(x, codebook):
+        operand = SmallOperand(*prepared[len(CodebookOperand._fields) :]) if prepared else prepare_small(codebook)
+        scan = scan_small(x, codebook, operand)
+    if scan is None or operand is None:
+        return _find(x, codebook, _for_tiles(codebook, prepared))
+    indices, rows, thresholds, scores = scan
+    statistics = torch.tensor([x.shape[0], 0, 0], device=x.device)
+    if rows.numel():
+        chosen = x.index_select(0, rows), codebook, operand, scores.index_select(1, rows).t(), thresholds[rows]
+        indices[rows], counts = _rerank_scores(*chosen)
+        reranked = int(counts.count_nonzero())
+        statistics += torch.tensor([-reranked, reranked, 0], device=x.device)
+        many = rows[counts > _MANY_CANDIDATES]
+        if many.numel():
+            indices[many], others = _find(x.index_select(0, many), codebook, _for_tiles(codebook, prepared))
+            statistics[1] -= many.numel()
+            statistics += others
+    return indices, statistics
+
+
+def _for_tiles(codebook: Tensor, prepared: list[Tensor]) -> CodebookOperand:
+    return CodebookOperand(*prepared[: len(CodebookOperand._fields)]) if prepared else prepare_for_tiles(codebook)
 
 
 def _find(x: Tensor, codebook: Tensor, operand: CodebookOperand) -> tuple[Tensor, Tensor]:
@@ -174,7 +209,7 @@ def _rerank(
 def _rerank_scores(
     x: Tensor,
     codebook: Tensor,
-    operand: CodebookOperand,
+    operand: CodebookOperand | SmallOperand,
     scores: Tensor,
     thresholds: Tensor,
     allowed: Tensor | None = None,
@@ -241,22 +276,16 @@ def gather_codes(x: Tensor, codebook: Tensor, indices: Tensor) -> tuple[Tensor, 
     """
     codes = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     sq_distances = torch.empty(x.shape[0], dtype=torch.float64, device=x.device)
-    one_dtype = x.dtype == codebook.dtype
-    wider = torch.promote_types(torch.promote_types(x.dtype, codebook.dtype), torch.float32)
-    rows = max(1, min(x.shape[0], _GATHER_ELEMENTS // x.shape[1]))
-    difference = torch.empty(rows, x.shape[1], dtype=wider, device=x.device)
+    rows = max(1, min(x.shape[0], _DIFFERENCE_ELEMENTS // x.shape[1]))
+    differences = torch.empty(rows, x.shape[1], dtype=torch.float64, device=x.device)
     for start in range(0, x.shape[0], rows):
         tile = slice(start, start + rows)
-        if one_dtype:
+        if x.dtype == codebook.dtype:
             chosen = torch.index_select(codebook, 0, indices[tile], out=codes[tile])
         else:
             codes[tile] = chosen = codebook.index_select(0, indices[tile])
-        part = torch.sub(x[tile].to(wider), chosen, out=difference[: chosen.shape[0]])
-        sq_distances[tile] = part.square_().sum(dim=1)
-    least, largest = sq_distances.aminmax() if x.shape[0] else (1.0, 1.0)  # both are NaN if one is
-    if not (least >= _TINY_SQ_DISTANCE and largest < torch.inf):  # a row with Inf has distance Inf here, but needs NaN
-        rare = (~((sq_distances >= _TINY_SQ_DISTANCE) & sq_distances.isfinite())).nonzero()[:, 0]
-        for some in torch.split(rare, max(1, _DIRECT_ELEMENTS // x.shape[1])):
-            exact = pair_distances(x, codebook, some, indices[some])
-            sq_distances[some] = exact.masked_fill_(~x.index_select(0, some).isfinite().all(dim=1), torch.nan)
+        difference = differences[: chosen.shape[0]].copy_(x[tile]).sub_(chosen)
+        torch.sum(difference.square_(), dim=1, out=sq_distances[tile])
+        if not math.isfinite(float(sq_distances[tile].sum())):
+            sq_distances[tile].masked_fill_(~x[tile].isfinite().all(dim=1), torch.nan)
     return codes, sq_distances

@@ -124,7 +124,7 @@ def _write_bounds(matrix: Tensor, norms: Tensor, sq_norms: Tensor, radius: float
     norms [K] and sq_norms [K], or zeros for dot products, are those of the codes; radius is the largest norm.
     """
     dtype, num_codes, code_dim = matrix.dtype, norms.shape[0], matrix.shape[1] - 2
-    error = 1.01 * (code_dim + 16) * (_UNIT[dtype] + _UNIT[torch.float64])
+    error = error_factor(code_dim, dtype)
     error_constant = (error * sq_norms).add_(_TINY[dtype])  # one half for the product, one for the norm
     torch.sub(error_constant, sq_norms, alpha=0.5, out=matrix[:num_codes, code_dim])
     torch.mul(norms, error, out=matrix[:num_codes, code_dim + 1]).add_(error * _HIDDEN_NORM)
@@ -136,6 +136,11 @@ def _write_bounds(matrix: Tensor, norms: Tensor, sq_norms: Tensor, radius: float
         matrix[num_codes:] = 0
         matrix[num_codes:, code_dim] = _NEVER[dtype]
     return error_constant
+
+
+def error_factor(code_dim: int, dtype: torch.dtype) -> float:
+    """The f of the error bounds."""
+    return 1.01 * (code_dim + 16) * (_UNIT[dtype] + _UNIT[torch.float64])
 
 
 def _shift_and_scale_any(wide: Tensor, centred: Tensor) -> tuple[float, Tensor, Tensor | None, Tensor]:

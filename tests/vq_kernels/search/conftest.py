@@ -10,6 +10,7 @@ import torch
 
 from tests.vq_kernels.search.exactness import BACKENDS_HERE, INTERPRETED, poisoned_allocations, require_backend
 from tests.vq_kernels.search.steps import TOTALS, Totals, counted_steps
+from vq_kernels.search import torch_small
 
 # test_triton_launch.py runs these tests in the interpreter.
 collect_ignore = [] if "triton" in BACKENDS_HERE else ["test_triton_margin.py"]
@@ -17,7 +18,13 @@ collect_ignore = [] if "triton" in BACKENDS_HERE else ["test_triton_margin.py"]
 
 # Only a GPU rounds the scores as matrix units do.
 _ON_GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))
-_BACKENDS = BACKENDS_HERE if INTERPRETED else ("torch", pytest.param("triton", marks=_ON_GPU))
+# What to change in torch_small.py, so that every search by PyTorch takes the same way whatever its size.
+_WAYS = {
+    "by tiles": {"LARGEST_SCAN": 0},
+    "by sorting": {"MOST_SORTED_ROWS": 1 << 62},
+    "by maxima": {"MOST_SORTED_ROWS": 0},
+}
+_BACKENDS = BACKENDS_HERE if INTERPRETED else (*_WAYS, pytest.param("triton", marks=_ON_GPU))
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -42,9 +49,14 @@ def steps() -> Counter[str]:
 
 
 @pytest.fixture(params=_BACKENDS)
-def backend(request: pytest.FixtureRequest, steps: Counter[str], totals: Totals) -> Iterator[str]:
-    """Each backend; Triton on a GPU or interpreted."""
-    name: str = request.param
+def backend(
+    request: pytest.FixtureRequest, steps: Counter[str], totals: Totals, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[str]:
+    """Each backend, and each way of PyTorch's; Triton on a GPU or interpreted."""
+    way = _WAYS.get(request.param, {})
+    name = "torch" if way else request.param
+    for constant, value in way.items():
+        monkeypatch.setattr(torch_small, constant, value)
     require_backend(name)
     with ExitStack() as contexts:
         contexts.enter_context(counted_steps(name, steps, totals))
