@@ -120,8 +120,10 @@ def _iterate(
     while iteration < max_iterations and not converged:
         plain = settled or iteration == max_iterations - 1
         codebook = _move(batches, codebook, step, 1.0 if plain else _OVERSHOOT, seed + 1 + iteration)
-        last_inertia, step = step.inertia, _assign(batches, codebook)
-        settled = last_inertia - step.inertia <= tolerance * step.inertia and bool(step.counts.all())
+        last, step = step, _assign(batches, codebook)
+        num_empty, last_empty = (int((each.counts == 0).sum()) for each in (step, last))
+        filled = num_empty in (0, last_empty)  # or re-seeding fills no more, because too few rows are distinct
+        settled = last.inertia - step.inertia <= tolerance * step.inertia and filled
         converged = settled and plain
         iteration += 1
         advance(step.inertia)

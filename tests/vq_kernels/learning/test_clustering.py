@@ -128,12 +128,14 @@ def test_empty_clusters_are_reseeded() -> None:
     assert result.inertia < 1e3
 
 
-def test_fewer_distinct_rows_than_codes() -> None:
-    x = torch.tensor([[0.0], [1.0], [2.0]]).repeat(10, 1)
-    result = kmeans(x, 5)
-    assert result.inertia == 0
-    assert sorted(set(result.codebook[:, 0].tolist())) == [0.0, 1.0, 2.0]
-    assert result.converged is False or (result.counts > 0).sum() == 3
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_fewer_distinct_rows_than_codes_end_early(metric: Metric) -> None:
+    x = torch.tensor([[1.0, 0.0], [1.0, 2.0], [2.0, 1.0]]).repeat(10, 1)
+    result = kmeans(x, 5, metric=metric)
+    assert result.inertia < 1e-12
+    assert (result.counts > 0).sum() == 3
+    assert result.converged
+    assert result.num_iterations <= 3
 
 
 def test_progress_is_shown_on_request(capsys: pytest.CaptureFixture[str]) -> None:
