@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from vq_kernels.search.validation import is_tracing
+
 FIRST, PERIOD, PATIENCE = 10, 50, 5
 """Step 10 gives the error to compare with. A collapse is reported when five in a row of every 50th step show it."""
 
@@ -14,6 +16,7 @@ class TrainingMonitor:
 
     def __init__(self) -> None:
         self.done = False
+        self._read_waiting = False
         self._first: tuple[float, float] | None = None
         self._checks_low = 0
         self._copied: Tensor | None = None
@@ -38,10 +41,21 @@ class TrainingMonitor:
         self._copied.copy_(values, non_blocking=True)
         return problem
 
+    def waits(self, needs_data: Tensor) -> bool:
+        """Returns whether a codebook still waits for data, once; this waits for the device. False in a capture."""
+        captures = torch.compiler.is_compiling() or is_tracing() or torch._C._are_functorch_transforms_active()
+        captures = captures or (needs_data.is_cuda and torch.cuda.is_current_stream_capturing())
+        if self._read_waiting or captures or needs_data.is_meta or type(needs_data) is not Tensor:  # or a fake tensor
+            return False
+        self._read_waiting = True
+        return bool((needs_data >= 1).any())
+
     def _problem(self, error: float, square: float, share_of_codes_chosen: float, share_unused: float) -> str | None:
         if self._first is None:
             self._first = error, square
         first_error, first_square = self._first
+        if math.isnan(square):
+            return "the input of the quantizer holds NaN"
         if not math.isfinite(error):
             return f"the quantizer diverges: its mean squared error is {error}"
         away = error > square / 4 and square > 100 * first_square  # the rows grow, and the codes do not follow

@@ -232,6 +232,8 @@ class QuantizerBase(Codebook):
             check_no_vmap()
             check_not_traced()
         learns = self.training and not self.freeze_codebook
+        if not learns:
+            self._warn_of_waiting()
         if learns and self._copies:
             self._check_owned()
         positions, row_mask = self._positions(x, mask)
@@ -284,17 +286,28 @@ class QuantizerBase(Codebook):
         """Warns of a problem that the monitor saw, and names the argument to change."""
         if problem is None:
             return
-        if "diverges" in problem and self.commitment_weight < 0.25:
+        if "NaN" in problem:
+            advice = "check what computes it, pass mask for padding"
+        elif "diverges" in problem and self.commitment_weight < 0.25:
             advice = f"pass commitment_weight=0.25 (it is {self.commitment_weight})"
         elif "diverges" in problem:
-            advice = "lower the learning rate, or check that the input is finite"
+            advice = "lower the learning rate"
         elif self.restart_after == 0:
             advice = "pass restart_after='auto' (it is 0), so that unused codes are reset"
         elif self.init in ("normal", "uniform"):
             advice = f"pass init='data' (it is {self.init!r})"
         else:
-            advice = "lower the learning rate, or check that the input varies"
+            advice = "lower the learning rate, check that the input varies, pass mask for padding and silence"
         warnings.warn(f"{problem}; {advice}, or warn=False to hide this warning", stacklevel=2)
+
+    def _warn_of_waiting(self) -> None:
+        """Warns, in the first pass that does not learn, if the codes still wait for data."""
+        if self._monitor is not None and self._monitor.waits(self.needs_data):
+            warnings.warn(
+                f"the codes wait for data: init={self.init!r} takes them from the first batch in training mode; train "
+                "on one before, or call fit, set_codes or load_state_dict, or pass warn=False to hide this warning",
+                stacklevel=3,
+            )
 
     def encode(self, x: Tensor, mask: Tensor | None = None, dtype: torch.dtype = torch.int64) -> Tensor:
         """Returns the indices that `forward` gives in eval mode, without a gradient. It learns and counts nothing.
@@ -316,6 +329,7 @@ class QuantizerBase(Codebook):
             raise ValueError(f"dtype must hold the indices of num_codes={self.num_codes}, got {dtype}")
         if mask is not None and not dtype.is_signed:
             raise ValueError(f"dtype must be signed with a mask, because padding has index -1, got {dtype}")
+        self._warn_of_waiting()
         positions, row_mask = self._positions(x, mask)
         rows = self._as_searched(self._layout.split(positions))
         left_out = self._left_out(rows.shape[1], row_mask, None, num_stages)

@@ -52,8 +52,9 @@ class VectorQuantizer(QuantizerBase):
         ema_eps: at least 0, smoothing of each code's average number of rows.
         freeze_codebook: whether training changes no code: no gradient, averages, initialisation or resets. It can be
             set at any time. `requires_grad_(False)` of the module or of a learnable `codebook` has the same effect.
-        warn: whether to warn once if training diverges or the codebook collapses. The warning names the argument to
-            change. It reads nothing from the device that is not ready, and is left out in compiled modules.
+        warn: whether to warn once if training diverges or the codebook collapses, and once if codes that still wait for
+            data are used. The warning names the argument to change. In training it reads nothing from the device that
+            is not ready. It is left out in compiled modules.
         backend: as for `nearest_code`.
         synchronise: in training, use the rows of all ranks of the default process group (if there is one in the forward
             pass) for counts, averages, resets and init="data". With DistributedDataParallel, which averages the
@@ -182,6 +183,7 @@ class VectorQuantizer(QuantizerBase):
         Raises:
             TypeError, ValueError: x or k does not fit.
         """
+        self._warn_of_waiting()
         positions, _ = self._positions(x, None)
         rows = self._as_searched(self._layout.split(positions))  # [C, M, D]
         each = zip(rows, self._normalise(self._codes), strict=True)

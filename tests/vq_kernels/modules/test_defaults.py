@@ -1,6 +1,7 @@
 """The quantizers train well as they come, at every batch size, and warn once where training goes wrong."""
 
 import copy
+import math
 import pickle
 import re
 import warnings
@@ -196,10 +197,16 @@ def test_a_divergence_warns_once_and_names_the_argument() -> None:
     assert len(found) == 1
 
 
-def test_a_loss_that_is_not_finite_warns() -> None:
-    (message,) = run_on(VectorQuantizer(4, 2), torch.full((32, 2), torch.nan), 2 * PERIOD)
-    assert "diverges" in message
-    assert "error is nan; lower the learning rate, or check that the input is finite" in message
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (math.nan, "the input of the quantizer holds NaN; check what computes it, pass mask for padding"),
+        (math.inf, "the quantizer diverges: its mean squared error is nan; lower the learning rate"),
+    ],
+)
+def test_an_input_that_is_not_finite_warns(value: float, expected: str) -> None:
+    (message,) = run_on(VectorQuantizer(4, 2), torch.full((32, 2), value), 2 * PERIOD)
+    assert message.startswith(expected)
 
 
 def test_a_divergence_without_commitment_is_seen() -> None:
@@ -240,6 +247,29 @@ def test_codes_that_stay_unused_warn() -> None:
     assert re.search(r"\d\d% of the codes have not been chosen for long; pass restart_after='auto'", message)
 
 
+USES: dict[str, Callable[[Any, Tensor], Any]] = {
+    "eval": lambda q, x: q.eval()(x),
+    "encode": lambda q, x: q.encode(x),
+    "topk": lambda q, x: q.topk(x, 2),
+    "frozen": lambda q, x: (setattr(q, "freeze_codebook", True), q(x)),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_codes_that_wait_for_data_warn_once_if_used(use: str) -> None:
+    x = torch.randn(32, 2)
+    quantizer = VectorQuantizer(4, 2)
+    with pytest.warns(UserWarning, match="the codes wait for data: init='data' takes them") as found:
+        USES[use](quantizer, x)
+    assert len(found) == 1
+    USES[use](quantizer, x)  # a second warning would be an error
+    begun = VectorQuantizer(4, 2)
+    begun(x)
+    for ready in (begun, VectorQuantizer(4, 2, init="normal"), VectorQuantizer.from_codebook(x[:4])):
+        USES[use](ready, x)
+    USES[use](VectorQuantizer(4, 2, warn=False), x)
+
+
 @pytest.mark.parametrize("make", [lambda q: q, copy.deepcopy, lambda q: pickle.loads(pickle.dumps(q))])  # noqa: S301
 def test_copies_warn_too(make: Callable[[nn.Module], nn.Module]) -> None:
     quantizer = VectorQuantizer(16, 2)
@@ -249,8 +279,9 @@ def test_copies_warn_too(make: Callable[[nn.Module], nn.Module]) -> None:
 
 def test_no_warning_where_none_is_due() -> None:
     assert run_collapsed(VectorQuantizer(16, 2, warn=False), 2 * ENOUGH) == []
-    assert run_collapsed(VectorQuantizer(16, 2, freeze_codebook=True), 2 * ENOUGH) == []
-    assert run_collapsed(VectorQuantizer(16, 2).eval(), 2 * ENOUGH) == []
+    frozen = VectorQuantizer.from_codebook(torch.randn(16, 2), freeze=True)
+    assert run_collapsed(frozen, 2 * ENOUGH) == []
+    assert run_collapsed(frozen.eval(), 2 * ENOUGH) == []
     assert run_collapsed(VectorQuantizer(2, 2), 2 * ENOUGH) == []  # cannot collapse
     dropped = ResidualVectorQuantizer(4, 16, 2, quantizer_dropout=1.0)
     for _ in range(2 * ENOUGH):

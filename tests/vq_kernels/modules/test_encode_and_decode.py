@@ -10,7 +10,7 @@ from tests.vq_kernels.plain import residual_quantizer, vector_quantizer
 from vq_kernels.modules.base import INDEX_DTYPES
 
 D = 4
-LEARNING: dict[str, Any] = {"init": "data", "restart_after": 1, "ema_decay": 0.8}
+LEARNING: dict[str, Any] = {"init": "data", "restart_after": 1, "ema_decay": 0.8, "warn": False}
 MODULES = {
     "plain": lambda k: vector_quantizer(k, D, init="normal", ema_decay=None),
     "cosine, heads": lambda k: vector_quantizer(k, D, metric="cosine", heads=2, separate_codebooks=True, **LEARNING),

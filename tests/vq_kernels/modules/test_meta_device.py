@@ -11,7 +11,7 @@ from vq_kernels import ResidualVectorQuantizer, VectorQuantize, VectorQuantizer
 MODULES: dict[str, Callable[[], nn.Module]] = {
     "averages": lambda: VectorQuantizer(20, 6),
     "learnable": lambda: VectorQuantizer(20, 6, ema_decay=None),
-    "frozen": lambda: VectorQuantizer(20, 6, ema_decay=None, freeze_codebook=True),
+    "frozen": lambda: VectorQuantizer(20, 6, ema_decay=None, freeze_codebook=True, warn=False),
     "product": lambda: VectorQuantizer(20, 3, heads=2, separate_codebooks=True),
     "residual": lambda: ResidualVectorQuantizer(3, 20, 6),
     "drop-in": lambda: VectorQuantize(6, 20, threshold_ema_dead_code=2),

@@ -318,7 +318,7 @@ def test_unused_codes_are_reset_in_each_stage() -> None:
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_training_lowers_the_error(name: str) -> None:
-    quantizer = make(**OPTIONS[name])
+    quantizer = make(**OPTIONS[name], warn=False)
     parameters = list(quantizer.parameters())
     optimizer = torch.optim.Adam(parameters, lr=0.02) if parameters else None
     x = draw(200, DIM * quantizer.heads)

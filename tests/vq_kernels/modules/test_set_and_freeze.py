@@ -221,7 +221,7 @@ def test_from_codebook(kind: Any, shape: tuple[int, ...], sizes: dict[str, int],
 @pytest.mark.parametrize("name", ["k-means", "residual averages, heads"])
 def test_kmeans_starts_at_the_first_batch_with_rows(name: str) -> None:
     torch.manual_seed(0)
-    module: Any = QUANTIZERS[name](restart_after=0, backend="torch")
+    module: Any = QUANTIZERS[name](restart_after=0, backend="torch", warn=False)
     x = draw(200, D * module.heads)
     assert module.needs_data.all()
     module(x, mask=torch.zeros(200, dtype=torch.bool))

@@ -83,9 +83,9 @@ def test_gradients_through_vmap() -> None:
 @pytest.mark.parametrize(
     "module",
     [
-        VectorQuantizer(8, 4),
-        VectorQuantizer(8, 2, heads=2, separate_codebooks=True, metric="cosine"),
-        ResidualVectorQuantizer(2, 8, 4),
+        VectorQuantizer(8, 4, warn=False),
+        VectorQuantizer(8, 2, heads=2, separate_codebooks=True, metric="cosine", warn=False),
+        ResidualVectorQuantizer(2, 8, 4, warn=False),
         VectorQuantize(4, 8),
     ],
     ids=["plain", "heads", "residual", "drop-in"],
