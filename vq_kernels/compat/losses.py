@@ -28,16 +28,15 @@ _register_namedtuple(LossBreakdown, serialized_type_name="vq_kernels.LossBreakdo
 
 def commitment_loss(rows: Tensor, codes: Tensor, row_mask: Tensor | None) -> Tensor:
     """Returns the mean of (row - code)², [], over rows [C, M, D] that row_mask [M] does not exclude; 0 for none."""
-    sq_distances = F.mse_loss(rows, codes, reduction="none").sum(dim=-1)  # [C, M]
+    means = (F.mse_loss(rows, codes, reduction="none") / rows.shape[2]).sum(dim=-1)  # [C, M], of D
     if row_mask is None:
-        return (sq_distances / max(rows.numel(), 1)).sum()  # divided first, so that the sum is finite
-    num_numbers = row_mask.sum() * rows.shape[0] * rows.shape[2]
-    return (torch.where(row_mask, sq_distances, 0) / num_numbers.clamp(min=1)).sum()
+        return (means / max(means.numel(), 1)).sum()  # divided first, so that the sum is finite
+    return (torch.where(row_mask, means, 0) / (row_mask.sum() * rows.shape[0]).clamp(min=1)).sum()
 
 
 def row_losses(rows: Tensor, codes: Tensor, row_mask: Tensor | None) -> Tensor:
     """Returns the mean of (row - code)² over D, [M], for rows [M, D]; 0 where row_mask [M] is False."""
-    losses: Tensor = (rows - codes).square().mean(dim=-1)
+    losses: Tensor = ((rows - codes).square() / rows.shape[1]).sum(dim=-1)  # divided first, as above
     return losses if row_mask is None else torch.where(row_mask, losses, 0.0)
 
 

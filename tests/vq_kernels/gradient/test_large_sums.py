@@ -38,22 +38,27 @@ def test_gradient_of_the_codebook(deterministic: bool) -> None:
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("kind", ["plain", "residual", "drop-in"])
 def test_modules(kind: str, masked: bool) -> None:
-    x = torch.full((1, ROWS, 2), 1e18, requires_grad=True)
+    x = torch.full((1, ROWS, 8), 1e19, requires_grad=True)  # the squared distance of a row does not fit either
     mask = torch.ones(1, ROWS, dtype=torch.bool)
     mask[:, ::2] = not masked
     quantizers = {
-        "plain": lambda: VectorQuantizer(3, 2, init=torch.zeros(3, 2), commitment_weight=1.0, ema_decay=None),
+        "plain": lambda: VectorQuantizer(3, 8, init=torch.zeros(3, 8), commitment_weight=1.0, ema_decay=None),
         "residual": lambda: ResidualVectorQuantizer(
-            2, 3, 2, init=torch.zeros(2, 3, 2), commitment_weight=1.0, ema_decay=None
+            2, 3, 8, init=torch.zeros(2, 3, 8), commitment_weight=1.0, ema_decay=None
         ),
-        "drop-in": lambda: VectorQuantize(2, 3, commitment_weight=2.0, freeze_codebook=True),
+        "drop-in": lambda: VectorQuantize(8, 3, commitment_weight=2.0, freeze_codebook=True),
     }
     _, _, loss = quantizers[kind]()(x, mask=mask if masked else None)
     loss.sum().backward()
-    assert loss.item() == pytest.approx(2e36, rel=1e-5)
+    assert loss.item() == pytest.approx(2e38, rel=1e-5)
     counted = ROWS // 2 if masked else ROWS
-    expected = torch.full((2,), 2e18 / counted / 2 * (2 if kind == "drop-in" else 1))
+    expected = torch.full((8,), 2e19 / counted / 8 * (2 if kind == "drop-in" else 1))
     torch.testing.assert_close(x.grad[0, 1], expected, rtol=1e-5, atol=0)
+
+
+def test_losses_of_the_nearest_codes() -> None:
+    losses = VectorQuantize(8, 3).eval()(torch.full((1, 4, 8), 1e19), topk=2)[2]
+    torch.testing.assert_close(losses, torch.full((1, 4, 2), 1e38), rtol=1e-5, atol=0)
 
 
 def test_tiny_means_do_not_underflow() -> None:
