@@ -14,7 +14,7 @@ from vq_kernels.learning.ema import RowSums
 from vq_kernels.learning.recompute import is_recomputing
 from vq_kernels.modules.codebook import Codebook, stack
 from vq_kernels.search import nearest_code, nearest_code_topk
-from vq_kernels.search.validation import check_no_vmap, is_tracing
+from vq_kernels.search.validation import check_no_vmap, is_tracing, is_vmapped, unmapped
 
 Weight = Tensor | Callable[[Tensor, Tensor], Tensor]
 
@@ -105,10 +105,11 @@ class CompatCodebook(Codebook):
             self._check_owned()
         if updates and self.searched_codebook is None:  # `ema_update` or `threshold_ema_dead_code` was set later
             self.register_buffer("searched_codebook", self._codes.detach().clone(), persistent=False)
-        captured = torch.compiler.is_exporting() or is_tracing()
+        captured = torch.compiler.is_exporting() or is_tracing() or is_vmapped()
         if self.init == "kmeans" and captured and not self.training:  # for inference, so it writes to no buffer
             torch._assert_async(
-                self.initted > 0, "the layer was exported before k-means; call it on a batch before that"
+                (unmapped(self.initted) > 0).all(),
+                "the layer was exported or mapped before k-means; call it on a batch before that",
             )
         elif self.init == "kmeans" and not is_recomputing():
             self.init_embed_(rows, mask)

@@ -14,7 +14,7 @@ from vq_kernels.compat.vector_quantize import VectorQuantize
 from vq_kernels.distributed import sum_over_ranks
 from vq_kernels.gradient.autograd import LEFT_OUT
 from vq_kernels.modules.base import check_mask, codes_at
-from vq_kernels.search.validation import check_at_least
+from vq_kernels.search.validation import check_at_least, check_no_vmap
 
 _DIVEQ = {
     "ema_update": False,
@@ -289,7 +289,8 @@ def _scale_gradient(x: Tensor, fraction: float) -> Tensor:
 
 
 def draw_seed(device: torch.device) -> Tensor:
-    """Draws [] int64 in [0, 10000)."""
+    """Draws [] int64 in [0, 10000), in training mode."""
+    check_no_vmap()
     return torch.randint(0, 10_000, (), device=device)
 
 

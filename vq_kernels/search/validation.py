@@ -95,14 +95,26 @@ def check_not_traced() -> None:
         )
 
 
-def check_no_vmap() -> None:
-    """Raise RuntimeError inside `torch.func.vmap`, for what updates the state of a module."""
+def is_vmapped() -> bool:
+    """Returns whether `torch.func.vmap` is running. False while a graph is being captured."""
     if torch.compiler.is_compiling():
-        return
+        return False
     from torch._functorch import pyfunctorch  # private: nothing public tells
 
     levels = pyfunctorch.retrieve_all_functorch_interpreters()
-    if any(level.key() == torch._C._functorch.TransformType.Vmap for level in levels):
+    return any(level.key() == torch._C._functorch.TransformType.Vmap for level in levels)
+
+
+def unmapped(tensor: Tensor) -> Tensor:
+    """Returns the tensor with the dimensions that `torch.func.vmap` hides."""
+    while is_vmapped() and torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
+
+
+def check_no_vmap() -> None:
+    """Raise RuntimeError inside `torch.func.vmap`, for what updates the state of a module."""
+    if is_vmapped():
         raise RuntimeError(
             "a quantizer in training mode cannot run under torch.func.vmap, because it updates its counts and codes; "
             "call eval() first, or use vector_quantize"

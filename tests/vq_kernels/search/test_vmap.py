@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 from torch import Tensor
-from torch.func import grad, vmap
+from torch.func import functional_call, grad, stack_module_state, vmap
 
 from vq_kernels import (
     PreparedCodebook,
@@ -17,6 +17,7 @@ from vq_kernels import (
     nearest_code_topk,
     vector_quantize,
 )
+from vq_kernels.compat import GroupedResidualVQ, ResidualVQ
 from vq_kernels.cross_entropy import code_cross_entropy
 
 Call = Callable[[Tensor, Tensor], Sequence[Tensor]]
@@ -97,6 +98,29 @@ def test_modules(module: torch.nn.Module) -> None:
     module.train()
     with pytest.raises(RuntimeError, match=r"in training mode cannot run under torch\.func\.vmap, .* call eval\(\)"):
         vmap(module)(x)
+
+
+def test_several_drop_ins_after_k_means() -> None:
+    layers = [ResidualVQ(dim=4, num_quantizers=2, codebook_size=8, kmeans_init=True).eval() for _ in range(3)]
+    x = draw(1, 20, 4)
+
+    def indices() -> Tensor:
+        parameters, buffers = stack_module_state(layers)
+        states: Tensor = vmap(lambda *state: functional_call(layers[0], state, (x,))[1])(parameters, buffers)
+        return states
+
+    for layer in layers:
+        with pytest.raises(RuntimeError, match="mapped before k-means; call it on a batch"):
+            indices()
+        layer(draw(1, 30, 4, seed=1))
+    assert torch.equal(indices(), torch.stack([layer(x)[1] for layer in layers]))
+    check(vmap(layers[0])(x[None])[:2], [layers[0](x)[:2]])
+
+
+def test_a_drawn_number_of_stages_is_refused() -> None:
+    for layer in (ResidualVQ, GroupedResidualVQ):
+        with pytest.raises(RuntimeError, match=r"in training mode cannot run under torch\.func\.vmap"):
+            vmap(layer(dim=4, num_quantizers=2, codebook_size=8, quantize_dropout=True))(draw(3, 1, 20, 4))
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch"])
