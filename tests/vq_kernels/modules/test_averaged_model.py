@@ -7,7 +7,7 @@ import pytest
 import torch
 import vector_quantize_pytorch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn, update_bn
 
 from vq_kernels import ResidualVectorQuantizer, VectorQuantize, VectorQuantizer, nearest_code
 
@@ -76,6 +76,18 @@ def test_averages_are_averages(name: str, way: str, begins_before_training: bool
     assert quantized.isfinite().all()
     for key, value in averaged.state_dict().items():  # k-means did not run again
         assert torch.equal(value, before[key]), key
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_update_bn_leaves_frozen_averages(name: str) -> None:
+    module = nn.Sequential(nn.BatchNorm1d(6), make(name))
+    train(module, 0)
+    averaged = AveragedModel(module, use_buffers=True)
+    averaged.module[1].freeze_codebook = True
+    before = codes_of(averaged.module[1])
+    update_bn([5 + draw(1)], averaged)
+    assert averaged.module[0].running_mean.min() > 4
+    assert torch.equal(codes_of(averaged.module[1]), before)
 
 
 @pytest.mark.parametrize("way", WAYS)
