@@ -466,9 +466,11 @@ def test_out_must_not_be_a_file(
     command: Command, tiny: tuple[str, ...], tmp_path: Path, option: tuple[str, ...]
 ) -> None:
     (tmp_path / "run").write_text("mine")
-    outcome = command("vqae.train", *tiny, "--out", tmp_path / "run", *option)
-    assert outcome.exit_code == 2
-    assert "--out must be a folder, got the file" in outcome.err
+    (tmp_path / "broken").symlink_to("nowhere")
+    for name, kind in (("run", "file"), ("broken", "link")):
+        outcome = command("vqae.train", *tiny, "--out", tmp_path / name, *option)
+        assert outcome.exit_code == 2
+        assert f"--out must be a folder, got the {kind} {tmp_path / name}" in outcome.err
     assert (tmp_path / "run").read_text() == "mine"
 
 

@@ -92,8 +92,9 @@ class RunFolder:
     def check(self, *, may_replace: bool) -> None:
         """Raise UsageError if the path is not a folder, or if it holds a run that must not be replaced."""
         try:
-            if self.path.exists() and not self.path.is_dir():
-                raise UsageError(f"--out must be a folder, got the file {self.path}")
+            if os.path.lexists(self.path) and not self.path.is_dir():
+                kind = "link" if self.path.is_symlink() else "file"
+                raise UsageError(f"--out must be a folder, got the {kind} {self.path}")
             names = [file.name for file in self.files()]
         except OSError as error:
             raise UsageError(f"--out {self.path} cannot be read: {error.strerror}") from None
