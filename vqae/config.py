@@ -52,6 +52,8 @@ class Config:
 
     num_codes: int = 512
     """Codebook size K."""
+    num_quantizers: int = 1
+    """Codes per image Q. Each further code comes from a codebook of its own and quantizes what the others left."""
     code_dim: int = 64
     """Code dimension D. 512 uses the features of ResNet-18 without a projection."""
     hidden_dims: tuple[int, ...] = (1024,)
@@ -77,8 +79,8 @@ class Config:
     """Peak learning rate of the decoder."""
     encoder_lr: float = 0.003
     """Peak learning rate of the encoder."""
-    unfreeze_encoder_at: float = 0.75
-    """Fraction of the run during which the encoder is frozen. A frozen step takes a third of the time."""
+    unfreeze_encoder_at: float = 0.0
+    """Fraction of the run during which the encoder is frozen. By default it learns from the first step."""
     momentum: float = 0.9
     """SGD momentum of encoder and decoder. The codebook has none."""
     weight_decay: float = 0.0
@@ -186,8 +188,8 @@ class Config:
 # The range of each numeric option: the rule as messages state it, the options, the test. All must be finite.
 _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
     "above 0": (
-        "num_codes code_dim hidden_dims epochs batch_size lr encoder_lr codebook_lr image_size limit max_minutes "
-        "test_fraction",
+        "num_codes num_quantizers code_dim hidden_dims epochs batch_size lr encoder_lr codebook_lr image_size limit "
+        "max_minutes test_fraction",
         lambda value: value > 0,
     ),
     "at least 0": (

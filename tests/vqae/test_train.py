@@ -332,6 +332,25 @@ def test_a_run_with_other_options(command: Command, tiny: tuple[str, ...], tmp_p
     assert all(torch.equal(value, last["model"][name]) for name, value in best["model"].items())
 
 
+def test_a_run_of_several_codes_per_image(
+    command: Command, tiny: tuple[str, ...], images: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    run = ("vqae.train", *tiny, "--image-size", 8, "--num-quantizers", 2, "--epochs", 1, "--out", out)
+    assert command(*run).exit_code == 0
+    resumed = command("vqae.train", "--out", out, "--resume", "--epochs", 2)
+    assert resumed.exit_code == 0, resumed.err
+    (*_, line) = metrics(out)
+    assert f"codes used {line['codes_used']}/32" in resumed.out
+    assert files_in(out) >= FILES
+    with Image.open(out / "codebook.png") as image:
+        assert "2 codes of K = 16" in image.info["Title"]
+    evaluated = command("vqae.evaluate", "--checkpoint", out / "last.pt")
+    assert json.loads(evaluated.out)["mse"] == pytest.approx(line["test_mse"])
+    plotted = command("vqae.reconstruct", "--checkpoint", out / "last.pt", images / "test", "--out", tmp_path / "a.png")
+    assert plotted.exit_code == 0, plotted.err
+
+
 def test_overwrite_removes_the_run_and_nothing_else(command: Command, tiny: tuple[str, ...], tmp_path: Path) -> None:
     (tmp_path / "events").mkdir()
     for name in (*FILES, "events/events.out.tfevents.1", "notes.txt", "events/notes.txt"):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import _register_namedtuple
 
-from vq_kernels import VectorQuantizer, nearest_code
+from vq_kernels import ResidualVectorQuantizer, VectorQuantizer
 from vq_kernels.modules.base import INDEX_DTYPES
 from vqae.config import Config
 from vqae.model.encoder import Encoder
@@ -33,8 +33,8 @@ class VQAEOutput(NamedTuple):
     """Result of a training forward pass."""
 
     reconstruction: Tensor  # [B, 3, H, W], normalised like the input
-    indices: Tensor  # [B] int64
-    codebook_loss: Tensor  # [], MSE between the detached embeddings and their codes
+    indices: Tensor  # [B] int64, or [B, Q] of Q codes per image
+    codebook_loss: Tensor  # [], MSE between the detached embeddings, or residuals, and their codes
 
 
 _register_namedtuple(VQAEOutput, serialized_type_name="vqae.VQAEOutput")  # for torch.export.save
@@ -43,15 +43,16 @@ _register_namedtuple(VQAEOutput, serialized_type_name="vqae.VQAEOutput")  # for 
 class VQAE(nn.Module):
     """Encoder, quantizer and decoder.
 
-    Images [B, 3, 32, 32] become embeddings [B, 512], indices [B], codes [B, 512] and images [B, 3, 32, 32] again. The
-    gradient of the reconstruction loss at the decoder's input is copied to the encoder's output. The codebook is
-    trained by `codebook_loss` alone. There is no commitment loss.
+    Images [B, 3, 32, 32] become embeddings [B, 512], indices [B], codes [B, 512] and images [B, 3, 32, 32] again. With
+    a ResidualVectorQuantizer of Q stages, indices are [B, Q] and the decoder gets the sum of Q codes. The gradient of
+    the reconstruction loss at the decoder's input is copied to the encoder's output. The codebook is trained by
+    `codebook_loss` alone. There is no commitment loss.
 
     Args:
         image_size: (H, W), at least 1 each. ResNet-18 halves them five times, rounding up.
         code_dim: D.
         hidden_dims: widths of the decoder's hidden layers. Without any, the decoder is linear.
-        quantizer: a VectorQuantizer of K codes of dimension D.
+        quantizer: of K codes of dimension D, or of Q times K codes.
         embedding_norm: see `Encoder`.
 
     Attributes:
@@ -73,7 +74,7 @@ class VQAE(nn.Module):
         image_size: tuple[int, int],
         code_dim: int,
         hidden_dims: Sequence[int],
-        quantizer: VectorQuantizer,
+        quantizer: VectorQuantizer | ResidualVectorQuantizer,
         *,
         embedding_norm: Literal["batch", "none"] = "batch",
     ) -> None:
@@ -100,24 +101,26 @@ class VQAE(nn.Module):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Map images [B, 3, H, W], floats in [0, 1] or uint8, to the indices of their codes, [B] int64 in [0, K).
+        """Map images [B, 3, H, W], floats in [0, 1] or uint8, to indices, [B] or [B, Q] int64 in [0, K).
 
         Raises ValueError if the images do not have the model's size.
         """
         expected = (3, *self.image_size)
         if images.dim() != 4 or tuple(images.shape[1:]) != expected:
             raise ValueError(f"images must be [B, {', '.join(map(str, expected))}], got {tuple(images.shape)}")
-        embeddings = at_least_float32(self.encoder(self.normalise(images)))
-        return nearest_code(embeddings, self.quantizer.codebook, backend=self.quantizer.backend).indices
+        return self.quantizer.encode(at_least_float32(self.encoder(self.normalise(images))))
 
     @torch.no_grad()
     def decode(self, indices: Tensor) -> Tensor:
-        """Map integer indices [B] in [0, K) to images [B, 3, H, W] in [0, 1]. Raises ValueError out of range."""
+        """Map integer indices to images [B, 3, H, W] in [0, 1].
+
+        Indices are [B], or [B, q] of the first q of Q codes, in [0, K). Raises ValueError out of range.
+        """
         indices = indices.long() if indices.dtype in INDEX_DTYPES else indices
         if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < self.quantizer.num_codes:
             span = f"{int(indices.min())} to {int(indices.max())}"
             raise ValueError(f"indices must be in [0, {self.quantizer.num_codes}), got {span}")
-        images: Tensor = self.decoder(self.quantizer.codebook[indices]) * self.pixel_std + self.pixel_mean
+        images: Tensor = self.decoder(self.quantizer.decode(indices)) * self.pixel_std + self.pixel_mean
         return images.clamp(0, 1)
 
     @classmethod
@@ -131,14 +134,17 @@ class VQAE(nn.Module):
 
 def build_model(config: Config, image_size: tuple[int, int]) -> VQAE:
     """Build a new model for images of (H, W)."""
-    quantizer = VectorQuantizer(
-        config.num_codes,
-        config.code_dim,
-        init=config.codebook_init,
-        commitment_weight=0.0,
-        restart_after=config.restart_steps,
-        ema_decay=None,
-        warn=False,  # the report of a run warns of a collapse
+    options: dict[str, Any] = {
+        "init": config.codebook_init,
+        "commitment_weight": 0.0,
+        "restart_after": config.restart_steps,
+        "ema_decay": None,
+        "warn": False,  # the report of a run warns of a collapse
+    }
+    quantizer = (
+        VectorQuantizer(config.num_codes, config.code_dim, **options)
+        if config.num_quantizers == 1
+        else ResidualVectorQuantizer(config.num_quantizers, config.num_codes, config.code_dim, **options)
     )
     return VQAE(image_size, config.code_dim, config.hidden_dims, quantizer, embedding_norm=config.embedding_norm)
 

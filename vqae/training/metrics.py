@@ -20,10 +20,10 @@ class Evaluation(NamedTuple):
 
     mse: float  # mean squared error per pixel value, for pixels in [0, 1]
     psnr_db: float  # peak signal-to-noise ratio in dB, inf if the MSE is 0
-    perplexity: float  # exp of the entropy of the code usage, 1 to K
-    codes_used: int  # number of codes used at least once
+    perplexity: float  # exp of the entropy of the code usage, 1 to K; the mean over the stages of a residual quantizer
+    codes_used: int  # number of codes used at least once, in all stages
     images: int  # number of images
-    counts: Tensor  # [K] int64, number of images per code
+    counts: Tensor  # [K] or [Q, K] int64, number of images per code
 
 
 @torch.no_grad()
@@ -39,19 +39,21 @@ def evaluate(
     model.eval()
     try:
         sq_error = torch.zeros((), dtype=torch.float64, device=device)
-        counts = torch.zeros(model.quantizer.num_codes, dtype=torch.int64, device=device)
+        counts = torch.zeros(model.quantizer.codebook.shape[:-1], dtype=torch.int64, device=device)
+        first = torch.arange(0, counts.numel(), counts.shape[-1], device=device)  # of each stage, [Q]
         for batch in evaluation_batches(images, batch_size, device):
             poll()
             if batch.shape[0]:
                 indices = model.encode(batch)
                 sq_error += (model.decode(indices) - batch.float() / 255).square().sum(dtype=torch.float64)
-                counts += torch.bincount(indices, minlength=model.quantizer.num_codes)
+                positions = (indices.view(batch.shape[0], -1) + first).flatten()
+                counts += torch.bincount(positions, minlength=counts.numel()).view_as(counts)
     finally:
         model.train(was_training)
     counts, sq_error = (sum_over_ranks(total, synchronise=True) for total in (counts, sq_error))
     mse = sq_error.item() / images.numel()
     codes_used = int((counts > 0).sum())
-    return Evaluation(mse, psnr_db(mse), perplexity(counts).item(), codes_used, images.shape[0], counts)
+    return Evaluation(mse, psnr_db(mse), perplexity(counts).mean().item(), codes_used, images.shape[0], counts)
 
 
 def psnr_db(mse: float) -> float:
@@ -88,17 +90,18 @@ class LossMeter:
 
 
 def collapse_warning(config: Config, counts: Tensor, images_seen: int) -> str | None:
-    """A warning if held-out images use fewer than half of the codes they could use, otherwise None.
+    """A warning if held-out images use fewer than half of the codes they could use in a stage, otherwise None.
 
     - Only held-out images count, because a reset code is used immediately by the training image whose embedding it got.
     - The number of codes they could use is the expected number of different codes if each image chose a code at random.
     - There is no warning before 2·restart_after training images. By then every unused code has been reset, and has had
       another restart_after images to be chosen.
 
-    `counts` [K] is the number of validation and test images per code, `images_seen` that of training images so far.
+    `counts` [K] or [Q, K] is the number of validation and test images per code, `images_seen` that of training images
+    so far.
     """
-    num_codes, num_images = counts.numel(), int(counts.sum())
-    codes_used = int((counts > 0).sum())
+    num_codes = counts.shape[-1]
+    num_images, codes_used = int(counts.sum(-1).max()), int((counts > 0).sum(-1).min())
     expected = num_codes * (1 - (1 - 1 / num_codes) ** num_images)
     if codes_used >= expected / 2 or images_seen < 2 * config.restart_after:
         return None

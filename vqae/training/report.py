@@ -126,9 +126,14 @@ def plot_reconstructions(model: VQAE, images: Tensor, file: Path, title: str, co
 
 @torch.no_grad()
 def plot_codebook(model: VQAE, counts: Tensor, file: Path, title: str) -> None:
-    """Plot every code decoded, sorted by its count in `counts` [K]. Codes that were never used are dimmed."""
+    """Plot every code decoded, sorted by its count in `counts` [K]. Codes that were never used are dimmed.
+
+    Of counts [Q, K], the codes of the first stage are plotted.
+    """
+    is_residual = counts.dim() > 1
+    counts = counts[0] if is_residual else counts
     order = counts.argsort(descending=True, stable=True)
-    decoded = model.decode(order)
+    decoded = model.decode(order[:, None] if is_residual else order)
     unused = (counts[order] == 0)[:, None, None, None]
     columns = max(1, math.ceil(math.sqrt(2 * counts.numel())))  # twice as wide as high
     _write_grid(torch.where(unused, decoded * 0.25, decoded), columns, file, title, upscale_to=32)
@@ -145,8 +150,11 @@ _PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 
 
-def plot_curves(history: list[dict[str, Any]], num_codes: int, file: Path, title: str) -> None:
-    """Plot the lines of metrics.jsonl over the epochs. Missing values and None leave a gap."""
+def plot_curves(history: list[dict[str, Any]], codes: torch.Size, file: Path, title: str) -> None:
+    """Plot the lines of metrics.jsonl over the epochs. Missing values and None leave a gap.
+
+    `codes` is the shape of the codes, (K,) or (Q, K).
+    """
     epochs = [line["epoch"] for line in history]
     figure, rows = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
     for axis, (label, names) in zip(rows.flat, _PANELS, strict=True):
@@ -163,8 +171,9 @@ def plot_curves(history: list[dict[str, Any]], num_codes: int, file: Path, title
         elif label.startswith("fraction"):
             axis.set_ylim(0, 1)
         elif label in ("codes used", "perplexity"):
-            axis.set_ylim(0, 1.05 * num_codes)
-            axis.axhline(num_codes, color="gray", linestyle="--", linewidth=1)
+            most = codes[-1] if label == "perplexity" else codes.numel()
+            axis.set_ylim(0, 1.05 * most)
+            axis.axhline(most, color="gray", linestyle="--", linewidth=1)
     figure.suptitle(title)
     _write_figure(figure, file, title)
 

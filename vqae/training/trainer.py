@@ -66,7 +66,7 @@ class Trainer:
         self.evaluation_s: float | None = None  # of the last evaluation
         self.history: list[dict[str, Any]] = []  # the lines of metrics.jsonl
         self.best_val_mse = math.inf
-        self.test_counts = torch.zeros(config.num_codes, dtype=torch.int64)  # of the last evaluation
+        self.test_counts = torch.zeros(model.quantizer.codebook.shape[:-1], dtype=torch.int64)  # of the last evaluation
         self.losses = LossMeter(device)
         self.time_used, self.signal = 0.0, 0  # see _synchronise
 
@@ -164,7 +164,7 @@ class Trainer:
             if self.device.type == "cpu":  # on a GPU it would synchronise
                 self.losses.check()
             if self.reporter.due():
-                self.reporter.show(self.progress(), self.losses.means(), int(self.model.quantizer.codes_used))
+                self.reporter.show(self.progress(), self.losses.means(), int(self.model.quantizer.codes_used.sum()))
             if time.monotonic() - self.saved_at >= 60 * config.checkpoint_minutes:
                 self._save(finished=False)
             if self.signal:
@@ -241,8 +241,8 @@ class Trainer:
             "psnr_db": test.psnr_db,
             "perplexity": test.perplexity,
             "codes_used": test.codes_used,
-            "train_perplexity": quantizer.perplexity.item(),
-            "train_codes_used": int(quantizer.codes_used),
+            "train_perplexity": quantizer.perplexity.mean().item(),
+            "train_codes_used": int(quantizer.codes_used.sum()),
             "restarts": int(quantizer.restarts),
             "images_per_s": self.step * self.batch_size / self.train_s if self.train_s else 0.0,
             "lr": decoder_group["lr"],
@@ -258,7 +258,7 @@ class Trainer:
         self.reporter.line(
             f"epoch {line['epoch']:g}/{self.config.epochs} ({self.dataset})  train MSE {line['train_mse']:.4f}  "
             f"test MSE {line['test_mse']:.4f}  PSNR {line['psnr_db']:.2f} dB  codes used {line['codes_used']}/"
-            f"{self.config.num_codes}  perplexity {line['perplexity']:.0f}  {line['images_per_s']:.0f} images/s"
+            f"{self.test_counts.numel()}  perplexity {line['perplexity']:.0f}  {line['images_per_s']:.0f} images/s"
         )
         fitted = self.config.fitted_to(self.train.shape[0])
         warning = collapse_warning(fitted, held_out_counts, self.global_step * self.batch_size)
@@ -268,14 +268,15 @@ class Trainer:
     def _plot(self) -> None:
         """Write the plots of the run, polling for signals before each."""
         self.model.eval()
-        run = f"{self.dataset}, K = {self.config.num_codes}, test MSE {self.history[-1]['test_mse']:.4f}"
+        stages = f"{self.config.num_quantizers} codes of " if self.config.num_quantizers > 1 else ""
+        run = f"{self.dataset}, {stages}K = {self.config.num_codes}, test MSE {self.history[-1]['test_mse']:.4f}"
         images = self.test[:: max(1, self.test.shape[0] // _NUM_PLOTTED)][:_NUM_PLOTTED].to(self.device)
         counts, folder = self.test_counts.to(self.device), self.folder
         above, by_use = f"originals above reconstructions ({run})", f"codebook, most used codes first ({run})"
         plots: tuple[Callable[[], None], ...] = (
             lambda: plot_reconstructions(self.model, images, folder.reconstructions, above),
             lambda: plot_codebook(self.model, counts, folder.codebook, by_use),
-            lambda: plot_curves(self.history, self.config.num_codes, folder.curves, run),
+            lambda: plot_curves(self.history, self.test_counts.shape, folder.curves, run),
         )
         for plot in plots:
             self._poll()

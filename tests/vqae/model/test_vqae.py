@@ -122,6 +122,29 @@ def test_the_codebook_loss_reaches_nothing_but_the_codebook(model: VQAE) -> None
         assert reached == (name == "quantizer.codebook"), name
 
 
+def test_several_codes_per_image() -> None:
+    torch.manual_seed(0)
+    model = build_model(Config(num_codes=NUM_CODES, num_quantizers=3, code_dim=64, hidden_dims=(16,)), (32, 32))
+    step = Pass(model)
+    (step.reconstruction_loss + step.output.codebook_loss).backward()
+    codes = model.quantizer.decode(step.output.indices).detach().requires_grad_()
+    (expected,) = torch.autograd.grad(F.mse_loss(model.decoder(codes), step.target), codes)
+    torch.testing.assert_close(step.embeddings.grad, expected)  # the codebook loss does not reach the encoder
+    assert model.quantizer.codebook.grad.flatten(1).any(1).all()  # but each stage
+
+    model.eval()
+    indices = model.encode(random_images())
+    residual = model.encoder(model.normalise(random_images()))
+    for stage, codebook in enumerate(model.quantizer.codebook):
+        assert torch.equal(indices[:, stage], nearest_code(residual, codebook).indices)
+        residual = residual - codebook[indices[:, stage]]
+        coarse = model.decoder(model.quantizer.codebook[range(stage + 1), indices[:, : stage + 1]].sum(1))
+        expected = (coarse * model.pixel_std + model.pixel_mean).clamp(0, 1)
+        torch.testing.assert_close(model.decode(indices[:, : stage + 1]), expected)
+    with pytest.raises(ValueError, match=r"indices must be \[\.\.\., q\] with 1 <= q <= 3, got \(8, 4\)"):
+        model.decode(torch.zeros(8, 4, dtype=torch.int64))
+
+
 def test_autocast_leaves_the_search_in_float32(model: VQAE) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         step = Pass(model)

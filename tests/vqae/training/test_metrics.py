@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from vq_kernels import perplexity
 from vqae.config import RECIPES, Config
 from vqae.model.vqae import VQAE, build_model
 from vqae.runtime.errors import DivergedError
@@ -127,6 +128,17 @@ CONFIG = Config(restart_after=15_360, batch_size=256)  # 60 steps
 LATE = 10_000_000  # images
 
 
+def test_metrics_of_several_codes_per_image(images: Tensor) -> None:
+    torch.manual_seed(0)
+    model = build_model(Config(num_codes=16, num_quantizers=3, code_dim=64, hidden_dims=(16,)), (8, 8)).eval()
+    result, indices = evaluate(model, images, 20, CPU), model.encode(images)
+    counts = torch.stack([torch.bincount(stage, minlength=16) for stage in indices.unbind(1)])
+    assert torch.equal(result.counts, counts)
+    assert result.codes_used == (counts > 0).sum()
+    assert result.perplexity == pytest.approx(perplexity(counts).mean().item())
+    assert result.mse == pytest.approx((model.decode(indices) - images / 255).square().mean().item(), rel=1e-6)
+
+
 def counts_of(num_codes: int, codes_used: int, num_images: int) -> Tensor:
     """[K] counts of so many images, which chose so many codes."""
     counts = torch.zeros(num_codes, dtype=torch.int64)
@@ -165,6 +177,14 @@ def test_no_warning_before_unused_codes_were_reset() -> None:
     counts = counts_of(512, 2, 6_000)
     assert collapse_warning(CONFIG, counts, 2 * 15_360 - 1) is None
     assert collapse_warning(CONFIG, counts, 2 * 15_360) is not None
+
+
+def test_one_stage_of_few_codes_is_warned_of() -> None:
+    counts = torch.stack([counts_of(512, codes_used, 6_000) for codes_used in (500, 20, 400)])
+    warning = collapse_warning(CONFIG, counts, LATE)
+    assert warning is not None
+    assert warning.startswith("warning: 6,000 held-out images use 20 of 512 codes")
+    assert collapse_warning(CONFIG, counts[::2], LATE) is None
 
 
 def test_without_resets_the_warning_is_immediate() -> None:

@@ -98,7 +98,7 @@ def test_curves(tmp_path: Path, num_epochs: int, val_mse: float | None) -> None:
     history: list[dict[str, Any]] = [
         {"epoch": epoch + 1.0, **dict.fromkeys(NAMES, 1.0), "val_mse": val_mse} for epoch in range(num_epochs)
     ]
-    plot_curves(history, 18, tmp_path / "out.png", "synthetic, K = 18")
+    plot_curves(history, torch.Size([18]), tmp_path / "out.png", "synthetic, K = 18")
     pixels, title = opened(tmp_path / "out.png")
     assert pixels.shape == (700, 1300, 3)
     assert title == "synthetic, K = 18"
@@ -106,7 +106,7 @@ def test_curves(tmp_path: Path, num_epochs: int, val_mse: float | None) -> None:
 
 def test_curves_of_huge_losses(tmp_path: Path) -> None:
     history = [{"epoch": 1.0, **dict.fromkeys(NAMES, 0.0), "reconstruction_loss": 1e30, "codebook_loss": math.inf}]
-    plot_curves(history, 18, tmp_path / "out.png", "synthetic")
+    plot_curves(history, torch.Size([18]), tmp_path / "out.png", "synthetic")
     assert (tmp_path / "out.png").exists()
 
 
@@ -118,7 +118,7 @@ def test_curves_plot_every_metric(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         {"epoch": 1.0, "restarts": 4000, "train_mse": 0.5},
         {"epoch": 2.0, **{name: index / len(NAMES) for index, name in enumerate(NAMES)}},
     ]
-    plot_curves(history, 18, tmp_path / "out.png", "synthetic")
+    plot_curves(history, torch.Size([18]), tmp_path / "out.png", "synthetic")
     (figure,) = figures
     lines = {line.get_label(): line.get_ydata() for axis in figure.axes for line in axis.get_lines()}
     for index, name in enumerate(NAMES):
