@@ -110,11 +110,22 @@ def model_table() -> str:
     ]
     images = f"{first['num_train']:,} training images (2 % of them held out) and {first['num_test']:,} test images"
     what = f"CIFAR-10 (JPEG copy), {images}; mean ± standard deviation over {len(mse)} seeds"
-    length = f"--max-minutes {settings['max_minutes']:g} --epochs {settings['epochs']}"
+    length = f"--max-minutes {settings['max_minutes']:g} --epochs {settings['epochs']}{_freezing([first])}"
     command = f"python -m vqae.train --dataset imagefolder --data-dir DIR {length}"
     others = f"Brute force: {soak['device']}, {soak['date']}. Bare loop: {bench['device']}, {bench['date']}"
     where = f"{first['device']}; {first['versions']}; {first['date']}"
     return f"{markdown(cells)}\n\n{what}; {where}; `{command}`. {others}."
+
+
+def _freezing(rows: Sequence[Row]) -> str:
+    """The flags by which these runs froze the encoder at first, each after a space."""
+    runs = (row["settings"].get("unfreeze_encoder_at", 0.0) for row in rows if row["method"] == "model")
+    return "".join(f" --unfreeze-encoder-at {value}" for value in sorted({*runs} - {0.0}))
+
+
+def _model_runs(rows: Sequence[Row]) -> str:
+    flags = _freezing(rows)
+    return f"{_where(rows)}; runs with `{flags.strip()}`" if flags else _where(rows)
 
 
 def search_table() -> str:
@@ -207,7 +218,7 @@ def rate_distortion_table(rows: Sequence[Row]) -> str:
     """The model compared with k-means of the pixels. Perplexity and codes used are those on the test images."""
     if not rows:
         return NO_RESULTS
-    return f"{markdown(rate_distortion_cells(rows))}\n\nMean ± standard deviation over the seeds; {_where(rows)}."
+    return f"{markdown(rate_distortion_cells(rows))}\n\nMean ± standard deviation over the seeds; {_model_runs(rows)}."
 
 
 def rate_distortion_cells(rows: Sequence[Row]) -> list[list[str]]:
@@ -261,7 +272,7 @@ def use_table(rows: Sequence[Row]) -> str:
         mse = spread([row["test_mse"] for row in runs], 5)
         least = [f"{min(row[f'test_{name}'] for row in runs):.0f}" for name in ("codes_used", "perplexity")]
         cells.append([*(f"{size:,}" if size is not None else "-" for size in sizes), str(len(runs)), mse, *least])
-    return f"{markdown(cells)}\n\n{_where([row for runs in alike.values() for row in runs])}."
+    return f"{markdown(cells)}\n\n{_model_runs([row for runs in alike.values() for row in runs])}."
 
 
 def kmeans_table(rows: Sequence[Row]) -> str:

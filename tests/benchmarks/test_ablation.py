@@ -61,7 +61,9 @@ def test_a_line_holds_the_figures_and_where_they_come_from(
         assert 1 <= line["perplexity"] <= line["codes_used"] + 1e-9 <= 4 + 1e-9
         assert min(line["train_mse"], line["val_mse"], line["test_mse"], line["minutes"]) > 0
         assert {"commit", "date", "versions", "device"} <= set(line)
-        assert line["settings"]["restart_after"] == (0 if line["overrides"] else Config.restart_after)
+        is_default = line["variant"] == "default"
+        assert line["settings"]["restart_after"] == (Config.restart_after if is_default else 0)
+        assert line["settings"]["unfreeze_encoder_at"] == (0 if is_default else 0.75)
         folder = tmp_path / "runs" / f"{line['variant'].replace(' ', '-')}-seed-{line['seed']}"
         metrics = json.loads((folder / "metrics.jsonl").read_text())
         for name in ("val_mse", "test_mse", "codes_used", "perplexity"):
