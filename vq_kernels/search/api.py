@@ -16,7 +16,7 @@ from torch.utils._pytree import _register_namedtuple
 
 from vq_kernels.search import onnx_export
 from vq_kernels.search.backend import BACKENDS, Backend, Found, backend_module, choose_backend, has_float64
-from vq_kernels.search.operators import define_operator
+from vq_kernels.search.operators import define_operator, is_eager
 from vq_kernels.search.validation import check_choice, check_codebook, check_dtype, check_pair
 
 
@@ -219,10 +219,14 @@ def _search(x: Tensor, codebook: Tensor | PreparedCodebook, backend: Backend) ->
 
 
 def nearest_code_op(x: Tensor, codebook: Tensor, operands: list[Tensor], backend: str) -> Found:
-    """Search x [N, D] in codebook [K, D] by the operator; during export to ONNX, by its replacement.
+    """Search x [N, D] in codebook [K, D], without gradients, by the operator or what it does.
+
+    During export to ONNX, its replacement is called.
 
     `operands` are the backend's prepared tensors, or empty.
     """
+    if is_eager(x, codebook):
+        return _search_by_backend(x, codebook, operands, backend)
     if torch.onnx.is_in_onnx_export():
         return onnx_export.search(x, codebook)
     found: Found = _operator(x, codebook, operands, backend)

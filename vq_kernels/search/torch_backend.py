@@ -17,7 +17,6 @@ Sources: van den Oord et al. 2017, arXiv:1711.00937, eq. 1, for the search; High
 Algorithms", 2nd ed., section 3.1, for the error of a sum in any order.
 """
 
-import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
@@ -34,13 +33,14 @@ from vq_kernels.search.torch_bounds import (
     squared_distances,
 )
 from vq_kernels.search.torch_bounds import prepare as prepare_for_tiles
-from vq_kernels.search.torch_small import SmallOperand, is_small, prepare_small, scan_small
+from vq_kernels.search.torch_small import SmallOperand, is_small, prepare_small, rerank_few, scan_small
 
 __all__ = ["most_similar", "prepare", "search"]
 
 _DIRECT_ELEMENTS = 1 << 16  # elements per step of direct differences
 _GATHER_ELEMENTS = 1 << 20  # elements gathered at a time
-_DIFFERENCE_ELEMENTS = 1 << 18  # float64 differences computed at a time, which fit into a core's caches
+_DIFFERENCE_ELEMENTS = 1 << 18  # differences computed at a time, which fit into a core's caches
+_TINY_SQ_DISTANCE = 2.0**-80  # below it a float32 sum of squares may have lost terms to underflow
 _MANY_CANDIDATES = 16  # per row; with more, float64 scores (or after them, removing duplicate codes) are faster
 
 
@@ -88,16 +88,22 @@ def _find_nearest(x: Tensor, codebook: Tensor, prepared: list[Tensor]) -> tuple[
         scan = scan_small(x, codebook, operand)
     if scan is None or operand is None:
         return _find(x, codebook, _for_tiles(codebook, prepared))
-    indices, rows, thresholds, scores = scan
+    indices, rest = scan
     statistics = torch.tensor([x.shape[0], 0, 0], device=x.device)
-    if rows.numel():
-        chosen = x.index_select(0, rows), codebook, operand, scores.index_select(1, rows).t(), thresholds[rows]
-        indices[rows], counts = _rerank_scores(*chosen)
+    if rest is not None:
+        part = x.index_select(0, rest.rows)
+        nearest = rerank_few(part, codebook, rest)
+        if nearest is not None:
+            statistics += torch.tensor([-part.shape[0], part.shape[0], 0], device=x.device)
+            return indices.index_copy_(0, rest.rows, nearest), statistics
+        found, counts = _rerank_scores(part, codebook, operand, rest.scores, rest.thresholds)
+        indices[rest.rows] = found
         reranked = int(counts.count_nonzero())
         statistics += torch.tensor([-reranked, reranked, 0], device=x.device)
-        many = rows[counts > _MANY_CANDIDATES]
+        many = (counts > _MANY_CANDIDATES).nonzero()[:, 0]
         if many.numel():
-            indices[many], others = _find(x.index_select(0, many), codebook, _for_tiles(codebook, prepared))
+            found, others = _find(part.index_select(0, many), codebook, _for_tiles(codebook, prepared))
+            indices[rest.rows[many]] = found
             statistics[1] -= many.numel()
             statistics += others
     return indices, statistics
@@ -274,18 +280,25 @@ def gather_codes(x: Tensor, codebook: Tensor, indices: Tensor) -> tuple[Tensor, 
 
     Rows that are not finite get a NaN distance.
     """
+    rows = max(1, _DIFFERENCE_ELEMENTS // x.shape[1])
+    if x.shape[0] <= rows:
+        return _gather_tile(x, codebook, indices)
     codes = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     sq_distances = torch.empty(x.shape[0], dtype=torch.float64, device=x.device)
-    rows = max(1, min(x.shape[0], _DIFFERENCE_ELEMENTS // x.shape[1]))
-    differences = torch.empty(rows, x.shape[1], dtype=torch.float64, device=x.device)
     for start in range(0, x.shape[0], rows):
         tile = slice(start, start + rows)
-        if x.dtype == codebook.dtype:
-            chosen = torch.index_select(codebook, 0, indices[tile], out=codes[tile])
-        else:
-            codes[tile] = chosen = codebook.index_select(0, indices[tile])
-        difference = differences[: chosen.shape[0]].copy_(x[tile]).sub_(chosen)
-        torch.sum(difference.square_(), dim=1, out=sq_distances[tile])
-        if not math.isfinite(float(sq_distances[tile].sum())):
-            sq_distances[tile].masked_fill_(~x[tile].isfinite().all(dim=1), torch.nan)
+        codes[tile], sq_distances[tile] = _gather_tile(x[tile], codebook, indices[tile])
     return codes, sq_distances
+
+
+def _gather_tile(x: Tensor, codebook: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    codes = codebook.index_select(0, indices)
+    wide = x if x.dtype == codes.dtype else x.to(torch.promote_types(x.dtype, codes.dtype))
+    differences = wide.sub(codes) if wide.dtype.itemsize > 2 else wide.float().sub_(codes)
+    sq_distances = differences.square_().sum(dim=1).double()
+    least, largest = sq_distances.aminmax() if x.shape[0] else (1.0, 1.0)  # both are NaN if one is
+    if not (least >= _TINY_SQ_DISTANCE and largest < torch.inf):  # a row with Inf has distance Inf here, but needs NaN
+        rare = (~((sq_distances >= _TINY_SQ_DISTANCE) & sq_distances.isfinite())).nonzero()[:, 0]
+        exact = pair_distances(x, codebook, rare, indices[rare])
+        sq_distances[rare] = exact.masked_fill_(~x.index_select(0, rare).isfinite().all(dim=1), torch.nan)
+    return codes.to(x.dtype), sq_distances

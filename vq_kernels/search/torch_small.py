@@ -23,6 +23,7 @@ from vq_kernels.search.torch_bounds import error_factor, float32_is_sufficient, 
 
 LARGEST_SCAN = TILE_ELEMENTS  # most elements of the scores, and of the rows
 MOST_SORTED_ROWS = 8  # up to it, topk and Python numbers are faster than the maxima of groups and slots
+_FEW_PAIRS = 64  # rows and their candidates; up to it, Python numbers are faster than a dozen operations
 _SHORTEST_RADIUS, _LONGEST_RADIUS = 2.0**-40, 2.0**60
 
 
@@ -46,13 +47,12 @@ class SmallOperand(NamedTuple):
         return self.sq_norms.isfinite()
 
 
-class SmallScan(NamedTuple):
-    """What the scan finds."""
+class Uncertified(NamedTuple):
+    """What the scan knows of the M rows that it does not certify."""
 
-    indices: Tensor  # [N] int64, undefined for uncertified rows
-    uncertified: Tensor  # [M] int64, rows
-    thresholds: Tensor  # [N] float32; NaN or -inf for a row out of range
-    scores: Tensor  # [K, N] float32
+    rows: Tensor  # [M] int64
+    thresholds: Tensor  # [M] float32; NaN or -inf for a row out of range
+    scores: Tensor  # [M, K] float32
 
 
 def prepare_small(codebook: Tensor) -> SmallOperand:
@@ -72,8 +72,13 @@ def is_small(x: Tensor, codebook: Tensor) -> bool:
     )
 
 
-def scan_small(x: Tensor, codebook: Tensor, operand: SmallOperand) -> SmallScan | None:
-    """Scan x [N, D]. Return None if the codebook [K, D] is out of range, or has codes that are not finite."""
+def scan_small(x: Tensor, codebook: Tensor, operand: SmallOperand) -> tuple[Tensor, Uncertified | None] | None:
+    """Scan x [N, D].
+
+    Returns:
+        indices [N] int64, undefined for uncertified rows; and what is known of these, or None if all are certified.
+        Or None if the codebook [K, D] is out of range, or has codes that are not finite.
+    """
     radius = float(operand.radius)
     if not _SHORTEST_RADIUS <= radius <= _LONGEST_RADIUS:
         return None
@@ -85,40 +90,61 @@ def scan_small(x: Tensor, codebook: Tensor, operand: SmallOperand) -> SmallScan 
 
 def _scan_by_maxima(
     x: Tensor, codebook: Tensor, sq_norms: Tensor, norms: Tensor, radius: float, factor: float
-) -> SmallScan:
+) -> tuple[Tensor, Uncertified | None]:
     num_rows, num_codes = x.shape[0], codebook.shape[0]
     slots = 1 << (num_codes - 1).bit_length() // 2
     groups = -(-num_codes // slots)
     padded = x.new_empty(groups * slots, num_rows)
     scores = padded[:num_codes]
     torch.mm(codebook, x.t(), out=scores).sub_(sq_norms[:, None], alpha=0.5)
-    padded[num_codes:] = -torch.inf
-    by_slot = padded.view(groups, slots, num_rows)
+    if groups * slots > num_codes:
+        padded[num_codes:] = -torch.inf
     maxima = x.new_empty(slots + groups, num_rows)
-    torch.amax(by_slot, dim=0, out=maxima[:slots])
-    torch.amax(by_slot, dim=1, out=maxima[slots:])
+    by_slot = maxima[:slots]
+    torch.amax(padded.view(groups, slots, num_rows), dim=0, out=by_slot)
+    torch.amax(padded.view(groups, slots, num_rows), dim=1, out=maxima[slots:])
     # 4·C·(‖x‖ + C) first: it is inf if a score might overflow, and so is the error.
     errors = norms.add_(radius).mul_(4 * radius)
-    thresholds = torch.sub(maxima[:slots].amax(dim=0), errors, alpha=factor / 2)
-    reaching = maxima.ge_(thresholds)  # 1 or 0; NaN reaches nothing
-    counts, indices = torch.mm(_offsets(slots, groups, x.device), reaching)
-    return SmallScan(indices.long(), (counts != 2).nonzero()[:, 0], thresholds, scores)
+    thresholds = torch.sub(by_slot.amax(dim=0), errors, alpha=factor / 2)
+    maxima.ge_(thresholds)  # 1 or 0; NaN reaches nothing
+    counts, indices = torch.mm(_offsets(slots, groups, x.device), maxima)
+    rows = counts.ne_(2).nonzero()[:, 0]
+    if not rows.numel():
+        return indices.long(), None
+    return indices.long(), Uncertified(rows, thresholds.index_select(0, rows), scores.index_select(1, rows).t())
 
 
 def _scan_by_sorting(
     x: Tensor, codebook: Tensor, sq_norms: Tensor, norms: Tensor, radius: float, factor: float
-) -> SmallScan:
+) -> tuple[Tensor, Uncertified | None]:
     scores = torch.addmm(sq_norms, x, codebook.t(), beta=-0.5)  # [N, K]
     top2, indices = scores.topk(2, dim=1)
-    thresholds, uncertified = [], []
+    rows, thresholds = [], []
     for row, ((best, second), norm) in enumerate(zip(top2.tolist(), norms.tolist(), strict=True)):
         error = factor * radius * (norm + radius)
-        thresholds.append(best - 2 * error if (norm + radius) * radius < 2.0**120 else math.nan)
-        if not second < thresholds[row]:  # not >=: NaN certifies nothing
-            uncertified.append(row)
-    return SmallScan(
-        indices[:, 0].contiguous(), x.new_tensor(uncertified, dtype=torch.int64), x.new_tensor(thresholds), scores.t()
-    )
+        threshold = best - 2 * error if (norm + radius) * radius < 2.0**120 else math.nan
+        if not second < threshold:  # not >=: NaN certifies nothing
+            rows.append(row)
+            thresholds.append(threshold)
+    indices = indices[:, 0].contiguous()
+    return indices, Uncertified(indices.new_tensor(rows), x.new_tensor(thresholds), scores[rows]) if rows else None
+
+
+def rerank_few(x: Tensor, codebook: Tensor, rest: Uncertified) -> Tensor | None:
+    """Compare the candidates of the uncertified rows x [M, D] in float64, by a handful of operations.
+
+    Return the indices [M] of the nearest codes, the lowest on a tie; or None if there are many candidates, or a row out
+    of range.
+    """
+    if x.shape[0] > _FEW_PAIRS // 2 or not all(threshold > -math.inf for threshold in rest.thresholds.tolist()):
+        return None
+    row, code = (rest.scores >= rest.thresholds[:, None]).nonzero(as_tuple=True)
+    if row.shape[0] > _FEW_PAIRS:
+        return None
+    distances = squared_distances(x.index_select(0, row).double(), codebook.index_select(0, code).double())
+    pairs = sorted(zip(distances.tolist(), row.tolist(), code.tolist(), strict=True), reverse=True)
+    nearest = {row: code for _, row, code in pairs}  # the last of each row: the least distance, then the lowest code
+    return code.new_tensor([nearest[row] for row in range(x.shape[0])])
 
 
 @functools.lru_cache(maxsize=64)

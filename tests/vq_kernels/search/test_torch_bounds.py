@@ -70,9 +70,11 @@ def test_scores_of_a_small_scan_lie_within_their_bounds(
     monkeypatch.setattr(torch_small, "MOST_SORTED_ROWS", most_sorted_rows)
     generator = torch.Generator().manual_seed(log_size)
     x, codebook = (2.0**log_size * (torch.randn(size, D, generator=generator) + offset) for size in (N, K))
-    _, _, thresholds, scores = scan_small(x, codebook, prepare_small(codebook))
-    errors = (scores.amax(dim=0).double() - thresholds) / 2
-    assert ((scores.t() - exact_scores(x, codebook, torch.zeros(1), torch.ones(1))).abs().amax(dim=1) <= errors).all()
+    codebook = torch.cat([codebook, codebook])  # twins, so that no row is certified
+    rows, thresholds, scores = scan_small(x, codebook, prepare_small(codebook))[1]
+    assert rows.tolist() == list(range(N))
+    errors = (scores.amax(dim=1).double() - thresholds) / 2
+    assert ((scores - exact_scores(x, codebook, torch.zeros(1), torch.ones(1))).abs().amax(dim=1) <= errors).all()
     assert (errors <= 1e-5 * (x.norm(dim=1) + codebook.norm(dim=1).amax()) * codebook.norm(dim=1).amax()).all()
 
 
