@@ -5,7 +5,7 @@ import sys
 import torch
 from torch import Tensor, nn
 
-from vq_kernels.modules.base import check_mask
+from vq_kernels.modules.indices import check_mask
 
 
 def position_mask(mask: Tensor | None, lens: Tensor | None, leading: torch.Size) -> Tensor | None:

@@ -12,7 +12,8 @@ from vq_kernels.distributed import rank_and_world
 from vq_kernels.learning.dead_codes import draw_sampling
 from vq_kernels.learning.ema import RowSums
 from vq_kernels.learning.recompute import is_recomputing
-from vq_kernels.modules.codebook import Codebook, stack
+from vq_kernels.modules.codebook import Codebook
+from vq_kernels.modules.training_step import stack
 from vq_kernels.search import nearest_code, nearest_code_topk
 from vq_kernels.search.validation import check_no_vmap, is_tracing, is_vmapped, unmapped
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vq_kernels.modules.base import QuantizerBase, checked_indices
+from vq_kernels.modules.base import QuantizerBase
+from vq_kernels.modules.indices import checked_indices
 from vq_kernels.modules.residual_vector_quantizer import ResidualVectorQuantizer
 from vq_kernels.modules.vector_quantizer import VectorQuantizer
 from vq_kernels.search.validation import check_tensor

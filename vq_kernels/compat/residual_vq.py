@@ -13,7 +13,7 @@ from vq_kernels.compat.losses import directional_noise
 from vq_kernels.compat.vector_quantize import VectorQuantize
 from vq_kernels.distributed import sum_over_ranks
 from vq_kernels.gradient.autograd import LEFT_OUT
-from vq_kernels.modules.base import check_mask, codes_at
+from vq_kernels.modules.indices import check_mask, codes_at
 from vq_kernels.search.validation import check_at_least, check_no_vmap
 
 _DIVEQ = {

@@ -19,7 +19,8 @@ from vq_kernels.compat.losses import (
 from vq_kernels.cosine import unit
 from vq_kernels.gradient.autograd import LEFT_OUT, straight_through
 from vq_kernels.gradient.autograd import rotation_trick as rotate_gradient
-from vq_kernels.modules.base import HeadLayout, check_mask, codes_at
+from vq_kernels.modules.base import HeadLayout
+from vq_kernels.modules.indices import check_mask, codes_at
 from vq_kernels.search.backend import BACKENDS, Backend
 from vq_kernels.search.validation import check_at_least, check_choice, check_dtype, check_not_traced
 

@@ -1,6 +1,7 @@
 """Notices that a quantizer diverges or collapses in training, without waiting for the device."""
 
 import math
+import warnings
 
 import torch
 from torch import Tensor
@@ -41,14 +42,19 @@ class TrainingMonitor:
         self._copied.copy_(values, non_blocking=True)
         return problem
 
-    def waits(self, needs_data: Tensor) -> bool:
-        """Returns whether a codebook still waits for data, once; this waits for the device. False in a capture."""
+    def warn_of_waiting(self, needs_data: Tensor, init: str) -> None:
+        """Warns once if a codebook waits for data. The first call alone waits for the device, and none in a capture."""
         captures = torch.compiler.is_compiling() or is_tracing() or torch._C._are_functorch_transforms_active()
         captures = captures or (needs_data.is_cuda and torch.cuda.is_current_stream_capturing())
         if self._read_waiting or captures or needs_data.is_meta or type(needs_data) is not Tensor:  # or a fake tensor
-            return False
+            return
         self._read_waiting = True
-        return bool((needs_data >= 1).any())
+        if bool((needs_data >= 1).any()):
+            warnings.warn(
+                f"the codes wait for data: init={init!r} takes them from the first batch in training mode; train on "
+                "one before, or call fit, set_codes or load_state_dict, or pass warn=False to hide this warning",
+                stacklevel=4,
+            )
 
     def _problem(self, error: float, square: float, share_of_codes_chosen: float, share_unused: float) -> str | None:
         if self._first is None:
@@ -68,6 +74,25 @@ class TrainingMonitor:
         if share_unused > 0.5:
             return f"the codebook collapses: {share_unused:.0%} of the codes have not been chosen for long"
         return "the codebook collapses: nearly all rows choose the same few codes"
+
+
+def warn_of(problem: str | None, commitment_weight: float, restart_after: int | str, init: str) -> None:
+    """Warns of a problem that `check` returned, and names the argument to change."""
+    if problem is None:
+        return
+    if "NaN" in problem:
+        advice = "check what computes it, pass mask for padding"
+    elif "diverges" in problem and commitment_weight < 0.25:
+        advice = f"pass commitment_weight=0.25 (it is {commitment_weight})"
+    elif "diverges" in problem:
+        advice = "lower the learning rate"
+    elif restart_after == 0:
+        advice = "pass restart_after='auto' (it is 0), so that unused codes are reset"
+    elif init in ("normal", "uniform"):
+        advice = f"pass init='data' (it is {init!r})"
+    else:
+        advice = "lower the learning rate, check that the input varies, pass mask for padding and silence"
+    warnings.warn(f"{problem}; {advice}, or warn=False to hide this warning", stacklevel=3)
 
 
 def _values(rows: Tensor, sq_distances: Tensor, counts: Tensor, steps_unused: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
 """The base class of the quantizers: from vectors to codes and back, over heads and stages."""
 
 import math
-import warnings
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -16,9 +15,11 @@ from vq_kernels.functional import Quantized
 from vq_kernels.gradient.autograd import LEFT_OUT, Choice, choose, pass_gradients
 from vq_kernels.learning.ema import RowSums
 from vq_kernels.learning.kmeans import KMeansResult, Mapped, kmeans
-from vq_kernels.learning.monitor import FIRST, PERIOD, TrainingMonitor
+from vq_kernels.learning.monitor import FIRST, PERIOD, TrainingMonitor, warn_of
 from vq_kernels.learning.recompute import is_recomputing
-from vq_kernels.modules.codebook import Codebook, stack
+from vq_kernels.modules.codebook import Codebook
+from vq_kernels.modules.indices import INDEX_DTYPES, check_mask, checked_indices, codes_at
+from vq_kernels.modules.training_step import stack
 from vq_kernels.search.api import nearest_code
 from vq_kernels.search.backend import Backend
 from vq_kernels.search.validation import (
@@ -28,14 +29,10 @@ from vq_kernels.search.validation import (
     check_dtype,
     check_no_vmap,
     check_not_traced,
-    check_tensor,
 )
 
 Init = Literal["normal", "uniform", "data", "kmeans"]
 INITS = ("normal", "uniform", "data", "kmeans")
-
-
-INDEX_DTYPES = tuple(getattr(torch, f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64))
 
 
 @dataclass(frozen=True)
@@ -84,15 +81,6 @@ class HeadLayout:
     def split_mask(self, mask: Tensor) -> Tensor:
         """Repeats mask [...] bool for the rows of a codebook, [M]."""
         return mask.reshape(-1, 1).expand(-1, self.heads // self.num_codebooks).reshape(-1)
-
-
-def check_mask(mask: Tensor, shape: torch.Size) -> None:
-    """Raises TypeError or ValueError unless `mask` is bool and has this shape."""
-    check_tensor("mask", mask)
-    if mask.dtype != torch.bool:
-        raise TypeError(f"mask must be bool, got {mask.dtype}")
-    if mask.shape != shape:
-        raise ValueError(f"mask must be {tuple(shape)} to match x, got {tuple(mask.shape)}")
 
 
 class QuantizerBase(Codebook):
@@ -271,7 +259,8 @@ class QuantizerBase(Codebook):
                 self._steps_trained += 1
                 if self._steps_trained == FIRST or self._steps_trained % PERIOD == 0:
                     sq_distances = torch.stack([choice.sq_distances for choice in choices])
-                    self._warn_of(self._monitor.check(rows.detach(), sq_distances, *self._usage()))
+                    problem = self._monitor.check(rows.detach(), sq_distances, *self._usage())
+                    warn_of(problem, self.commitment_weight, self.restart_after, self.init)
         return Quantized(
             self._layout.join(stack(codes).to(x.dtype), leading).movedim(-1, self.channel_dim),
             self._layout.join_indices(indices.transpose(1, 2), leading),
@@ -282,32 +271,10 @@ class QuantizerBase(Codebook):
         """The counts of the last batch and the steps without use, [P, K]."""
         return self.batch_counts.view(-1, self.num_codes), self.steps_unused.view(-1, self.num_codes)
 
-    def _warn_of(self, problem: str | None) -> None:
-        """Warns of a problem that the monitor saw, and names the argument to change."""
-        if problem is None:
-            return
-        if "NaN" in problem:
-            advice = "check what computes it, pass mask for padding"
-        elif "diverges" in problem and self.commitment_weight < 0.25:
-            advice = f"pass commitment_weight=0.25 (it is {self.commitment_weight})"
-        elif "diverges" in problem:
-            advice = "lower the learning rate"
-        elif self.restart_after == 0:
-            advice = "pass restart_after='auto' (it is 0), so that unused codes are reset"
-        elif self.init in ("normal", "uniform"):
-            advice = f"pass init='data' (it is {self.init!r})"
-        else:
-            advice = "lower the learning rate, check that the input varies, pass mask for padding and silence"
-        warnings.warn(f"{problem}; {advice}, or warn=False to hide this warning", stacklevel=2)
-
     def _warn_of_waiting(self) -> None:
         """Warns, in the first pass that does not learn, if the codes still wait for data."""
-        if self._monitor is not None and self._monitor.waits(self.needs_data):
-            warnings.warn(
-                f"the codes wait for data: init={self.init!r} takes them from the first batch in training mode; train "
-                "on one before, or call fit, set_codes or load_state_dict, or pass warn=False to hide this warning",
-                stacklevel=3,
-            )
+        if self._monitor is not None:
+            self._monitor.warn_of_waiting(self.needs_data, self.init)
 
     def encode(self, x: Tensor, mask: Tensor | None = None, dtype: torch.dtype = torch.int64) -> Tensor:
         """Returns the indices that `forward` gives in eval mode, without a gradient. It learns and counts nothing.
@@ -423,27 +390,6 @@ class QuantizerBase(Codebook):
     def _by_head(self, codebooks: Tensor) -> Tensor:
         """Normalises codebooks [C·q, K, D] for the cosine, and views them as [C, q, K, D]."""
         return self._normalise(codebooks).view(self._layout.num_codebooks, -1, self.num_codes, self.code_dim)
-
-
-def checked_indices(indices: Tensor, num_codes: int) -> Tensor:
-    """Returns indices as int64. Raises TypeError for other dtypes than integers, ValueError out of range.
-
-    The range is checked on the CPU alone, and not in a captured graph, because reading values waits for the device.
-    """
-    if indices.dtype not in INDEX_DTYPES:
-        raise TypeError(f"indices must have an integer dtype, got {indices.dtype}")
-    wide = indices.long()
-    if indices.device.type == "cpu" and not torch.compiler.is_compiling():
-        outside = wide[(wide < LEFT_OUT) | (wide >= num_codes)]
-        if outside.numel():
-            raise ValueError(f"indices must be in [0, {num_codes}), or -1 for padding, got {outside[0]}")
-    return wide
-
-
-def codes_at(codebook: Tensor, indices: Tensor) -> Tensor:
-    """Returns the codes of codebook [K, D] at indices [M]; 0 at LEFT_OUT."""
-    left_out = indices == LEFT_OUT
-    return codebook.index_select(0, indices.masked_fill(left_out, 0)).masked_fill(left_out[:, None], 0)
 
 
 def _residual(rows: Tensor, codebook: Tensor, backend: Backend) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import _register_namedtuple
 
 from vq_kernels import ResidualVectorQuantizer, VectorQuantizer
-from vq_kernels.modules.base import INDEX_DTYPES
+from vq_kernels.modules.indices import INDEX_DTYPES
 from vqae.config import Config
 from vqae.model.encoder import Encoder
 from vqae.runtime.errors import UsageError

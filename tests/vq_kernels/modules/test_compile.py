@@ -52,8 +52,8 @@ def test_the_search_of_no_rows_compiles(
 @pytest.mark.parametrize("training", [True, False])
 def test_the_module_compiles_and_keeps_its_gradients(training: bool) -> None:
     torch.manual_seed(0)
-    eager = vector_quantizer(20, 6, init="data", restart_after=2).train(training)
-    compiled_module = vector_quantizer(20, 6, init="data", restart_after=2).train(training)
+    eager = vector_quantizer(20, 6, init="data", restart_after=2, warn=False).train(training)
+    compiled_module = vector_quantizer(20, 6, init="data", restart_after=2, warn=False).train(training)
     compiled_module.load_state_dict(eager.state_dict())
     compiled = torch.compile(compiled_module, fullgraph=True, dynamic=True, backend="aot_eager")
     for step in range(4):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tests.vq_kernels.plain import residual_quantizer, vector_quantizer
-from vq_kernels.modules.base import INDEX_DTYPES
+from vq_kernels.modules.indices import INDEX_DTYPES
 
 D = 4
 LEARNING: dict[str, Any] = {"init": "data", "restart_after": 1, "ema_decay": 0.8, "warn": False}

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from vq_kernels.modules.base import HeadLayout, check_mask
+from vq_kernels.modules.base import HeadLayout
+from vq_kernels.modules.indices import check_mask
 
 
 @pytest.mark.parametrize("separate", [False, True])
