@@ -1,6 +1,9 @@
 """Compares the trained model with k-means of the pixels, which bounds its MSE on the training images, for several K.
 
+With several codes per image, the k-means is a residual one: each stage clusters what the stages before it left.
+
     python benchmarks/rate_distortion.py --data-dir DIR --num-codes 1 16 64 256 512 1024 --seeds 0 1 2 --out FOLDER
+    python benchmarks/rate_distortion.py --data-dir DIR --num-codes 512 --num-quantizers 1 2 4 8 --out FOLDER
     python benchmarks/rate_distortion.py --data-dir DIR --out FOLDER --max-minutes 10 --epochs 100
 
 Unknown flags are passed to `python -m vqae.train`. FOLDER gets results.jsonl, with a line for each finished k-means and
@@ -29,6 +32,7 @@ if __name__ == "__main__":
     run_command("benchmarks.rate_distortion")  # installs the signal handlers, then imports this module again
 
 import dataclasses
+import itertools
 import time
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -59,6 +63,8 @@ class Options:
 
     num_codes: tuple[int, ...] = (1, 16, 64, 256, 512, 1024)
     """The values of K."""
+    num_quantizers: tuple[int, ...] = (1,)
+    """The values of Q, the codes per image. Every K is run with each."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Every K is run with each seed."""
     methods: tuple[Method, ...] = ("kmeans", "model")
@@ -75,12 +81,12 @@ class Options:
     """Folder for the results and the runs."""
 
 
-Piece = tuple[Method, Config]  # one method at one K and seed
+Piece = tuple[Method, Config]  # one method at one K, Q and seed
 
 
 def name_of(piece: Piece) -> Row:
     """The entries that name a piece in the results."""
-    return {"method": piece[0], "num_codes": piece[1].num_codes, "seed": piece[1].seed}
+    return {"method": piece[0], **{name: getattr(piece[1], name) for name in ("num_codes", "num_quantizers", "seed")}}
 
 
 def settings_of(piece: Piece, options: Options) -> dict[str, Any]:
@@ -98,8 +104,9 @@ def main(arguments: list[str], signals: SignalHandler) -> None:
     file, folder = options.out / "results.jsonl", options.out / "runs"
     for seed in dict.fromkeys(options.seeds):
         pieces: list[Piece] = []
-        for k in dict.fromkeys(options.num_codes):
-            own = dataclasses.replace(config, num_codes=k, seed=seed, out=folder / f"codes-{k}-seed-{seed}")
+        for k, q in itertools.product(dict.fromkeys(options.num_codes), dict.fromkeys(options.num_quantizers)):
+            out = folder / f"codes-{k}{f'-by-{q}' if q > 1 else ''}-seed-{seed}"
+            own = dataclasses.replace(config, num_codes=k, num_quantizers=q, seed=seed, out=out)
             pieces += [(method, own) for method in dict.fromkeys(options.methods)]
         missing = [piece for piece in pieces if not is_finished(file, name_of(piece), settings_of(piece, options))]
         if missing:
@@ -115,7 +122,7 @@ def parse_options(arguments: list[str]) -> tuple[Options, Config]:
     for flag in others:
         if flag.partition("=")[0] in _SET_BY_THIS_PROGRAM:
             raise UsageError(f"{flag} is set for each run: give --seeds, and another --out to start anew")
-    for name, least in (("num_codes", 1), ("seeds", 0), ("starts", 1), ("rounds", 0)):
+    for name, least in (("num_codes", 1), ("num_quantizers", 1), ("seeds", 0), ("starts", 1), ("rounds", 0)):
         value = getattr(options, name)
         if any(one < least for one in (value if isinstance(value, tuple) else [value])):
             raise UsageError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
@@ -149,25 +156,30 @@ def _run(pieces: list[Piece], options: Options, file: Path, signals: SignalHandl
 
 
 def _figures(found: dict[str, tuple[float, Tensor]], minutes: float) -> Row:
-    """The entries of a row for the MSE and the counts of codes [K] on each set of images."""
+    """The entries of a row for the MSE and the counts of codes [K] or [Q, K] on each set of images."""
     figures: Row = {}
     for split, (mse, counts) in found.items():
         figures[f"{split}_mse"] = mse
-        figures[f"{split}_perplexity"] = perplexity(counts).item()
+        figures[f"{split}_perplexity"] = perplexity(counts).mean().item()
         figures[f"{split}_codes_used"] = int((counts > 0).sum())
     return {**figures, "minutes": minutes}
 
 
 def kmeans_figures(config: Config, options: Options, images: dict[str, Tensor], device: torch.device) -> Row:
-    """Fits k-means and measures it on every set of images [N, 3, H, W] uint8."""
+    """Fits k-means, stage by stage, and measures it on every set of images [N, 3, H, W] uint8."""
     start = time.monotonic()
     rows = {split: part.flatten(1).to(device).float() / 255 for split, part in images.items()}  # [N, P]
-    num_codes = config.num_codes
-    centroids = fit_kmeans(rows["train"], num_codes, starts=options.starts, rounds=options.rounds, seed=config.seed)
-    measured = {}
-    for split, x in rows.items():
-        found = assign(x, centroids)
-        measured[split] = (found.sum / x.numel(), torch.bincount(found.indices, minlength=num_codes))
+    how = {"starts": options.starts, "rounds": options.rounds, "seed": config.seed}
+    mse: dict[str, float] = {}
+    counts: dict[str, list[Tensor]] = {split: [] for split in rows}
+    for _ in range(config.num_quantizers):
+        centroids = fit_kmeans(rows["train"], config.num_codes, **how)
+        for split, x in rows.items():
+            found = assign(x, centroids)
+            mse[split] = found.sum / x.numel()
+            counts[split].append(torch.bincount(found.indices, minlength=config.num_codes))
+            x -= centroids[found.indices]
+    measured = {split: (mse[split], torch.stack(counts[split])) for split in rows}
     return _figures(measured, (time.monotonic() - start) / 60)
 
 

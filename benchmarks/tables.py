@@ -66,9 +66,10 @@ def spread(values: Sequence[float], digits: int) -> str:
     return f"{statistics.fmean(values):.{digits}f}{deviation}" if values else ""
 
 
-def over_seeds(rows: Sequence[Row], method: str, num_codes: int, name: str) -> list[float]:
-    """A figure of one method at one K, for each seed. Exits if the rows differ in their settings."""
-    runs = [row for row in rows if (row["method"], row["num_codes"]) == (method, num_codes)]
+def over_seeds(rows: Sequence[Row], method: str, num_codes: int, name: str, num_quantizers: int = 1) -> list[float]:
+    """A figure of one method at one K and Q, for each seed. Exits if the rows differ in their settings."""
+    sizes = (num_quantizers, num_codes)
+    runs = [row for row in rows if row["method"] == method and (row["num_quantizers"], row["num_codes"]) == sizes]
     if any(run["settings"] != runs[0]["settings"] for run in runs):
         raise SystemExit(f"the results of {METHODS[method]} at K = {num_codes} differ in their settings: repeat some")
     return [run[name] for run in runs]
@@ -222,13 +223,17 @@ def rate_distortion_table(rows: Sequence[Row]) -> str:
 
 
 def rate_distortion_cells(rows: Sequence[Row]) -> list[list[str]]:
-    """The cells of that table: headings, then a line for each K and method. Ratios are the model's over k-means'."""
+    """The cells of that table: headings, then a line for each K, Q and method. Ratios are the model's over k-means'."""
     cells = [["K", "by", "train MSE", "test MSE", "train ratio", "test ratio", "perplexity", "codes used"]]
-    for num_codes in sorted({row["num_codes"] for row in rows}):
-        bounds = [over_seeds(rows, "kmeans", num_codes, name) for name in ("train_mse", "test_mse")]
+    for sizes in sorted({(row["num_quantizers"], row["num_codes"]) for row in rows}):
+
+        def figures(method: str, *names: str, sizes: tuple[int, int] = sizes) -> list[list[float]]:
+            return [over_seeds(rows, method, sizes[1], name, sizes[0]) for name in names]
+
+        bounds = figures("kmeans", "train_mse", "test_mse")
         for method, shown in METHODS.items():
-            mse = [over_seeds(rows, method, num_codes, name) for name in ("train_mse", "test_mse")]
-            codes = [over_seeds(rows, method, num_codes, name) for name in ("test_perplexity", "test_codes_used")]
+            mse = figures(method, "train_mse", "test_mse")
+            codes = figures(method, "test_perplexity", "test_codes_used")
             ratios = [
                 f"{statistics.fmean(found) / statistics.fmean(bound):.3f}"
                 if found and bound and method == "model"
@@ -237,7 +242,7 @@ def rate_distortion_cells(rows: Sequence[Row]) -> list[list[str]]:
             ]
             line = [*(spread(found, 5) for found in mse), *ratios, *(spread(found, 0) for found in codes)]
             if any(line):
-                cells.append([f"{num_codes:,}", shown, *line])
+                cells.append([f"{sizes[0]} × {sizes[1]:,}" if sizes[0] > 1 else f"{sizes[1]:,}", shown, *line])
     return cells
 
 
@@ -260,7 +265,7 @@ def use_table(rows: Sequence[Row]) -> str:
     """How many codes the model uses: a line for each K, batch size, D and length of run in rate_distortion.py rows."""
     alike: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        if row["method"] == "model":
+        if row["method"] == "model" and row["num_quantizers"] == 1:
             kind = (row["settings"][name] for name in ("batch_size", "code_dim", "max_minutes"))
             alike.setdefault((row["num_codes"], *kind), []).append(row)
     if not alike:

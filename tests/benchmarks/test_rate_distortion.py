@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks import rate_distortion
+from benchmarks.tables import rate_distortion_table
 from vqae.config import Config
 from vqae.data.load import load_images
 from vqae.runtime.errors import UsageError
@@ -65,6 +66,21 @@ def test_one_centroid_is_the_mean_image(
         assert (line[f"{split}_perplexity"], line[f"{split}_codes_used"]) == (1, 1)
 
 
+def test_several_codes_per_image(run: Callable[..., list[dict[str, Any]]], tmp_path: Path) -> None:
+    lines = run("--num-codes", "3", "--num-quantizers", "1", "2", "--seeds", "0")
+    assert [(line["num_quantizers"], line["method"]) for line in lines] == [
+        (1, "kmeans"), (1, "model"), (2, "kmeans"), (2, "model"),
+    ]  # fmt: skip
+    by_name = {(line["num_quantizers"], line["method"]): line for line in lines}
+    assert by_name[2, "kmeans"]["train_mse"] < by_name[1, "kmeans"]["train_mse"]
+    assert by_name[2, "model"]["settings"]["num_quantizers"] == 2
+    assert by_name[2, "kmeans"]["train_codes_used"] == 6
+    assert 3 < by_name[2, "model"]["train_codes_used"] + 1 <= 7
+    table = rate_distortion_table(lines)
+    assert "| 2 × 3 | K-means |" in table
+    assert "| 2 × 3 | model |" in table
+
+
 def test_it_goes_on_where_it_stopped(
     run: Callable[..., list[dict[str, Any]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -101,7 +117,8 @@ def test_results_of_other_settings_are_refused(run: Callable[..., list[dict[str,
     arguments = ("--num-codes", "2", "--seeds", "0")
     run(*arguments, "--lr", "0.3")
     with pytest.raises(
-        UsageError, match=r"method model, num_codes 2, seed 0 with other settings \(lr was 0.3, now 0.2\)"
+        UsageError,
+        match=r"method model, num_codes 2, num_quantizers 1, seed 0 with other settings \(lr was 0.3, now 0.2\)",
     ):
         run(*arguments, "--lr", "0.2")
     with pytest.raises(UsageError, match=r"method kmeans, .* \(starts was 3, now 1\)"):
@@ -123,6 +140,7 @@ def test_the_plain_recipe_goes_to_the_runs(run: Callable[..., list[dict[str, Any
     ("arguments", "message"),
     [
         (["--num-codes", "0"], "--num-codes must be at least 1, got"),
+        (["--num-quantizers", "0"], "--num-quantizers must be at least 1, got"),
         (["--seeds", "-1"], "--seeds must be at least 0, got"),
         (["--starts", "0"], "--starts must be at least 1, got 0"),
         (["--rounds", "-1"], "--rounds must be at least 0, got -1"),
@@ -160,7 +178,7 @@ def test_kmeans_sees_pixels_in_0_to_1(image_folder: Path, tmp_path: Path, monkey
     seen = []
 
     def fit(x: torch.Tensor, num_codes: int, **_options: int) -> torch.Tensor:
-        seen.append(x)
+        seen.append(x.clone())
         return x[:num_codes].clone()
 
     monkeypatch.setattr(rate_distortion, "fit_kmeans", fit)

@@ -34,7 +34,8 @@ def ablation_line(variant: str, seed: int, test_mse: float, **overrides: Any) ->
 
 def point(method: str, num_codes: int, seed: int, mse: float) -> dict[str, Any]:
     figures = {f"{split}_{name}": mse for split in ("train", "test") for name in ("mse", "perplexity", "codes_used")}
-    return {"method": method, "num_codes": num_codes, "seed": seed, "settings": SETTINGS, **figures, **ENVIRONMENT}
+    row = {"method": method, "num_codes": num_codes, "num_quantizers": 1, "seed": seed, "settings": SETTINGS}
+    return {**row, **figures, **ENVIRONMENT}
 
 
 def test_spread() -> None:
