@@ -1,6 +1,7 @@
 """Compares the nearest-code search of this library with common alternatives, on a CPU or a GPU.
 
     python benchmarks/argmin_bench.py --device cpu --out results/argmin-cpu
+    python benchmarks/argmin_bench.py --device cpu --small   # small searches, and the limits of their times
     python benchmarks/argmin_bench.py --device cuda --shapes 65536x1024x64 1048576x4096x128 --data gaussian offset-100
 
 The contenders are this library, the alternatives, and bare matrix products. Their answers are first checked against a
@@ -17,8 +18,9 @@ output (--shapes 16384x1024x64 --data offset-1000):
 
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -30,17 +32,26 @@ import tyro
 
 from benchmarks.baselines import CONTENDERS
 from benchmarks.data import DATA_NAMES, make_search_data
-from benchmarks.results import Row, append_row, environment
+from benchmarks.results import Row, aligned, append_row, environment, markdown
 from benchmarks.search import Shape, bench, format_rows
 from benchmarks.timing import host_memory_limit
 
-CPU_SHAPES = ("65536x1024x64", "65536x1024x512", "16384x8192x64", "256x512x512", "65536x512x8")
+SMALL_SHAPES = (
+    *("1x1024x128", "600x256x32", "256x512x512", "256x512x64", "64x1024x64", "64x8192x32", "128x1024x8"),
+    *("1024x1024x256", "4096x512x64"),
+)
+CPU_SHAPES = ("65536x1024x64", "65536x1024x512", "16384x8192x64", "65536x512x8", *SMALL_SHAPES)
 CUDA_SHAPES = (
     *("256x1024x512", "1024x1024x512", "65536x1024x64", "65536x8192x256", "65536x16384x256"),
     *("1048576x1024x8", "1048576x4096x32", "1048576x65536x32"),
     *("1048576x4096x64", "1048576x4096x128", "1048576x4096x256", "1048576x4096x512"),
 )
 QUICK_SHAPES = ("1000x128x16", "4096x256x64")
+
+_SMALL_CONTENDERS = ("cdist-gather", "torch", "torch-prepared")
+# The most time of a small search, relative to cdist-gather: with few rows, and with more.
+_FEW_ROWS = 64
+_LIMITS = {"torch": (1.0, 1.15), "torch-prepared": (0.8, 0.95)}
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _CHECK_BUDGET = {"cpu": 4e9, "cuda": 4e11}  # float64 subtractions per check: seconds on either device
@@ -60,6 +71,8 @@ class Options:
     """Names of contenders. Those that cannot run here are listed with the reason."""
     data: tuple[str, ...] = ("gaussian",)
     """Names of data sets; see benchmarks/data.py."""
+    small: bool = False
+    """Compare small searches on the CPU with cdist, argmin and a gather, and print the ratios beside their limits."""
     quick: bool = False
     """Run fewer rounds, and only two small shapes unless --shapes is given."""
     rounds: int | None = None
@@ -94,6 +107,20 @@ def run(options: Options) -> list[Row]:
                     append_row(options.out / "results.jsonl", row)
             print(format_rows(found), flush=True)
     return rows
+
+
+def format_limits(rows: Sequence[Row]) -> str:
+    """The ratios of small searches to cdist-gather, and their limits."""
+    cells = [["N x K x D", "data", "contender", "ratio", "limit", ""]]
+    for row in rows:
+        size = tuple(row[name] for name in "NKD")
+        if row["contender"] in _LIMITS and row["status"] == "ok":
+            others = (other for other in rows if tuple(other[name] for name in "NKD") == size)
+            reference = next(o for o in others if (o["contender"], o["data"]) == ("cdist-gather", row["data"]))
+            ratio, limit = row["p50_ms"] / reference["p50_ms"], _LIMITS[row["contender"]][row["N"] > _FEW_ROWS]
+            shown = " x ".join(f"{n:,}" for n in size), row["data"], row["contender"], f"{ratio:.2f}", f"{limit:.2f}"
+            cells.append([*shown, "" if ratio <= limit else "over"])
+    return aligned(markdown(cells))
 
 
 def check(options: Options) -> tuple[torch.device, list[Shape]]:
@@ -136,6 +163,9 @@ def parse_shape(text: str) -> Shape:
 def main() -> int:
     """Runs the command line and returns the exit status."""
     options = tyro.cli(Options, description=__doc__)
+    if options.small:
+        shapes, data = options.shapes or SMALL_SHAPES, ("gaussian", "offset-3")
+        options = replace(options, device="cpu", shapes=shapes, contenders=_SMALL_CONTENDERS, data=data)
     start = time.perf_counter()
     try:
         device, _ = check(options)
@@ -144,6 +174,8 @@ def main() -> int:
     except ValueError as error:
         print(f"argmin_bench.py: {error}", file=sys.stderr)
         return 2
+    if options.small:
+        print(format_limits(rows))
     print(f"{len(rows)} rows in {time.perf_counter() - start:.0f} s")
     return 1 if any(row["status"] == "WRONG" for row in rows) else 0
 

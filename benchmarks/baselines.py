@@ -64,6 +64,16 @@ def _build_cdist(x: Tensor, codebook: Tensor) -> Search:
     return lambda: torch.cdist(x.float(), codebook.float()).argmin(dim=1)
 
 
+def _build_cdist_gather(x: Tensor, codebook: Tensor) -> Search:
+    def search() -> Tensor:
+        indices = torch.cdist(x, codebook).argmin(dim=1)
+        codes = codebook[indices]
+        (x - codes).square().sum(dim=1)
+        return indices
+
+    return search
+
+
 def _build_addmm(x: Tensor, codebook: Tensor) -> Search:
     return lambda: _expansion(x, codebook)
 
@@ -154,6 +164,7 @@ _BFLOAT16_GEMM = _build_gemm(torch.bfloat16, "highest")
 
 _CONTENDERS = (
     Contender("cdist", "float32", _build_cdist, upcasts=True),  # torch.cdist + argmin
+    Contender("cdist-gather", "float32", _build_cdist_gather),  # also the codes and the distances, as nearest_code
     Contender("addmm", "float32", _build_addmm),  # argmin of |c|^2 - 2 x.c
     Contender("addmm-chunked", "float32", _build_addmm_chunked),  # in chunks of rows, of the fastest of five sizes
     Contender("addmm-compiled", "float32", _build_addmm_compiled),  # under torch.compile

@@ -4,10 +4,11 @@
     python -m benchmarks.tables --check   # exit with 1 if a table would change
 
 A table stands between `<!-- begin NAME -->` and `<!-- end NAME -->`; `TABLES` lists the names. CPU results are in
-benchmarks/results/cpu: argmin.jsonl (argmin_bench.py), exactness.jsonl (exactness.py), train_bench.jsonl
-(train.py), quantizer_step.jsonl, clustering.jsonl, semantic_ids.jsonl, ablation.jsonl, rate_distortion.jsonl,
-batch_sizes.jsonl (rate_distortion.py at other batch sizes), and conv_vqvae.jsonl (examples/conv_vqvae.py). GPU results
-are in benchmarks/results/h200/gpu.jsonl, or in h100/gpu.jsonl if that one is missing; `gpu.py` writes them.
+benchmarks/results/cpu: argmin.jsonl (argmin_bench.py), small.jsonl (argmin_bench.py --small), exactness.jsonl
+(exactness.py), train_bench.jsonl (train.py), quantizer_step.jsonl, clustering.jsonl, semantic_ids.jsonl,
+ablation.jsonl, rate_distortion.jsonl, batch_sizes.jsonl (rate_distortion.py at other batch sizes), and conv_vqvae.jsonl
+(examples/conv_vqvae.py). GPU results are in benchmarks/results/h200/gpu.jsonl, or in h100/gpu.jsonl if that one is
+missing; `gpu.py` writes them.
 """
 
 from __future__ import annotations
@@ -141,6 +142,23 @@ def search_table() -> str:
             cells.append([size, *(_ratio_cell(found.get(name)) for name in _CPU_CONTENDERS)])
         tables.append(f"{markdown(cells)}\n\n{own[0]['device']}; {own[0]['versions']}; {own[0]['date']}.")
     return "\n\n".join([*tables, "Median time divided by that of cdist + argmin in the same run; float32, Gaussian."])
+
+
+def small_search_table() -> str:
+    """The time of small searches relative to cdist, argmin and a gather in the same run."""
+    rows = _cpu("small")
+    if not rows:
+        return NO_RESULTS
+    named = {(_size(row), row["contender"], row["data"]): row["p50_ms"] for row in rows}
+    columns = [(name, data) for data in ("gaussian", "offset-3") for name in ("torch", "torch-prepared")]
+    cells = [
+        ["N × K × D", "this library", "codebook prepared", "this library, offset 3", "codebook prepared, offset 3"]
+    ]
+    for size in dict.fromkeys(map(_size, rows)):
+        ratios = (named[size, name, data] / named[size, "cdist-gather", data] for name, data in columns)
+        cells.append([size, *(f"{ratio:.2f}" for ratio in ratios)])
+    what = "Median time divided by that of cdist + argmin + gather in the same run; float32, Gaussian plus an offset"
+    return f"{markdown(cells)}\n\n{what}; {_where(rows)}."
 
 
 def _ratio_cell(row: Row | None) -> str:
@@ -468,6 +486,7 @@ def _committed_gpu_table(name: str) -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "model": model_table,
     "search": search_table,
+    "small-search": small_search_table,
     "step": step_table,
     "semantic-ids": semantic_ids_table,
     "ablation": lambda: ablation_table(_cpu("ablation")),

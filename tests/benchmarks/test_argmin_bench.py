@@ -60,6 +60,19 @@ def test_a_quick_run_fills_every_column(
     assert "torch-prepared" in printed
 
 
+def test_small_searches_are_shown_with_their_limits(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(argmin_bench._LIMITS, "torch", (0.0, 9999.0))
+    status, rows = bench(monkeypatch, tmp_path, "--small", "--shapes", "1x40x8", "100x40x8")
+    assert status == 0
+    assert [row["contender"] for row in rows] == ["cdist-gather", "torch", "torch-prepared"] * 4
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    shown = {tuple(line[:3]): line[4:] for line in lines if len(line) == 6}
+    assert shown["1 x 40 x 8", "offset-3", "torch"] == ["0.00", "over"]
+    assert shown["100 x 40 x 8", "gaussian", "torch"] == ["9999.00", ""]
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_16_bit_input(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, dtype: str) -> None:
     status, rows = bench(
