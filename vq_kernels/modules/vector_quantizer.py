@@ -12,7 +12,7 @@ from vq_kernels.gradient.autograd import Metric
 from vq_kernels.modules.base import Init, QuantizerBase
 from vq_kernels.search.backend import Backend
 from vq_kernels.search.topk import NearestCodes, nearest_code_topk
-from vq_kernels.search.validation import check_tensor
+from vq_kernels.search.validation import check_at_least, check_tensor
 
 
 class VectorQuantizer(QuantizerBase):
@@ -183,6 +183,7 @@ class VectorQuantizer(QuantizerBase):
         Raises:
             TypeError, ValueError: x or k does not fit.
         """
+        check_at_least(1, self.num_codes, integer=True, k=k)
         self._warn_of_waiting()
         positions, _ = self._positions(x, None)
         rows = self._as_searched(self._layout.split(positions))  # [C, M, D]

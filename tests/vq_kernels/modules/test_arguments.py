@@ -33,6 +33,10 @@ def decode(indices: Any) -> Any:
     return vector().decode(indices)
 
 
+def topk(k: Any) -> Any:
+    return vector(init="normal").topk(ROWS, k)
+
+
 OF_EACH = (vector, residual)
 INTEGERS: tuple[tuple[tuple[Callable[..., Any], ...], str, int, str], ...] = (
     (OF_EACH, "num_codes", 1, ">= 1"),
@@ -79,6 +83,7 @@ CASES: list[tuple[Callable[..., Any], str, Any, str]] = [
     (from_codebook, "codebook", np.zeros((4, 2)), "a tensor"),
     (from_codebook, "codebook", torch.full((4, 2), torch.nan), "finite in torch.float32"),
     (decode, "indices", [0, 1], "a tensor"),
+    *((topk, "k", value, rule) for value, rule in ((0, "in [1, 4]"), (5, "in [1, 4]"), (1.5, "an integer"))),
 ]
 
 
