@@ -126,8 +126,9 @@ def _freezing(rows: Sequence[Row]) -> str:
 
 
 def _model_runs(rows: Sequence[Row]) -> str:
-    flags = _freezing(rows)
-    return f"{_where(rows)}; runs with `{flags.strip()}`" if flags else _where(rows)
+    frozen = [row for row in rows if row["method"] == "model" and _freezing([row])]
+    sizes = ", ".join(f"{num_codes:,}" for num_codes in sorted({row["num_codes"] for row in frozen}))
+    return f"{_where(rows)}; the model of K = {sizes} with `{_freezing(frozen).strip()}`" if frozen else _where(rows)
 
 
 def search_table() -> str:
@@ -279,23 +280,24 @@ def vqvae_table(rows: Sequence[Row]) -> str:
     return f"{markdown(lines)}\n\n{'; '.join(sorted(settings))}; K = 512, D = 64; {_where(rows)}."
 
 
+_LEAST = ("codes used, fewest", "perplexity on test, least")
+
+
 def use_table(rows: Sequence[Row]) -> str:
     """How many codes the model uses: a line for each K, batch size, D and length of run in rate_distortion.py rows."""
     alike: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         if row["method"] == "model" and row["num_quantizers"] == 1:
-            kind = (row["settings"][name] for name in ("batch_size", "code_dim", "max_minutes"))
+            kind = (row["settings"][name] for name in ("batch_size", "code_dim", "max_minutes", "unfreeze_encoder_at"))
             alike.setdefault((row["num_codes"], *kind), []).append(row)
     if not alike:
         return NO_RESULTS
-    cells = [
-        ["K", "batch size", "D", "minutes", "seeds", "test MSE", "codes used, fewest", "perplexity on test, least"]
-    ]
+    cells = [[*("K", "batch size", "D", "minutes", "encoder frozen until", "seeds", "test MSE"), *_LEAST]]
     for sizes, runs in sorted(alike.items(), key=lambda item: (item[0][0], str(item[0][1:]))):
         mse = spread([row["test_mse"] for row in runs], 5)
         least = [f"{min(row[f'test_{name}'] for row in runs):.0f}" for name in ("codes_used", "perplexity")]
         cells.append([*(f"{size:,}" if size is not None else "-" for size in sizes), str(len(runs)), mse, *least])
-    return f"{markdown(cells)}\n\n{_model_runs([row for runs in alike.values() for row in runs])}."
+    return f"{markdown(cells)}\n\n{_where([row for runs in alike.values() for row in runs])}."
 
 
 def kmeans_table(rows: Sequence[Row]) -> str:

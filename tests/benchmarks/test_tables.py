@@ -128,14 +128,14 @@ def test_figures_of_a_method_at_one_k() -> None:
 
 def test_the_codes_in_use_are_those_of_the_worst_seed() -> None:
     def run(seed: int, batch_size: int, used: int) -> dict[str, Any]:
-        settings = {"batch_size": batch_size, "code_dim": 64, "max_minutes": None}
+        settings = {"batch_size": batch_size, "code_dim": 64, "max_minutes": None, "unfreeze_encoder_at": 0.5}
         line = {**point("model", 512, seed, 0.03), "settings": settings}
         return {**line, "test_codes_used": used, "test_perplexity": used / 2}
 
     lines = [run(0, 64, 500), run(1, 64, 480), run(0, 1024, 510), point("kmeans", 512, 0, 0.03)]
     assert use_table(lines).splitlines()[2:4] == [
-        "| 512 | 1,024 | 64 | - | 1 | 0.03000 | 510 | 255 |",
-        "| 512 | 64 | 64 | - | 2 | 0.03000 ± 0.00000 | 480 | 240 |",
+        "| 512 | 1,024 | 64 | - | 0.5 | 1 | 0.03000 | 510 | 255 |",
+        "| 512 | 64 | 64 | - | 0.5 | 2 | 0.03000 ± 0.00000 | 480 | 240 |",
     ]
 
 
