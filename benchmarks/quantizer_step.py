@@ -1,8 +1,9 @@
-"""Compares a training step of `VectorQuantize` with vector_quantize_pytorch's: forward, backward and moving averages.
+"""Compares a training step of a drop-in with vector_quantize_pytorch's: forward, backward and moving averages.
 
     python benchmarks/quantizer_step.py --out results/quantizer_step.jsonl
+    python benchmarks/quantizer_step.py --layer ResidualVQ --num-quantizers 8 --num-codes 1024 --dim 128
 
-Both layers have the same codebook and get the same normally distributed x. One step is checked first: our indices
+Both layers have the same codebooks and get the same normally distributed x. One step is checked first: our indices
 against float64 brute force, our loss and gradient against theirs on the rows where both chose the same code. If one is
 wrong, nothing is timed and the exit status is 1. Then both take steps alternately in one process. The time ratio is the
 median of the ratios of the turns. Memory is what a step allocates beyond what was allocated before it. It prints one
@@ -17,20 +18,20 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # run as a file: import the package from the checkout
 
 import torch
 import tyro
+import vector_quantize_pytorch
 from torch import Tensor
-from vector_quantize_pytorch import VectorQuantize as Theirs
 
 from benchmarks.results import Row, append_row, environment
 from benchmarks.timing import TIMING, peak_mib, time_in_turn
 from benchmarks.verification import checked_rows, wrong_rows
-from vq_kernels import VectorQuantize
+from vq_kernels import compat
 
 ROUNDING = 2e-5  # how much loss and gradient may differ from theirs, relative to the largest number
 
@@ -39,12 +40,18 @@ ROUNDING = 2e-5  # how much loss and gradient may differ from theirs, relative t
 class Options:
     """Compare the time of a training step with that of vector_quantize_pytorch's."""
 
+    layer: Literal["VectorQuantize", "ResidualVQ", "GroupedResidualVQ"] = "VectorQuantize"
+    """The class to compare."""
+    num_quantizers: int = 1
+    """Stages of a residual layer."""
+    groups: int = 1
+    """Groups of GroupedResidualVQ."""
     batch: int = 8
     """b of x [b, n, dim]."""
     length: int = 1024
     """n of x [b, n, dim]."""
     dim: int = 256
-    """dim of x [b, n, dim], and of the codes."""
+    """dim of x [b, n, dim]."""
     num_codes: int = 8192
     """K."""
     turns: int = 10
@@ -60,8 +67,8 @@ class Options:
 class Answer(NamedTuple):
     """The result of one training step."""
 
-    indices: Tensor  # [N]
-    loss: Tensor  # []
+    indices: Tensor  # [G, N, Q]: groups, rows, stages
+    loss: Tensor  # [G, Q]
     gradient: Tensor  # of x, [N, dim]
 
 
@@ -73,11 +80,22 @@ class Stepper:
     x: Tensor
     direction: Tensor
 
+    @property
+    def codebooks(self) -> Tensor:
+        """[G, Q, K, D]."""
+        codes: Tensor = self.layer.codebooks if hasattr(self.layer, "codebooks") else self.layer.codebook
+        return codes.view(*[1] * (4 - codes.dim()), *codes.shape)
+
     def step(self) -> Answer:
         """Runs forward and backward. The moving averages are updated."""
         quantized, indices, loss = self.layer(self.x)
         (gradient,) = torch.autograd.grad([quantized, loss], self.x, [self.direction, torch.ones_like(loss)])
-        return Answer(indices.flatten(), loss.detach(), gradient.flatten(0, 1))
+        num_groups, num_stages = self.codebooks.shape[:2]
+        return Answer(
+            indices.reshape(num_groups, -1, num_stages),
+            loss.detach().view(num_groups, num_stages),
+            gradient.flatten(0, 1),
+        )
 
 
 def run(options: Options) -> Row:
@@ -86,37 +104,47 @@ def run(options: Options) -> Row:
     ours, theirs = make_pair(options, device)
     checks = verify(ours, theirs, options.seed)
     status = "WRONG" if checks["wrong_rows"] or not checks["same_loss_and_gradient"] else "ok"
-    sizes = {name: getattr(options, name) for name in ("batch", "length", "dim", "num_codes")}
-    row = {"op": "VectorQuantize step", "status": status, **sizes, **environment(device), **checks}
+    names = ("batch", "length", "dim", "num_codes", "num_quantizers", "groups")
+    sizes = {name: getattr(options, name) for name in names}
+    row = {"op": f"{options.layer} step", "status": status, **sizes, **environment(device), **checks}
     return row | compare(ours.step, theirs.step, options.turns, device) if row["status"] == "ok" else row
 
 
 def make_pair(options: Options, device: torch.device) -> tuple[Stepper, Stepper]:
-    """Our layer and theirs, with the same codes and the same x."""
+    """Our layer and theirs, with the same codes and the same x. Each stage has smaller codes than the one before."""
     generator = torch.Generator().manual_seed(options.seed)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(device)
 
-    codes = draw(options.num_codes, options.dim)
     x, direction = (draw(options.batch, options.length, options.dim) for _ in range(2))
-    ours = VectorQuantize(options.dim, options.num_codes).to(device)
-    ours.codebook = codes
-    theirs = Theirs(options.dim, options.num_codes).to(device)
+    arguments: dict[str, Any] = {"dim": options.dim, "codebook_size": options.num_codes}
+    if options.layer != "VectorQuantize":
+        arguments["num_quantizers"] = options.num_quantizers
+    if options.layer == "GroupedResidualVQ":
+        arguments["groups"] = options.groups
+    ours, theirs = (getattr(package, options.layer)(**arguments) for package in (compat, vector_quantize_pytorch))
+    for group in getattr(ours, "rvqs", [ours]):
+        for stage, quantizer in enumerate(getattr(group, "layers", [group])):
+            quantizer.codebook = 0.9**stage * draw(*quantizer.codebook.shape)
+    ours, theirs = ours.to(device), theirs.to(device)
     theirs.load_state_dict(ours.state_dict())
     return Stepper(ours, x.requires_grad_(), direction), Stepper(theirs, x, direction)
 
 
 def verify(ours: Stepper, theirs: Stepper, seed: int) -> Row:
     """Takes one step of each. Counts wrong rows and compares loss and gradient."""
-    codes = ours.layer.codebook.clone()
+    codebooks = ours.codebooks.clone()
     found, expected = ours.step(), theirs.step()
     x = ours.x.detach().flatten(0, 1)
-    rows = checked_rows(x.shape[0], *codes.shape, seed=seed).to(x.device)
-    same = found.indices == expected.indices
-    loss_difference = _relative_difference(found.loss, expected.loss)
+    num_groups, num_stages, *sizes = codebooks.shape
+    rows = checked_rows(x.shape[0], *sizes, budget=4e9 / (num_groups * num_stages), seed=seed).to(x.device)
+    same = found.indices == expected.indices  # [G, N, Q]
+    agree = same.all(dim=1).cumprod(dim=1).bool()  # [G, Q]: a row that differs changes the losses of later stages
+    loss_difference = _relative_difference(found.loss[agree], expected.loss[agree])
+    same = same.all(dim=2).all(dim=0)
     gradient_difference = _relative_difference(found.gradient[same], expected.gradient[same])
-    wrong, theirs_wrong = (int(wrong_rows(x[rows], codes, one.indices[rows]).sum()) for one in (found, expected))
+    wrong, theirs_wrong = (_num_wrong(x[rows], codebooks, one.indices[:, rows]) for one in (found, expected))
     return {
         **{"checked_rows": rows.numel(), "wrong_rows": wrong, "wrong_rows_theirs": theirs_wrong},
         **{"loss_difference": loss_difference, "gradient_difference": gradient_difference},
@@ -135,6 +163,16 @@ def compare(ours: Callable[[], object], theirs: Callable[[], object], turns: int
         **{f"{name}_ms": statistics.median(values) for name, values in elapsed_ms.items()},
         **{"memory_ratio": memory_ratio, "ours_peak_mib": ours_mib, "theirs_peak_mib": theirs_mib},
     }
+
+
+def _num_wrong(x: Tensor, codebooks: Tensor, indices: Tensor) -> int:
+    """Counts the wrong ones of indices [G, M, Q] for rows x [M, G·D], each stage for the residual that it got."""
+    total = 0
+    for residual, stages, chosen in zip(x.chunk(len(codebooks), dim=1), codebooks, indices, strict=True):
+        for codes, index in zip(stages, chosen.unbind(-1), strict=True):
+            total += int(wrong_rows(residual, codes, index).sum())
+            residual = residual - codes[index]
+    return total
 
 
 def _relative_difference(found: Tensor, expected: Tensor) -> float:

@@ -172,16 +172,18 @@ def _wrong(row: Row) -> str:
 
 def step_table() -> str:
     """A training step of the drop-in quantizer compared with vector_quantize_pytorch's."""
-    row = _cpu("quantizer_step")[-1]
-    memory = [f"{row[f'{side}_peak_mib']:.0f} MiB" for side in ("ours", "theirs")]
-    cells = [
-        ["", "here", "there", "ratio"],
-        ["time", f"{row['ours_ms']:.0f} ms", f"{row['theirs_ms']:.0f} ms", f"{row['time_ratio']:.2f}"],
-        ["additional memory", *memory, f"{row['memory_ratio']:.2f}"],
-    ]
-    size = f"x [{row['batch']}, {row['length']}, {row['dim']}], {row['num_codes']:,} codes"
-    what = f"Forward, backward and moving averages; {size}; medians of steps taken in turns"
-    return f"{markdown(cells)}\n\n{what}; {_where([row])}."
+    rows = _cpu("quantizer_step")
+    cells = [["layer", "x", "codebooks", "time here", "there", "ratio", "memory here", "there", "ratio"]]
+    for row in rows:
+        books = row["num_quantizers"] * row["groups"]
+        size = f"{row['num_codes']:,} × {row['dim'] // row['groups']}"
+        times = [f"{row[f'{side}_ms']:.3g} ms" for side in ("ours", "theirs")]
+        memory = [f"{row[f'{side}_peak_mib']:.3g} MiB" for side in ("ours", "theirs")]
+        x = f"[{row['batch']}, {row['length']}, {row['dim']}]"
+        ratios = [f"{row[f'{what}_ratio']:.2f}" for what in ("time", "memory")]
+        cells.append([row["op"].split()[0], x, f"{books} × {size}", *times, ratios[0], *memory, ratios[1]])
+    what = "Forward, backward and moving averages; medians of steps taken in turns; memory beyond that before the step"
+    return f"{markdown(cells)}\n\n{what}; {_where(rows)}."
 
 
 def semantic_ids_table() -> str:

@@ -2,19 +2,31 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from benchmarks import quantizer_step
 from benchmarks.quantizer_step import Options
+from vq_kernels import compat
 
 SMALL = {"batch": 2, "length": 20, "dim": 8, "num_codes": 30, "turns": 3}
 
 
-def test_it_prints_the_ratios_beside_theirs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"layer": "ResidualVQ", "num_quantizers": 3},
+        {"layer": "GroupedResidualVQ", "num_quantizers": 3, "groups": 2},
+    ],
+)
+def test_it_prints_the_ratios_beside_theirs(
+    options: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "new" / "line.jsonl"
-    assert quantizer_step.main(Options(**SMALL, out=out)) == 0
+    assert quantizer_step.main(Options(**SMALL, **options, out=out)) == 0
     line = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert json.loads(out.read_text()) == line
     assert (line["status"], line["checked_rows"], line["wrong_rows"]) == ("ok", 40, 0)
@@ -32,19 +44,21 @@ def test_a_step_holds_less_than_a_distance_for_each_pair() -> None:
 
 
 @pytest.mark.parametrize("part", ["indices", "loss", "gradient"])
-def test_a_wrong_answer_is_not_timed(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("layer", ["VectorQuantize", "ResidualVQ"])
+def test_a_wrong_answer_is_not_timed(layer: str, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
     right_step = quantizer_step.Stepper.step
 
     def wrong_step(stepper: quantizer_step.Stepper) -> quantizer_step.Answer:
         answer = right_step(stepper)
-        if isinstance(stepper.layer, quantizer_step.VectorQuantize):
+        if isinstance(stepper.layer, getattr(compat, layer)):
             changed = answer._replace(**{part: getattr(answer, part) + 1})
             return changed._replace(indices=changed.indices % SMALL["num_codes"])
         return answer
 
     monkeypatch.setattr(quantizer_step.Stepper, "step", wrong_step)
-    assert quantizer_step.main(Options(**SMALL)) == 1
-    line = quantizer_step.run(Options(**SMALL))
+    options = Options(layer=layer, **SMALL)  # type: ignore[arg-type]
+    assert quantizer_step.main(options) == 1
+    line = quantizer_step.run(options)
     assert line["status"] == "WRONG"
     assert "time_ratio" not in line
     assert (line["wrong_rows"] > 0) == (part == "indices")
