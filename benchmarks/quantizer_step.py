@@ -138,7 +138,7 @@ def verify(ours: Stepper, theirs: Stepper, seed: int) -> Row:
     found, expected = ours.step(), theirs.step()
     x = ours.x.detach().flatten(0, 1)
     num_groups, num_stages, *sizes = codebooks.shape
-    rows = checked_rows(x.shape[0], *sizes, budget=4e9 / (num_groups * num_stages), seed=seed).to(x.device)
+    rows = checked_rows(x.shape[0], *sizes, seed=seed)[:: num_groups * num_stages].to(x.device)
     same = found.indices == expected.indices  # [G, N, Q]
     agree = same.all(dim=1).cumprod(dim=1).bool()  # [G, Q]: a row that differs changes the losses of later stages
     loss_difference = _relative_difference(found.loss[agree], expected.loss[agree])

@@ -175,8 +175,9 @@ def step_table() -> str:
     rows = _cpu("quantizer_step")
     cells = [["layer", "x", "codebooks", "time here", "there", "ratio", "memory here", "there", "ratio"]]
     for row in rows:
-        books = row["num_quantizers"] * row["groups"]
-        size = f"{row['num_codes']:,} × {row['dim'] // row['groups']}"
+        groups = row.get("groups", 1)
+        books = row.get("num_quantizers", 1) * groups
+        size = f"{row['num_codes']:,} × {row['dim'] // groups}"
         times = [f"{row[f'{side}_ms']:.3g} ms" for side in ("ours", "theirs")]
         memory = [f"{row[f'{side}_peak_mib']:.3g} MiB" for side in ("ours", "theirs")]
         x = f"[{row['batch']}, {row['length']}, {row['dim']}]"
