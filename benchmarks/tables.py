@@ -173,17 +173,16 @@ def _wrong(row: Row) -> str:
 def step_table() -> str:
     """A training step of the drop-in quantizer compared with vector_quantize_pytorch's."""
     rows = _cpu("quantizer_step")
-    cells = [["layer", "x", "codebooks", "time here", "there", "ratio", "memory here", "there", "ratio"]]
+    cells = [["layer", "x", "codebooks", "time / theirs", "memory here", "there", "memory / theirs"]]
     for row in rows:
         groups = row.get("groups", 1)
         books = row.get("num_quantizers", 1) * groups
         size = f"{row['num_codes']:,} × {row['dim'] // groups}"
-        times = [f"{row[f'{side}_ms']:.3g} ms" for side in ("ours", "theirs")]
-        memory = [f"{row[f'{side}_peak_mib']:.3g} MiB" for side in ("ours", "theirs")]
+        memory = [f"{row[f'{side}_peak_mib']:,.1f} MiB" for side in ("ours", "theirs")]
         x = f"[{row['batch']}, {row['length']}, {row['dim']}]"
         ratios = [f"{row[f'{what}_ratio']:.2f}" for what in ("time", "memory")]
-        cells.append([row["op"].split()[0], x, f"{books} × {size}", *times, ratios[0], *memory, ratios[1]])
-    what = "Forward, backward and moving averages; medians of steps taken in turns; memory beyond that before the step"
+        cells.append([row["op"].split()[0], x, f"{books} × {size}", ratios[0], *memory, ratios[1]])
+    what = "Forward, backward and moving averages; median ratio of steps taken in turns; memory beyond that before"
     return f"{markdown(cells)}\n\n{what}; {_where(rows)}."
 
 
