@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from vq_kernels.cosine import most_similar_index, unit
 from vq_kernels.search.api import nearest_code_op
 from vq_kernels.search.backend import Backend, choose_backend, has_float64
+from vq_kernels.search.operators import define_operator, is_eager
 from vq_kernels.search.validation import is_tracing
 from vq_kernels.search.vmap import register_vmap
 
@@ -208,7 +209,9 @@ class _Quantize(torch.autograd.Function):
                 rows = residual.detach()
                 if left_out is not None:  # a row at its code adds 0
                     rows = torch.where(left_out, codebook[chosen], rows)
-                means, _ = _DifferenceMeans.apply(rows, codebook, chosen, max(x.shape[0], 1), ctx.backend)
+                # Only second derivatives need a Function, which takes long to call.
+                differences = _DifferenceMeans.apply if torch.is_grad_enabled() else codebook_gradient_op
+                means, _ = differences(rows, codebook, chosen, max(x.shape[0], 1), ctx.backend)
                 grad_codebooks.append((2 * grad_loss * x.shape[0] / num_numbers * means).to(codebook.dtype))
             if commits or stage < len(indices):
                 residual = residual.to(wide) - codebook.detach()[chosen]
@@ -323,13 +326,20 @@ def codebook_gradient(
     return means, torch.bincount(indices, minlength=num_codes)
 
 
-@torch.library.custom_op("vq_kernels::codebook_gradient", mutates_args=())
 def codebook_gradient_op(
     x: Tensor, codebook: Tensor, indices: Tensor, divisor: int, backend: str
 ) -> tuple[Tensor, Tensor]:
     """x [N, D], codebook [K, D], indices [N] -> Σ (code - row) / divisor over the rows of a code [K, D], counts [K]."""
+    gradient = _gradient_by_backend if is_eager(x, codebook) else _gradient_operator
+    means, counts = gradient(x, codebook, indices, divisor, backend)
+    return means, counts
+
+
+def _gradient_by_backend(
+    x: Tensor, codebook: Tensor, indices: Tensor, divisor: int, backend: str
+) -> tuple[Tensor, Tensor]:
     if not has_float64(x.device):
-        means, counts = codebook_gradient_op(x.cpu(), codebook.cpu(), indices.cpu(), divisor, backend)
+        means, counts = _gradient_by_backend(x.cpu(), codebook.cpu(), indices.cpu(), divisor, backend)
         return means.to(x.device), counts.to(x.device)
     name, _ = choose_backend(x, codebook, backend)
     deterministic = x.device.type == "cpu" or torch.are_deterministic_algorithms_enabled()
@@ -340,14 +350,13 @@ def codebook_gradient_op(
     return codebook_gradient(x, codebook, indices, divisor, deterministic)
 
 
-@codebook_gradient_op.register_fake
-def _(x: Tensor, codebook: Tensor, indices: Tensor, divisor: int, backend: str) -> tuple[Tensor, Tensor]:
+def _gradient_fake(x: Tensor, codebook: Tensor, indices: Tensor, divisor: int, backend: str) -> tuple[Tensor, Tensor]:
     wide = torch.float64 in (x.dtype, codebook.dtype)
     means = codebook.new_empty(codebook.shape, dtype=torch.float64 if wide else torch.float32)
     return means, codebook.new_empty(codebook.shape[0], dtype=torch.int64)
 
 
-register_vmap(codebook_gradient_op)
+_gradient_operator = define_operator("codebook_gradient", _gradient_by_backend, _gradient_fake)
 
 
 class _DifferenceMeans(torch.autograd.Function):
