@@ -24,8 +24,8 @@ from torch.nn import functional as F
 from vq_kernels.cosine import most_similar_index, unit
 from vq_kernels.search.api import nearest_code_op
 from vq_kernels.search.backend import Backend, choose_backend, has_float64
-from vq_kernels.search.operators import define_operator, is_eager
-from vq_kernels.search.validation import is_tracing
+from vq_kernels.search.operators import define_operator
+from vq_kernels.search.validation import is_eager, is_tracing
 from vq_kernels.search.vmap import register_vmap
 
 Metric = Literal["euclidean", "cosine"]

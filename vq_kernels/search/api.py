@@ -16,8 +16,8 @@ from torch.utils._pytree import _register_namedtuple
 
 from vq_kernels.search import onnx_export
 from vq_kernels.search.backend import BACKENDS, Backend, Found, backend_module, choose_backend, has_float64
-from vq_kernels.search.operators import define_operator, is_eager
-from vq_kernels.search.validation import check_choice, check_codebook, check_dtype, check_pair
+from vq_kernels.search.operators import define_operator
+from vq_kernels.search.validation import check_choice, check_codebook, check_dtype, check_pair, is_eager
 
 
 class NearestCode(NamedTuple):

@@ -1,12 +1,10 @@
-"""Defines operators, which torch.compile and torch.export capture as they are, and tells when none is needed."""
+"""Defines operators, which torch.compile and torch.export capture as they are."""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from vq_kernels.search.validation import is_tracing
 from vq_kernels.search.vmap import register_vmap
 
 _LIBRARY: Any = torch.library.Library("vq_kernels", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -36,17 +34,3 @@ def define_operator(
     operator: Callable[..., Any] = getattr(torch.ops.vq_kernels, name).default
     register_vmap(operator, num_row_outputs)
     return operator
-
-
-def is_eager(x: Tensor, codebook: Tensor) -> bool:
-    """Whether an operator may be called as a function: nothing captures it, transforms it or counts what it does.
-
-    The dispatcher takes 10 us a call, a tenth of the search of one row.
-    """
-    return (
-        not torch.compiler.is_compiling()
-        and type(x) is type(codebook) is Tensor
-        and not torch._C._len_torch_dispatch_stack()
-        and torch._C._functorch.peek_interpreter_stack() is None  # private: nothing public tells
-        and not is_tracing()
-    )
