@@ -7,7 +7,7 @@ from float64 brute force, stage by stage for the same rows, in float32 and bfloa
 frames in float32, both in turn. If an index of the patched quantizer is wrong, nothing is timed and the exit status is
 1. It prints JSON lines, such as
 
-    {"op": "encode", "codec": "EnCodec", "frames": 1, "time_ratio": 0.9, "wrong_rows": 0, "wrong_rows_theirs": 12, ...}
+    {"op": "encode", "codec": "EnCodec", "ours_wrong_bfloat16": 0, "theirs_wrong_bfloat16": 164, "frames": 1, ...}
 """
 
 import copy
@@ -32,8 +32,8 @@ from transformers.models.mimi.modeling_mimi import MimiResidualVectorQuantizer
 
 from benchmarks.quantizer_step import compare
 from benchmarks.results import Row, append_row, environment
-from benchmarks.verification import wrong_rows
 from vq_kernels.compat.transformers import patch
+from vq_kernels.search.reference import brute_force_nearest
 
 CODECS: dict[str, tuple[Any, Any]] = {
     "EnCodec": (EncodecResidualVectorQuantizer, EncodecConfig(target_bandwidths=[24.0])),
@@ -119,10 +119,11 @@ def num_wrong(stage: Any, num_rows: int) -> int:
     """Counts the wrong indices of a stage for random rows, in its own dtype."""
     if hasattr(stage, "embed"):
         x = draw(num_rows, stage.embed.shape[1]).to(stage.embed.dtype)
-        return int(wrong_rows(x, stage.embed, stage.quantize(x)).sum())
+        return int((stage.quantize(x) != brute_force_nearest(x, stage.embed)).sum())
     weight = stage.codebook.weight
     x = draw(num_rows, weight.shape[1]).to(weight.dtype)
-    return int(wrong_rows(F.normalize(x), F.normalize(weight), stage.decode_latents(x.t()[None])[1][0]).sum())
+    nearest = brute_force_nearest(F.normalize(x), F.normalize(weight))
+    return int((stage.decode_latents(x.t()[None])[1][0] != nearest).sum())
 
 
 def main(options: Options) -> int:

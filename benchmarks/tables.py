@@ -186,6 +186,17 @@ def step_table() -> str:
     return f"{markdown(cells)}\n\n{what}; {_where(rows)}."
 
 
+def codecs_table() -> str:
+    """The encoders of codecs of transformers with and without `patch`."""
+    rows = _cpu("codecs")
+    cells = [["codec", "frames", "time / unpatched", "wrong in bfloat16", "unpatched", "indices"]]
+    for row in rows:
+        wrong = [f"{row[f'{side}_wrong_bfloat16']}" for side in ("ours", "theirs")]
+        cells.append([row["codec"], f"{row['frames']}", f"{row['time_ratio']:.2f}", *wrong, f"{row['checked_rows']:,}"])
+    what = "`encode` in float32, median ratio of calls in turn, beside other processes; random codes and rows"
+    return f"{markdown(cells)}\n\n{what}; {_where(rows)}."
+
+
 def semantic_ids_table() -> str:
     """Residual codes of this library, faiss and scikit-learn: error of each level, collisions and time."""
     rows = _cpu("semantic_ids")
@@ -492,6 +503,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "search": search_table,
     "small-search": small_search_table,
     "step": step_table,
+    "codecs": codecs_table,
     "semantic-ids": semantic_ids_table,
     "ablation": lambda: ablation_table(_cpu("ablation")),
     "k-means": lambda: kmeans_table(_cpu("clustering")),

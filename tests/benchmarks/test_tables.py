@@ -154,6 +154,7 @@ def test_the_documents_are_up_to_date(capsys: pytest.CaptureFixture[str]) -> Non
         "search",
         "gpu-search",
         "step",
+        "codecs",
         "ablation",
         "rate-distortion",
         "use",
