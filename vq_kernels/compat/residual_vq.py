@@ -208,7 +208,8 @@ class ResidualVQ(nn.Module):
             x = x.masked_fill(~self._with_channels(mask, x), 0)
         x = self._project(self.project_in, x)
         num_active = self._draw_num_active(rand_quantize_dropout_fixed_seed, x.device)
-        quantized, residual = torch.zeros_like(x), x
+        residual = x.to(torch.promote_types(x.dtype, torch.float32))  # differences of half precision may overflow
+        quantized = torch.zeros_like(residual)
         residuals, chosen, losses = [], [], []
         for layer in self._stages[:num_active]:
             residuals.append(residual.detach())
@@ -217,6 +218,7 @@ class ResidualVQ(nn.Module):
             residual, quantized = residual - passed, quantized + codes
             chosen.append(stage_indices)
             losses.append(loss)
+        quantized = quantized.to(x.dtype)
         num_left_out = self.num_quantizers - num_active
         all_indices = torch.stack(chosen + [torch.full_like(chosen[0], LEFT_OUT)] * num_left_out, dim=-1)
         all_losses = torch.stack(losses + [torch.zeros_like(losses[0])] * num_left_out)

@@ -310,3 +310,16 @@ def test_invalid_calls() -> None:
     grouped, _ = both(groups=2)
     with pytest.raises(ValueError, match=r"x must have 16 channels in dimension -1, got \(3, 20, 8\)"):
         grouped(draw(3, 20, 8))
+
+
+def test_residuals_beyond_half_precision() -> None:
+    layer = ResidualVQ(dim=2, num_quantizers=2, codebook_size=3).half()
+    for stage in layer.layers:
+        stage._codebook.embed.fill_(-50_000)
+    x = torch.full((1, 4, 2), 50_000.0, dtype=torch.float16, requires_grad=True)
+    quantized, _, losses = layer(x)
+    losses.sum().backward()
+    assert quantized.dtype == torch.float16
+    assert losses.isfinite().all()
+    assert x.grad is not None
+    assert x.grad.isfinite().all()
