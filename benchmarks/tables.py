@@ -126,6 +126,7 @@ def _freezing(rows: Sequence[Row]) -> str:
 
 
 def _model_runs(rows: Sequence[Row]) -> str:
+    """`_where`, and which models were trained with an encoder that was frozen at first."""
     frozen = [row for row in rows if row["method"] == "model" and _freezing([row])]
     sizes = ", ".join(f"{num_codes:,}" for num_codes in sorted({row["num_codes"] for row in frozen}))
     return f"{_where(rows)}; the model of K = {sizes} with `{_freezing(frozen).strip()}`" if frozen else _where(rows)
