@@ -50,7 +50,7 @@ from benchmarks.baselines import CONTENDERS
 from benchmarks.data import SearchData, make_search_data
 from benchmarks.results import RESULTS, ROOT, Row, aligned, append_row, environment, read_rows
 from benchmarks.search import GRAPH_ROWS, Shape, bench
-from benchmarks.tables import gpu_table
+from benchmarks.tables.gpu import gpu_table
 from benchmarks.timing import burst, failure, peak_mib, quantiles, time_in_turn
 from benchmarks.train import plain_images_per_s
 from benchmarks.training_runs import find_dataset

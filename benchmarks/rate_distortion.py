@@ -43,7 +43,7 @@ from torch import Tensor
 
 from benchmarks.pixel_kmeans import NUM_CANDIDATES, NUM_COMPONENTS, assign, fit_kmeans
 from benchmarks.results import Row, aligned, append_row, environment, is_finished, markdown, read_rows
-from benchmarks.tables import rate_distortion_cells
+from benchmarks.tables.learning import rate_distortion_cells
 from benchmarks.training_runs import Dataset, compared_settings, find_dataset, measure_run, run_minutes, run_training
 from vq_kernels import perplexity
 from vqae.config import Config, find_device

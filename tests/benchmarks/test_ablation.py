@@ -11,7 +11,7 @@ import pytest
 from benchmarks import ablation
 from benchmarks.ablation import VARIANTS
 from benchmarks.results import RESULTS, read_rows
-from benchmarks.tables import ablation_table
+from benchmarks.tables.learning import ablation_table
 from vqae.config import Config
 from vqae.runtime.errors import DivergedError, UsageError
 from vqae.runtime.process import SignalHandler

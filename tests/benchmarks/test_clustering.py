@@ -10,7 +10,8 @@ import torch
 from benchmarks import clustering
 from benchmarks.clustering import Options
 from benchmarks.results import Row, read_rows
-from benchmarks.tables import NO_RESULTS, kmeans_table, product_table, residual_table
+from benchmarks.tables.clustering import kmeans_table, product_table, residual_table
+from benchmarks.tables.rows import NO_RESULTS
 
 pytest.importorskip("faiss")
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import rate_distortion
-from benchmarks.tables import rate_distortion_table
+from benchmarks.tables.learning import rate_distortion_table
 from vqae.config import Config
 from vqae.data.load import load_images
 from vqae.runtime.errors import UsageError

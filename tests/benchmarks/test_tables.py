@@ -5,22 +5,20 @@ from typing import Any
 
 import pytest
 
-from benchmarks import tables
 from benchmarks.results import ROOT
-from benchmarks.tables import (
-    GPU_TABLES,
+from benchmarks.tables import __main__ as tables
+from benchmarks.tables import gpu
+from benchmarks.tables.__main__ import TABLES, with_tables
+from benchmarks.tables.gpu import GPU_TABLES, NOT_MEASURED, gpu_table
+from benchmarks.tables.learning import (
     METHODS,
-    NOT_MEASURED,
-    TABLES,
     ablation_table,
-    gpu_table,
     over_seeds,
     rate_distortion_cells,
     rate_distortion_table,
-    spread,
     use_table,
-    with_tables,
 )
+from benchmarks.tables.rows import spread
 
 ENVIRONMENT = {"device": "a CPU", "versions": "torch 2", "date": "2026-01-01"}
 SETTINGS = {"lr": 0.3, "flip": False, "limit": None, "num_codes": 512, "epochs": 6, "dataset": "imagefolder"}
@@ -206,13 +204,13 @@ def test_without_results_one_sentence_says_so(name: str) -> None:
 
 
 def test_dry_runs_are_never_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(gpu, "RESULTS", tmp_path)
     file = tmp_path / "h100" / "gpu.jsonl"
     file.parent.mkdir()
     file.write_text('{"op": "part", "dry_run": true}\n')
-    assert tables.gpu_rows() == []
+    assert gpu.gpu_rows() == []
     file.write_text('{"op": "part", "dry_run": true}\n{"op": "part", "dry_run": false}\n')
-    assert tables.gpu_rows() == [{"op": "part", "dry_run": False}]
+    assert gpu.gpu_rows() == [{"op": "part", "dry_run": False}]
 
 
 def test_throughput_and_targets() -> None:

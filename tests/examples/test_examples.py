@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks.results import read_rows
-from benchmarks.tables import vqvae_table
+from benchmarks.tables.learning import vqvae_table
 from vq_kernels import ResidualVectorQuantizer
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"

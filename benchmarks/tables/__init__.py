@@ -1,0 +1,1 @@
+"""The tables of README.md and of docs/**/*.md, made from the committed results."""

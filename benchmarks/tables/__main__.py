@@ -1,0 +1,89 @@
+"""Writes the tables of README.md and of docs/**/*.md from the committed results.
+
+    python -m benchmarks.tables           # update them
+    python -m benchmarks.tables --check   # exit with 1 if a table would change
+
+A table stands between `<!-- begin NAME -->` and `<!-- end NAME -->`; `TABLES` lists the names. CPU results are in
+benchmarks/results/cpu: argmin.jsonl (argmin_bench.py), small.jsonl (argmin_bench.py --small), exactness.jsonl
+(exactness.py), train_bench.jsonl (train.py), quantizer_step.jsonl, clustering.jsonl, semantic_ids.jsonl,
+ablation.jsonl, rate_distortion.jsonl, batch_sizes.jsonl (rate_distortion.py at other batch sizes), and conv_vqvae.jsonl
+(examples/conv_vqvae.py). GPU results are in benchmarks/results/h200/gpu.jsonl, or in h100/gpu.jsonl if that one is
+missing; `gpu.py` writes them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from benchmarks.results import ROOT
+from benchmarks.tables.clustering import kmeans_table, product_table, residual_table, semantic_ids_table
+from benchmarks.tables.gpu import GPU_TABLES, gpu_rows, gpu_table
+from benchmarks.tables.learning import ablation_table, model_table, rate_distortion_table, use_table, vqvae_table
+from benchmarks.tables.rows import cpu_rows
+from benchmarks.tables.search import codecs_table, search_table, small_search_table, step_table
+
+
+def _committed_gpu_table(name: str) -> str:
+    return gpu_table(name, gpu_rows())
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "model": model_table,
+    "search": search_table,
+    "small-search": small_search_table,
+    "step": step_table,
+    "codecs": codecs_table,
+    "semantic-ids": semantic_ids_table,
+    "ablation": lambda: ablation_table(cpu_rows("ablation")),
+    "k-means": lambda: kmeans_table(cpu_rows("clustering")),
+    "residual": lambda: residual_table(cpu_rows("clustering")),
+    "product": lambda: product_table(cpu_rows("clustering")),
+    "rate-distortion": lambda: rate_distortion_table(cpu_rows("rate_distortion")),
+    "vqvae": lambda: vqvae_table(cpu_rows("conv_vqvae")),
+    "use": lambda: use_table([*cpu_rows("rate_distortion"), *cpu_rows("batch_sizes")]),
+    **{name: partial(_committed_gpu_table, name) for name in GPU_TABLES},
+}
+"""All tables, by the name in their markers."""
+
+
+def with_tables(text: str, file: str) -> str:
+    """Replaces the tables in a text. Exits if a marker has an unknown name, or no end."""
+    for name in re.findall(r"<!-- begin ([\w-]+) -->", text):
+        begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
+        before, _, rest = text.partition(begin)
+        _, closed, after = rest.partition(end)
+        if name not in TABLES or not closed:
+            raise SystemExit(f"{file}: {begin} must name one of {', '.join(TABLES)} and be followed by {end}")
+        text = f"{before}{begin}\n{TABLES[name]()}\n{end}{after}"
+    return text
+
+
+def documents() -> list[Path]:
+    """The files that hold tables."""
+    files = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    return [file for file in files if "<!-- begin " in file.read_text()]
+
+
+def main(arguments: list[str]) -> int:
+    """Updates the files, or, with --check, reports which would change."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tables", description="Update the generated tables.")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if a table would change")
+    check, changed = parser.parse_args(arguments).check, False
+    for file in documents():
+        before = file.read_text()
+        after = with_tables(before, file.name)
+        changed = changed or before != after
+        if check:
+            print(f"{file.relative_to(ROOT)} {'is up to date' if before == after else 'differs from the results'}")
+        else:
+            file.write_text(after)
+    return int(changed and check)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
