@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from vq_kernels.compat.arguments import register_in_sequential
 from vq_kernels.compat.keywords import RESIDUAL, refuse_unsupported
 from vq_kernels.compat.residual_vq import ResidualVQ, draw_seed, sum_of_seeds
+from vq_kernels.modules.training_step import HasCodebooks
 from vq_kernels.search.validation import check_at_least
 
 
-class GroupedResidualVQ(nn.Module):
+class GroupedResidualVQ(HasCodebooks):
     """Splits the channels of each vector into groups, each with its own `ResidualVQ`.
 
     It has the arguments, results and state dict of vector_quantize_pytorch's `GroupedResidualVQ` (1.32.0).

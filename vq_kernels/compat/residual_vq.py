@@ -14,6 +14,7 @@ from vq_kernels.compat.vector_quantize import VectorQuantize
 from vq_kernels.distributed import sum_over_ranks
 from vq_kernels.gradient.autograd import LEFT_OUT
 from vq_kernels.modules.indices import check_mask, codes_at
+from vq_kernels.modules.training_step import HasCodebooks
 from vq_kernels.search.validation import check_at_least, check_no_vmap
 
 _DIVEQ = {
@@ -25,7 +26,7 @@ _DIVEQ = {
 _DIVEQ_VARIANCE = 5e-3
 
 
-class ResidualVQ(nn.Module):
+class ResidualVQ(HasCodebooks):
     """Quantizes each vector by the sum of one code per stage. Each stage quantizes the residual of those before it.
 
     It has the arguments, results and state dict of vector_quantize_pytorch's `ResidualVQ` (1.32.0), with the exact

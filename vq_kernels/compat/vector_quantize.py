@@ -21,11 +21,12 @@ from vq_kernels.gradient.autograd import LEFT_OUT, straight_through
 from vq_kernels.gradient.autograd import rotation_trick as rotate_gradient
 from vq_kernels.modules.base import HeadLayout
 from vq_kernels.modules.indices import check_mask, codes_at
+from vq_kernels.modules.training_step import HasCodebooks
 from vq_kernels.search.backend import BACKENDS, Backend
 from vq_kernels.search.validation import check_at_least, check_choice, check_dtype, check_not_traced
 
 
-class VectorQuantize(nn.Module):
+class VectorQuantize(HasCodebooks):
     """Replaces each vector by its nearest code. Each code follows the mean of its rows.
 
     It has the arguments, results and state dict of vector_quantize_pytorch's `VectorQuantize` (1.32.0), with the exact
@@ -45,8 +46,7 @@ class VectorQuantize(nn.Module):
         decay: λ of the moving averages, in [0, 1].
         eps: at least 0, smoothing of each code's average number of rows.
         freeze_codebook: whether the codebook stays unchanged in training mode too, unless a call overrides this. Only
-            k-means still runs on the first batch, as in the original. `requires_grad_(False)` of a learnable codebook
-            has the same effect.
+            k-means still runs on the first batch, as in the original. `requires_grad_(False)` has the same effect.
         kmeans_init: initialise the codebook by k-means on the first batch, in eval mode as well.
         kmeans_iters: the iterations of k-means, >= 1.
         sync_kmeans: k-means over all ranks. False needs one process, because the ranks would get different codebooks.
@@ -442,7 +442,7 @@ class VectorQuantize(nn.Module):
 
     def expire_codes_(self, x: Tensor) -> None:
         """Resets dead codes to random rows of x [..., heads·D], an output of `project_in`. Only in training mode."""
-        if not self.freeze_codebook:
+        if not (self.freeze_codebook or self._codebook.freeze_codebook):
             self._codebook.expire_codes_(self._as_searched(self._layout.split(x.detach())))
 
     @torch.no_grad()

@@ -1,6 +1,6 @@
 """The training step of codebooks: initialisation, dead-code resets, moving averages, usage counts."""
 
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,18 @@ NEW_CODE_ROWS = 5
 """A code that was set to a row counts as so many rows in its average."""
 
 
-class CodebookStep(nn.Module):
+class HasCodebooks(nn.Module):
+    """A module that is a codebook or has some."""
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """As for any module. It also freezes, or frees, codes that are a buffer, see `freeze_codebook`."""
+        for module in self.modules():
+            if isinstance(module, CodebookStep):
+                module._requires_grad = requires_grad
+        return super().requires_grad_(requires_grad)
+
+
+class CodebookStep(HasCodebooks):
     """What a training step does with P codebooks of K codes of dimension D. `Codebook` constructs them.
 
     The base class of the quantizers, which number their codebooks over heads and stages: p in [0, P). A training step
@@ -53,6 +64,8 @@ class CodebookStep(nn.Module):
     """The average number of rows of a code that `_reset_small` reset; None means `min_cluster_size`."""
 
     _frozen = False
+    _requires_grad = True
+    """What the last `requires_grad_` said, for codes that are a buffer."""
     _was_sharded = False
     num_codes: int
     code_dim: int
@@ -122,14 +135,17 @@ class CodebookStep(nn.Module):
 
     @property
     def freeze_codebook(self) -> bool:
-        """Whether training leaves the codes unchanged: set to True, or by `requires_grad_(False)` of a Parameter."""
+        """Whether training leaves the codes unchanged: set to True, or by `requires_grad_(False)`."""
+        if self._frozen or not self.learnable:
+            return self._frozen or not self._requires_grad
         codes = getattr(self, self.state_names[0])  # a plain tensor in `functional_call`
-        return self._frozen or (isinstance(codes, nn.Parameter) and not codes.requires_grad)
+        return isinstance(codes, nn.Parameter) and not codes.requires_grad
 
     @freeze_codebook.setter
     def freeze_codebook(self, freeze: bool) -> None:
         check_bool(freeze_codebook=freeze)
         self._frozen = freeze
+        self._requires_grad = not freeze
         if self.learnable:
             parameter = getattr(self, self.state_names[0]).requires_grad_(not freeze)
             parameter.grad = None if freeze else parameter.grad  # or the next optimizer step would move the codes

@@ -1,5 +1,6 @@
 """Codes that are set, frozen, loaded or initialised by k-means: what training may change of them, for every class."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.vq_kernels.plain import residual_quantizer, vector_quantizer
 from vq_kernels import ResidualVectorQuantizer, VectorQuantize, VectorQuantizer, nearest_code
+from vq_kernels.compat import GroupedResidualVQ, ResidualVQ
 
 K, D = 12, 4
 OWN = {"heads": 2, "separate_codebooks": True}
@@ -95,9 +97,6 @@ def test_codes_can_be_frozen_and_freed_in_training(name: str, way: str) -> None:
     module.set_codes(codes_for(module))
     optimizer = torch.optim.AdamW([*module.parameters(), nn.Parameter(torch.ones(1))], lr=0.1)
     train(module, 2, optimizer)
-    learnable = isinstance(module.codebook, nn.Parameter) or getattr(module, "learnable_codebook", False)
-    if way == "module" and not learnable:
-        pytest.skip("the codes are no parameter")
     if way == "attribute":
         module.freeze_codebook = True
     else:
@@ -114,6 +113,50 @@ def test_codes_can_be_frozen_and_freed_in_training(name: str, way: str) -> None:
         module.requires_grad_(True)
     train(module, 1)
     assert not torch.equal(module.codebook, before)
+
+
+def residual_vq(**options: Any) -> nn.Module:
+    return ResidualVQ(dim=D, num_quantizers=2, codebook_size=K, kmeans_init=True, **options)
+
+
+@pytest.mark.parametrize(
+    "construct",
+    [
+        residual_vq,
+        lambda: residual_vq(shared_codebook=True, threshold_ema_dead_code=2),
+        lambda: GroupedResidualVQ(dim=2 * D, groups=2, num_quantizers=2, codebook_size=K, threshold_ema_dead_code=2),
+    ],
+    ids=["residual", "shared", "grouped"],
+)
+def test_requires_grad_freezes_the_stages_of_a_drop_in(construct: Callable[[], nn.Module]) -> None:
+    module: Any = construct()
+    rows = draw(40, 2 * D if isinstance(module, GroupedResidualVQ) else D)
+    module(rows)
+    before = module.requires_grad_(False).codebooks.clone()
+    for step in range(10):
+        module.train()(rows + step)
+    assert torch.equal(module.codebooks, before)
+    module.requires_grad_(True)(rows + 1)
+    assert not torch.equal(module.codebooks, before)
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_requires_grad_leaves_codes_that_wait_for_data_as_they_are(name: str) -> None:
+    module: Any = QUANTIZERS[name](warn=False).requires_grad_(False)
+    before = {key: value.clone() for key, value in module.state_dict().items() if "counts" not in key}
+    train(module)
+    assert all(torch.equal(module.state_dict()[key], value) for key, value in before.items())
+    assert copy.deepcopy(module).freeze_codebook
+    module.freeze_codebook = False
+    train(module, 1)
+    assert not torch.equal(module.codebook, before["codebook"])
+
+
+@pytest.mark.parametrize("ema_decay", [0.8, None])
+def test_requires_grad_of_a_parent_reaches_parameters_alone(ema_decay: float | None) -> None:
+    module = vector_quantizer(K, D, ema_decay=ema_decay)
+    nn.Sequential(module).requires_grad_(False)
+    assert module.freeze_codebook == (ema_decay is None)
 
 
 @every_module
