@@ -51,8 +51,8 @@ class VectorQuantizer(QuantizerBase):
             the codebook is a Parameter, which the optimizer trains by the loss, (1 + w) times this mean.
         ema_eps: at least 0, smoothing of each code's average number of rows.
         freeze_codebook: whether training changes no code: no gradient, averages, initialisation or resets. It can be
-            set at any time. `requires_grad_(False)` has the same effect. That of a parent module reaches only a Parameter
-            (`ema_decay=None`).
+            set at any time. `requires_grad_(False)` has the same effect. That of a parent module reaches only a
+            Parameter (`ema_decay=None`).
         warn: whether to warn once if training diverges or the codebook collapses, and once if codes that still wait for
             data are used. The warning names the argument to change. In training it reads nothing from the device that
             is not ready. It is left out in compiled modules.
