@@ -6,9 +6,9 @@
 A table stands between `<!-- begin NAME -->` and `<!-- end NAME -->`; `TABLES` lists the names. CPU results are in
 benchmarks/results/cpu: argmin.jsonl (argmin_bench.py), small.jsonl (argmin_bench.py --small), exactness.jsonl
 (exactness.py), train_bench.jsonl (train.py), quantizer_step.jsonl, clustering.jsonl, semantic_ids.jsonl,
-ablation.jsonl, rate_distortion.jsonl, batch_sizes.jsonl (rate_distortion.py at other batch sizes), and conv_vqvae.jsonl
-(examples/conv_vqvae.py). GPU results are in benchmarks/results/h200/gpu.jsonl, or in h100/gpu.jsonl if that one is
-missing; `gpu.py` writes them.
+ablation.jsonl, rate_distortion.jsonl, batch_sizes.jsonl (rate_distortion.py at other batch sizes), gaussian_codes.jsonl
+and conv_vqvae.jsonl (examples/conv_vqvae.py). GPU results are in benchmarks/results/h200/gpu.jsonl, or in
+h100/gpu.jsonl if that one is missing; `gpu.py` writes them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,14 @@ from pathlib import Path
 from benchmarks.results import ROOT
 from benchmarks.tables.clustering import kmeans_table, product_table, residual_table, semantic_ids_table
 from benchmarks.tables.gpu import GPU_TABLES, gpu_rows, gpu_table
-from benchmarks.tables.learning import ablation_table, model_table, rate_distortion_table, use_table, vqvae_table
+from benchmarks.tables.learning import (
+    ablation_table,
+    gaussian_table,
+    model_table,
+    rate_distortion_table,
+    use_table,
+    vqvae_table,
+)
 from benchmarks.tables.rows import cpu_rows
 from benchmarks.tables.search import codecs_table, search_table, small_search_table, step_table
 
@@ -44,6 +51,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "residual": lambda: residual_table(cpu_rows("clustering")),
     "product": lambda: product_table(cpu_rows("clustering")),
     "rate-distortion": lambda: rate_distortion_table(cpu_rows("rate_distortion")),
+    "gaussian": lambda: gaussian_table(cpu_rows("gaussian_codes")),
     "vqvae": lambda: vqvae_table(cpu_rows("conv_vqvae")),
     "use": lambda: use_table([*cpu_rows("rate_distortion"), *cpu_rows("batch_sizes")]),
     **{name: partial(_committed_gpu_table, name) for name in GPU_TABLES},

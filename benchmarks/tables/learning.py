@@ -145,6 +145,37 @@ def vqvae_table(rows: Sequence[Row]) -> str:
     return f"{markdown(lines)}\n\n{'; '.join(sorted(settings))}; K = 512, D = 64; {where(rows)}."
 
 
+_PUBLISHED: dict[str, tuple[dict[int, float], float]] = {  # error by step, and use after 2,000 steps, to 4 digits
+    "VQ, SGD": ({1: 9.021, 100: 3.139, 500: 2.536, 1000: 2.320, 2000: 2.119}, 0.0651),
+    "EMA": ({1: 3.508, 100: 2.204, 500: 1.585, 1000: 1.570, 2000: 1.543}, 0.1404),
+    "SimVQ": ({1: 9.535, 100: 1.593, 500: 1.412, 1000: 1.052, 2000: 1.055}, 0.9935),
+    "CVQ": ({1: 6.085, 100: 1.575, 500: 1.229, 1000: 1.139, 2000: 1.060}, 0.7997),
+    "Wasserstein VQ": ({1: 7.434, 100: 2.549, 500: 1.042, 1000: 1.014, 2000: 0.991}, 0.9976),
+}  # Fang et al. 2025, arXiv:2506.15078: the results in their repository, Gaussian rows of mean 2
+
+
+def gaussian_table(rows: Sequence[Row]) -> str:
+    """Codebooks of Gaussian rows: the error by training step, beside the published ones."""
+    if not rows:
+        return NO_RESULTS
+    steps = (1, 10, 100, 500, 1000, 2000)
+    cells = [["method", "by", *(f"{step:,}" for step in steps), "codes used"]]
+    for method in dict.fromkeys([*(row["method"] for row in rows), *_PUBLISHED]):
+        own = [row for row in rows if row["method"] == method]
+        if own:
+            errors = [spread([row["error"] for row in own if row["step"] == step], 3) for step in steps]
+            used = statistics.fmean(row["use"] for row in own if row["step"] == max(row["step"] for row in own))
+            cells.append([method, "this library", *errors, f"{used:.1%}"])
+        if method in _PUBLISHED:
+            published, used = _PUBLISHED[method]
+            errors = [f"{published[step]:.3f}" if step in published else "" for step in steps]
+            cells.append([method, "published", *errors, f"{used:.1%}"])
+    settings = rows[0]["settings"]
+    size = f"K = {settings['num_codes']:,}, D = {settings['code_dim']}, {settings['num_rows']:,} rows per step"
+    what = f"Error after so many steps, and use after the last one, on {settings['num_evaluated']:,} new rows; {size}"
+    return f"{markdown(cells)}\n\n{what}; {where(rows)}; `python benchmarks/gaussian_codes.py`."
+
+
 _LEAST = ("codes used, fewest", "perplexity on test, least")
 
 
