@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from vq_kernels.compat.arguments import register_in_sequential
 from vq_kernels.compat.keywords import RESIDUAL, refuse_unsupported
-from vq_kernels.compat.residual_vq import ResidualVQ, draw_seed, sum_of_seeds
+from vq_kernels.compat.residual_vq import ResidualVQ
+from vq_kernels.compat.stages import draw_seed, sum_of_seeds
 from vq_kernels.modules.training_step import HasCodebooks
 from vq_kernels.search.validation import check_at_least
 

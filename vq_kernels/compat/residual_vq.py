@@ -1,7 +1,5 @@
 """`ResidualVQ`, a drop-in replacement for that of vector_quantize_pytorch."""
 
-import math
-import random
 from typing import Any
 
 import torch
@@ -10,12 +8,10 @@ from torch import Tensor, nn
 from vq_kernels.compat.arguments import register_in_sequential
 from vq_kernels.compat.keywords import RESIDUAL, refuse_unsupported
 from vq_kernels.compat.losses import directional_noise
+from vq_kernels.compat.stages import ResidualStages
 from vq_kernels.compat.vector_quantize import VectorQuantize
-from vq_kernels.distributed import sum_over_ranks
-from vq_kernels.gradient.autograd import LEFT_OUT
-from vq_kernels.modules.indices import check_mask, codes_at
-from vq_kernels.modules.training_step import HasCodebooks
-from vq_kernels.search.validation import check_at_least, check_no_vmap
+from vq_kernels.modules.indices import check_mask
+from vq_kernels.search.validation import check_at_least
 
 _DIVEQ = {
     "ema_update": False,
@@ -26,7 +22,7 @@ _DIVEQ = {
 _DIVEQ_VARIANCE = 5e-3
 
 
-class ResidualVQ(HasCodebooks):
+class ResidualVQ(ResidualStages):
     """Quantizes each vector by the sum of one code per stage. Each stage quantizes the residual of those before it.
 
     It has the arguments, results and state dict of vector_quantize_pytorch's `ResidualVQ` (1.32.0), with the exact
@@ -83,18 +79,12 @@ class ResidualVQ(HasCodebooks):
         return_zeros_for_masked_padding: bool = True,
         **options: Any,
     ) -> None:
-        super().__init__()
         refuse_unsupported({name: options.pop(name) for name in RESIDUAL if name in options}, RESIDUAL)
-        if heads != 1:
-            raise ValueError(f"heads must be 1, got {heads}")
         sizes = _stage_sizes(num_quantizers, codebook_size)
-        check_at_least(0, quantize_dropout_cutoff_index=quantize_dropout_cutoff_index, quant_grad_frac=quant_grad_frac)
-        check_at_least(1, quantize_dropout_multiple_of=quantize_dropout_multiple_of)
-        if quantize_dropout and len(sizes) > 1 and quantize_dropout_cutoff_index >= len(sizes):
-            raise ValueError(
-                f"quantize_dropout_cutoff_index must be < {len(sizes)}, the number of stages, "
-                f"got {quantize_dropout_cutoff_index}"
-            )
+        super().__init__(
+            len(sizes), heads, quantize_dropout, quantize_dropout_cutoff_index, quantize_dropout_multiple_of
+        )
+        check_at_least(0, quant_grad_frac=quant_grad_frac)
         if shared_codebook and len(set(sizes)) > 1:
             raise ValueError(f"shared_codebook=True needs stages of one codebook_size, got {sizes}")
         if shared_codebook:
@@ -103,14 +93,10 @@ class ResidualVQ(HasCodebooks):
             options |= _DIVEQ
         codebook_dim = dim if codebook_dim is None else codebook_dim
         self.codebook_dim = codebook_dim
-        self.num_quantizers = len(sizes)
         self.codebook_sizes = sizes
         self.uniform_codebook_size = len(set(sizes)) == 1
         self.shared_codebook = shared_codebook
         self.diveq = diveq
-        self.quantize_dropout = quantize_dropout and len(sizes) > 1
-        self.quantize_dropout_cutoff_index = quantize_dropout_cutoff_index
-        self.quantize_dropout_multiple_of = quantize_dropout_multiple_of
         self.accept_image_fmap = accept_image_fmap
         self.quant_grad_frac = 1.0 if diveq else quant_grad_frac
         self.return_zeros_for_masked_padding = return_zeros_for_masked_padding
@@ -158,13 +144,7 @@ class ResidualVQ(HasCodebooks):
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
         """Returns the codes [Q, ..., D] of indices [..., q], q <= Q; 0 for -1 and for the stages after the first q."""
-        last = indices.shape[-1]
-        if last > self.num_quantizers:
-            raise ValueError(f"indices must be [..., q] with q <= {self.num_quantizers}, got {tuple(indices.shape)}")
-        chosen = nn.functional.pad(indices, (0, self.num_quantizers - last), value=LEFT_OUT).unbind(dim=-1)
-        stages = zip(self._stages, chosen, strict=True)
-        codes = [codes_at(layer._codebook.codes_to_decode[0], one.reshape(-1)) for layer, one in stages]
-        return torch.stack(codes).view(self.num_quantizers, *indices.shape[:-1], self.codebook_dim)
+        return self._codes_of(indices, (layer._codebook.codes_to_decode[0] for layer in self._stages))
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
         """Returns the sum of the codes of indices [..., q], projected: [..., dim], with the channels last."""
@@ -220,9 +200,7 @@ class ResidualVQ(HasCodebooks):
             chosen.append(stage_indices)
             losses.append(loss)
         quantized = quantized.to(x.dtype)
-        num_left_out = self.num_quantizers - num_active
-        all_indices = torch.stack(chosen + [torch.full_like(chosen[0], LEFT_OUT)] * num_left_out, dim=-1)
-        all_losses = torch.stack(losses + [torch.zeros_like(losses[0])] * num_left_out)
+        all_indices, all_losses = self._of_all(chosen, losses)
         if self.shared_codebook and self.training and not freeze_codebook:
             self._update_shared(residuals)
         if self.diveq:
@@ -251,16 +229,6 @@ class ResidualVQ(HasCodebooks):
         projected: Tensor = projection(x.movedim(channel_dim, -1)).movedim(-1, channel_dim)
         return projected
 
-    def _draw_num_active(self, seed: int | None, device: torch.device) -> int:
-        """Returns the number of stages that take part, equal on all ranks."""
-        if not (self.training and self.quantize_dropout):
-            return self.num_quantizers
-        if seed is None:
-            seed = sum_of_seeds(draw_seed(device))
-        last = random.Random(seed).randrange(self.quantize_dropout_cutoff_index, self.num_quantizers)
-        multiple = self.quantize_dropout_multiple_of
-        return min(math.ceil((last + 1) / multiple) * multiple, self.num_quantizers)
-
     def _update_shared(self, residuals: list[Tensor]) -> None:
         """Moves the shared codes to the means of the rows of all stages, and resets dead ones to some of these rows."""
         first = self._stages[0]
@@ -282,21 +250,9 @@ def _stage_sizes(num_quantizers: int | None, codebook_size: int | tuple[int, ...
         raise ValueError(f"num_quantizers must be given unless codebook_size is a tuple, got {codebook_size}")
     else:
         sizes = (codebook_size,) * num_quantizers
-    check_at_least(1, num_quantizers=len(sizes))
     return sizes
 
 
 def _scale_gradient(x: Tensor, fraction: float) -> Tensor:
     """Returns x with a gradient that is multiplied by fraction."""
     return fraction * x + (1 - fraction) * x.detach()
-
-
-def draw_seed(device: torch.device) -> Tensor:
-    """Draws [] int64 in [0, 10000), in training mode."""
-    check_no_vmap()
-    return torch.randint(0, 10_000, (), device=device)
-
-
-def sum_of_seeds(drawn: Tensor) -> int:
-    """Returns the sum over the ranks of what they drew, which is equal on all ranks."""
-    return int(sum_over_ranks(drawn, synchronise=True))
