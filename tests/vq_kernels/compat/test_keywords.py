@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from vector_quantize_pytorch import Sequential
+from vector_quantize_pytorch import Sequential, hierarchical_vq
 
 from tests.vq_kernels.compat.side_by_side import (
     DIM,
@@ -208,6 +208,22 @@ def test_their_sequential_takes_ours() -> None:
     for layer in (VectorQuantize(DIM, 8), ResidualVQ(**residual), GroupedResidualVQ(**residual, groups=2)):
         model = Sequential(nn.Linear(DIM, DIM), layer, nn.Linear(DIM, 3))
         assert model(draw(3, 20, DIM))[0].shape == (3, 20, 3)
+
+
+def test_their_hierarchical_vq_runs_on_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    results = []
+    for layer_class in (VectorQuantize, Theirs):
+        monkeypatch.setattr(hierarchical_vq, "VectorQuantize", layer_class)
+        torch.manual_seed(0)
+        layer = hierarchical_vq.HierarchicalVQ(
+            dim=DIM, codebook_size=NUM_CODES, scales=(1, 3, 8), threshold_ema_dead_code=0, kmeans_init=False
+        )
+        assert isinstance(layer.vq, layer_class)
+        quantized, indices, loss = layer(draw(3, DIM, 8), lens=torch.tensor([8, 5, 2]))
+        loss.backward()
+        results.append([quantized.detach(), *indices, loss.detach(), layer.get_output_from_indices(indices).detach()])
+    for found, expected in zip(*results, strict=True):
+        assert_close(found, expected)
 
 
 @pytest.mark.parametrize(
