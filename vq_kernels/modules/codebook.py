@@ -132,9 +132,9 @@ class Codebook(CodebookStep):
     def set_codes(self, codes: Tensor) -> None:
         """Sets all codes. They count as just used, and are no longer initialised from data.
 
-        With moving averages, each code gets the weight that the next training batch gives it (of N·(n + 1)/(N + K) rows
-        for n rows of N), so that this batch moves it by about 1 - ema_decay of the way to the mean of its rows. With
-        the cosine as well, the codes are normalised.
+        With moving averages, each code gets the weight that batches such as the next training batch lead to, or that of
+        40 rows if this is more. So batches of usual size move it by 1 - ema_decay of the way to the mean of its rows at
+        most, and a first batch of few rows does not make it light. With the cosine as well, the codes are normalised.
 
         Args:
             codes: of the shape of `codebook`, finite, of any dtype of `nearest_code`, on any device.

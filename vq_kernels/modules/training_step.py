@@ -326,13 +326,15 @@ class CodebookStep(HasCodebooks):
     @torch.no_grad()
     def _update_averages(self, p: int, batch: RowSums, learning: Tensor | None) -> None:
         """Moves the averages of codebook p by one batch, from `_row_sums`, if it is one of those of `_learning`."""
-        sizes, sums, share = self._sizes[p], self._sums[p], self._share(batch.counts)
+        sizes, sums, (share, unit) = self._sizes[p], self._sums[p], self._share(batch.counts)
         if learning is not None:  # the averages of another codebook do not move
             share = torch.where(learning[p], share, 0)
             counts, sums_of_batch = (torch.where(learning[p], part, 0) for part in batch[:2])
             batch = RowSums(counts, sums_of_batch, batch.codes)
         if not is_readable(sizes) or bool((sizes <= 0).any()):
-            self._weigh_new_codes(p, NEW_CODE_ROWS * share, batch.counts)
+            self._weigh_new_codes(p, share, unit, batch.counts)
+        if self.ema_decay == "auto":
+            batch = RowSums(batch.counts * unit, batch.sums * unit, batch.codes)
         move_averages_(sizes, sums, batch, share)
 
     @torch.no_grad()
@@ -345,25 +347,31 @@ class CodebookStep(HasCodebooks):
         has_rows = sizes > 0 if learning is None else (sizes > 0) & learning[p]
         _write_where(has_rows, codes, self._means(sizes, sums))
 
-    def _share(self, counts: Tensor) -> Tensor:
-        """Returns 1 - λ for a batch with these counts [K] of rows, []."""
+    def _share(self, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns 1 - λ for a batch with these counts [K] of rows, and what a row counts in the averages, both [].
+
+        With "auto", batches of any size lead to averages of 40 rows for each code, so that all rows count alike.
+        """
         assert self.ema_decay is not None
         if self.ema_decay != "auto":
-            return self._sizes.new_full((), 1 - self.ema_decay)
-        share = (counts.sum() / (ROWS_IN_AVERAGE * self.num_codes)).clamp(max=1 - LEAST_DECAY)
-        return share.to(self._sizes.dtype)
+            return self._sizes.new_full((), 1 - self.ema_decay), self._sizes.new_ones(())
+        num_rows, in_averages = counts.sum().to(self._sizes.dtype), ROWS_IN_AVERAGE * self.num_codes
+        return (num_rows / in_averages).clamp(max=1 - LEAST_DECAY), in_averages / num_rows.clamp(min=1)
 
-    def _weigh_new_codes(self, p: int, row_size: Tensor, counts: Tensor) -> None:
+    def _weigh_new_codes(self, p: int, share: Tensor, unit: Tensor, counts: Tensor) -> None:
         """Gives averages to codes that have none yet, from the counts [K] of their first batch.
 
-        Those that `_reset_unused` set to a row, and now have rows, get the size row_size [].
+        Those that were set get the averages that such batches lead to, or those of 40 rows for each code if these are
+        more. Those that `_reset_unused` set to a row, and now have rows, count as 5 rows. share and unit are those of
+        `_share`.
         """
         old, num_rows = self._sizes[p], counts.sum()
-        sizes = num_rows * (counts + 1) / (num_rows + self.num_codes)
+        total = torch.maximum(num_rows * unit, ROWS_IN_AVERAGE * self.num_codes * share)
+        sizes = total * (counts + 1) / (num_rows + self.num_codes)
         new = (old < 0) & (num_rows > 0)
         if self.restart_after or self.init == "data":
             set_to_row = (old == 0) & (counts > 0)
-            new, sizes = new | set_to_row, torch.where(set_to_row, row_size, sizes)
+            new, sizes = new | set_to_row, torch.where(set_to_row, NEW_CODE_ROWS * share * unit, sizes)
         _write_where(new, self._sums[p], sizes[:, None] * self._codes[p])
         _write_where(new, old, sizes)
 

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -200,6 +200,44 @@ def test_averages_move_codes_that_were_set_by_a_small_step(way: str) -> None:
         assert 0.08 < share < 0.13
         expected = old + share * (x[:200][indices == code].mean(dim=0) - old)
         torch.testing.assert_close(new, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("way", ["set_codes", "fit", "from_codebook"])
+@pytest.mark.parametrize("num_rows", [1, 3, 20])
+@pytest.mark.parametrize(("ema_decay", "most"), [("auto", 0.25), (0.8, 0.5), (0.99, 0.5)])
+def test_a_small_first_batch_does_not_make_set_codes_light(
+    way: str, num_rows: int, ema_decay: float | Literal["auto"], most: float
+) -> None:
+    """The next batch, of 25 rows for each code, moves them by a part of the way to the means of their rows.
+
+    With "auto" that is a fifth. With a number, codes have the weight of 40 rows or more.
+    """
+    x = draw(300, D)
+    quantizer = vector_quantizer(K, D, ema_decay=ema_decay)
+    if way == "fit":
+        quantizer.fit(x[:100], max_iterations=0)
+    elif way == "from_codebook":
+        quantizer = VectorQuantizer.from_codebook(x[:K], ema_decay=ema_decay, restart_after=0)
+    else:
+        quantizer.set_codes(x[:K])
+    set_codes = quantizer.codebook.clone()
+    quantizer(draw(num_rows, D, seed=2))
+    before = quantizer.codebook.clone()
+    assert (before - set_codes).norm() < 0.05 * set_codes.norm()
+    indices = quantizer(x).indices
+    means = torch.stack([x[indices == code].mean(dim=0) for code in range(K)])
+    assert (quantizer.codebook - before).norm() < most * (means - before).norm()
+
+
+def test_rows_count_alike_in_batches_of_any_size() -> None:
+    x, codes = draw(96, D), draw(K, D, seed=1)
+    whole, parts = (VectorQuantizer.from_codebook(codes, restart_after=0) for _ in range(2))
+    for quantizer, sizes in ((whole, [96]), (parts, [1, 5, 30, 60])):
+        quantizer(draw(1, D, seed=2))
+        for rows in x.split(sizes):
+            quantizer(rows)
+    moved = (whole.codebook - codes).norm()
+    assert (whole.codebook - parts.codebook).norm() < 0.2 * moved
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if "averages" in name or name in DROP_INS])
