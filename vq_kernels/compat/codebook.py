@@ -9,9 +9,9 @@ from torch.nn import functional as F
 
 from vq_kernels.cosine import most_similar_code, most_similar_codes
 from vq_kernels.distributed import rank_and_world
-from vq_kernels.learning.dead_codes import draw_sampling
+from vq_kernels.learning.dead_codes import draw_sampling, random_replacements
 from vq_kernels.learning.ema import RowSums
-from vq_kernels.learning.recompute import is_recomputing
+from vq_kernels.learning.recompute import is_recomputing, unless_recomputing
 from vq_kernels.modules.codebook import Codebook
 from vq_kernels.modules.training_step import stack
 from vq_kernels.search import nearest_code, nearest_code_topk
@@ -53,6 +53,7 @@ class CompatCodebook(Codebook):
         cluster_size: [C, K], the average number of rows of each code.
         embed_avg: [C, K, D], the average sum of these rows.
         initted: [] float32, 0 until k-means has run. An average with a codebook that has begun is more than 0.
+        reset_cluster_size: the average number of rows of a code that was reset.
         resets_in_forward: whether a training step resets dead codes; otherwise only `expire_codes_` does.
     """
 
@@ -144,7 +145,7 @@ class CompatCodebook(Codebook):
     def _updates(self, update: EmaUpdate) -> bool:
         """Whether a training step with these options has averages to move."""
         moves_codes = self.follows_means if update.ema_update is None else update.ema_update
-        return moves_codes or self.min_cluster_size > 0
+        return moves_codes or self.has_dead_code_replacement
 
     @torch.no_grad()
     def _learn(
@@ -187,13 +188,22 @@ class CompatCodebook(Codebook):
 
         A recomputation draws as many as the original pass, and resets nothing.
         """
-        for p, head in enumerate(rows if self.min_cluster_size and self.training else ()):
-            if not self._draws(p, self._sizes[p] < self.min_cluster_size):
+        for p, head in enumerate(rows if self.has_dead_code_replacement and self.training else ()):
+            dead = self._sizes[p] < self.min_cluster_size
+            if not self._draws(p, dead):
                 continue
             if is_recomputing():
                 draw_sampling(rows.shape[1], rows.device)
             else:
-                self._reset_small(p, head, counted[p])
+                self._replace(p, dead, head, counted[p])
+
+    @torch.no_grad()
+    def _replace(self, p: int, dead: Tensor, rows: Tensor, counted: Tensor) -> None:
+        """Resets the codes dead [K] bool of codebook p to random rows of [M, D] where counted [M] bool allows it."""
+        sampling = draw_sampling(rows.shape[0], rows.device)
+        dead = unless_recomputing(dead)
+        drawn, replaced = random_replacements(dead, rows, counted, sampling, synchronise=self.synchronise)
+        self._set_codes(p, replaced, drawn.to(self._codes.dtype), self.reset_cluster_size)
 
     def _weighted(self, p: int, batch: RowSums, weight: Tensor) -> RowSums:
         """Returns a batch that moves the averages of each code by its weight, [K] or [C, K], times as far."""
@@ -248,6 +258,11 @@ class CompatCodebook(Codebook):
     @threshold_ema_dead_code.setter
     def threshold_ema_dead_code(self, threshold: float) -> None:
         self.min_cluster_size = self.reset_cluster_size = threshold
+
+    @property
+    def has_dead_code_replacement(self) -> bool:
+        """Whether dead codes are reset."""
+        return self.min_cluster_size > 0
 
     @property
     def codebook_size(self) -> int:
@@ -325,11 +340,24 @@ class CompatCodebook(Codebook):
 
     update_ema_indices = update_indices
 
-    def expire_codes_(self, batch_samples: Tensor) -> None:
-        """Resets dead codes to random rows of [C, ..., D], in training mode."""
+    def expire_codes_(self, batch_samples: Tensor, seq_mask: Tensor | None = None) -> None:
+        """Resets dead codes to random rows of [C, ..., D] where seq_mask [C, ...] is not False, in training mode."""
         self._check_owned()
-        rows = batch_samples.flatten(1, -2)
-        self._reset_dead(rows, [self._counted(head, None) for head in rows])
+        self._reset_dead(*self._samples(batch_samples, seq_mask))
+
+    def replace(self, batch_samples: Tensor, batch_mask: Tensor, seq_mask: Tensor | None = None) -> None:
+        """Resets the codes where batch_mask [C, K] is True as `expire_codes_` does. Cosine codes are normalised."""
+        self._check_owned()
+        for p, each in enumerate(
+            zip(batch_mask, *self._samples(self._normalise(batch_samples), seq_mask), strict=True)
+        ):
+            self._replace(p, *each)
+
+    def _samples(self, samples: Tensor, mask: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+        """Returns [C, ..., D] as rows [C, M, D], and which rows count, [M] bool each, given mask [C, ...]."""
+        rows = samples.flatten(1, -2)
+        masks = [None] * len(rows) if mask is None else mask.flatten(1)
+        return rows, [self._counted(*head) for head in zip(rows, masks, strict=True)]
 
     def _end_wait(self) -> None:
         self.initted.fill_(1)

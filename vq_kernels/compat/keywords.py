@@ -7,16 +7,18 @@ _SAMPLING = "codes are not sampled, because the search does not store the distan
 _OPTIMIZER = "pass `parameters()` to your own optimizer"
 _AFFINE = "there is no affine reparametrisation"
 
-AT_CONSTRUCTION: dict[str, tuple[Any, str]] = {
-    "commitment_use_cross_entropy_loss": (False, "pass the indices of a first call as `indices=` to a second one"),
-    "codebook_diversity_loss_weight": (0.0, "it needs the distance from each row to each code, which is not stored"),
-    "stochastic_sample_codes": (False, _SAMPLING),
-    "straight_through": (False, f"{_SAMPLING}; rotation_trick=False passes the gradient straight through"),
-    "in_place_codebook_optimizer": (None, _OPTIMIZER),
-    "affine_param": (False, _AFFINE),
-    "sync_update_v": (0.0, "there is no synchronous update rule"),
+Unsupported = Mapping[str, tuple[tuple[Any, ...], str]]
+
+AT_CONSTRUCTION: Unsupported = {
+    "commitment_use_cross_entropy_loss": ((False,), "pass the indices of a first call as `indices=` to a second one"),
+    "codebook_diversity_loss_weight": ((0.0,), "it needs the distance from each row to each code, which is not stored"),
+    "stochastic_sample_codes": ((False,), _SAMPLING),
+    "straight_through": ((False,), f"{_SAMPLING}; rotation_trick=False passes the gradient straight through"),
+    "in_place_codebook_optimizer": ((None,), _OPTIMIZER),
+    "affine_param": ((False,), _AFFINE),
+    "sync_update_v": ((0.0,), "there is no synchronous update rule"),
 }
-"""Not supported at construction: the default, which is the only value accepted, and the reason or an alternative."""
+"""Not supported at construction: the values accepted, the default first, and the reason or an alternative."""
 
 WITHOUT_EFFECT = frozenset(
     {
@@ -30,32 +32,38 @@ WITHOUT_EFFECT = frozenset(
 )
 """Keywords of options that are not supported. Without these they change nothing, so any value is accepted."""
 
-IN_A_CALL: dict[str, tuple[Any, str]] = {
-    "codebook_transform_fn": (None, "codes are searched without a transform"),
+IN_A_CALL: Unsupported = {
+    "codebook_transform_fn": ((None,), "codes are searched without a transform"),
 }
 """The same for the keywords of a call."""
 
-RESIDUAL: dict[str, tuple[Any, str]] = {
-    "implicit_neural_codebook": (False, "each vector would have a codebook of its own"),
-    "mlp_kwargs": ({}, "there is no implicit_neural_codebook"),
-    "beam_size": (None, "each stage chooses the nearest code"),
-    "eval_beam_size": (None, "each stage chooses the nearest code"),
-    "beam_score_quantizer_weights": (None, "there is no beam search"),
-    "indices": (None, "in vector_quantize_pytorch it raises too"),
+RESIDUAL: Unsupported = {
+    "implicit_neural_codebook": ((False,), "each vector would have a codebook of its own"),
+    "beam_size": ((None, 1), "each stage chooses the nearest code"),
+    "eval_beam_size": ((None, 1), "each stage chooses the nearest code"),
+    "indices": ((None,), "in vector_quantize_pytorch it raises too"),
 }
 """The same for `ResidualVQ` and `GroupedResidualVQ`, and their calls."""
 
+RESIDUAL_WITHOUT_EFFECT = frozenset({"mlp_kwargs", "beam_score_quantizer_weights"})
+"""The same for `ResidualVQ` and `GroupedResidualVQ`."""
 
-def refuse_unsupported(given: Mapping[str, Any], unsupported: Mapping[str, tuple[Any, str]]) -> None:
+
+def refuse_unsupported(
+    given: Mapping[str, Any], unsupported: Unsupported, without_effect: frozenset[str] = frozenset()
+) -> None:
     """Checks the keywords that a function does not name.
 
     Raises:
         TypeError: vector_quantize_pytorch has no such keyword.
-        NotImplementedError: an unsupported keyword differs from its default.
+        NotImplementedError: an unsupported keyword has another value than those accepted.
     """
     for name, value in given.items():
+        if name in without_effect:
+            continue
         if name not in unsupported:
             raise TypeError(f"VectorQuantize has no argument {name!r}")
-        default, instead = unsupported[name]
-        if value is not default and value != default:
-            raise NotImplementedError(f"{name} is not supported; it must be {default!r}, got {value!r}: {instead}")
+        accepted, instead = unsupported[name]
+        if value not in accepted:
+            listed = " or ".join(map(repr, accepted))
+            raise NotImplementedError(f"{name} is not supported; it must be {listed}, got {value!r}: {instead}")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from vq_kernels.compat.arguments import register_in_sequential
-from vq_kernels.compat.keywords import RESIDUAL, refuse_unsupported
+from vq_kernels.compat.keywords import RESIDUAL, RESIDUAL_WITHOUT_EFFECT, refuse_unsupported
 from vq_kernels.compat.losses import directional_noise
 from vq_kernels.compat.stages import ResidualStages
 from vq_kernels.compat.vector_quantize import VectorQuantize
@@ -79,7 +79,8 @@ class ResidualVQ(ResidualStages):
         return_zeros_for_masked_padding: bool = True,
         **options: Any,
     ) -> None:
-        refuse_unsupported({name: options.pop(name) for name in RESIDUAL if name in options}, RESIDUAL)
+        unsupported = {name: options.pop(name) for name in {*RESIDUAL, *RESIDUAL_WITHOUT_EFFECT} if name in options}
+        refuse_unsupported(unsupported, RESIDUAL, RESIDUAL_WITHOUT_EFFECT)
         sizes = _stage_sizes(num_quantizers, codebook_size)
         super().__init__(
             len(sizes), heads, quantize_dropout, quantize_dropout_cutoff_index, quantize_dropout_multiple_of
@@ -167,7 +168,7 @@ class ResidualVQ(ResidualStages):
         Args:
             x: [b, n, dim] or [b, dim]; [b, dim, h, w] with accept_image_fmap. [...] is its shape without dim.
             mask: [...] bool, False for padding, which may hold anything.
-            indices, beam_size: not supported, only None.
+            indices, beam_size: not supported, only None; beam_size may also be 1.
             return_all_codes: also return the codes of each stage.
             sample_codebook_temp: has no effect, because codes are not sampled.
             freeze_codebook: whether the codebooks stay unchanged.

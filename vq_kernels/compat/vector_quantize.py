@@ -129,8 +129,7 @@ class VectorQuantize(HasCodebooks):
         **unsupported: Any,
     ) -> None:
         super().__init__()
-        with_effect = {name: value for name, value in unsupported.items() if name not in WITHOUT_EFFECT}
-        refuse_unsupported(with_effect, AT_CONSTRUCTION)
+        refuse_unsupported(unsupported, AT_CONSTRUCTION, WITHOUT_EFFECT)
         codebook_dim = dim if codebook_dim is None else codebook_dim
         check_at_least(
             1, dim=dim, codebook_size=codebook_size, codebook_dim=codebook_dim, heads=heads, kmeans_iters=kmeans_iters

@@ -25,7 +25,7 @@ class Codebook(CodebookStep):
         kmeans_iters: iterations of k-means.
         restart_after: steps without use after which `_reset_unused` resets a code, see `VectorQuantizer`; 0 disables
             this.
-        min_cluster_size: average number of rows below which `_reset_small` resets a code; 0 disables this.
+        min_cluster_size: average number of rows below which `CompatCodebook` resets a code; 0 disables this.
         metric: "cosine" normalises the means of rows.
         learnable: whether the codes are a Parameter or a buffer.
         follows_means: whether the codes are set to the means of their rows.

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from vq_kernels.cosine import unit
 from vq_kernels.distributed import check_owned, check_whole, is_dtensor, rank_and_world, sum_over_ranks
 from vq_kernels.gradient.autograd import LEFT_OUT, Metric, straight_through
-from vq_kernels.learning.dead_codes import draw_sampling, evenly_spaced_rows, random_replacements
+from vq_kernels.learning.dead_codes import evenly_spaced_rows
 from vq_kernels.learning.ema import RowSums, mean_codes, move_averages_, row_sums, smoothed_sizes
 from vq_kernels.learning.kmeans import kmeans_if_needed
 from vq_kernels.learning.recompute import (
@@ -50,8 +50,7 @@ class CodebookStep(HasCodebooks):
     1. calls `_reset_unused` (or `_start_by_kmeans`) with the rows that codebook p will quantize;
     2. searches `_to_search(p)`, and takes gradients with respect to `_differentiable(...)`;
     3. calls `_count`, and for each codebook `_update_averages` with its `_row_sums` and `_follow_means`, unless it is
-       recomputing;
-    4. calls `_reset_small`.
+       recomputing.
 
     Under activation checkpointing the recomputed forward pass searches the same codes as the original one, draws the
     same random numbers, and changes nothing. No method branches on data, so a step can be compiled.
@@ -59,9 +58,6 @@ class CodebookStep(HasCodebooks):
 
     state_names: ClassVar[tuple[str, str, str]] = ("codebook", "cluster_sizes", "cluster_sums")
     """The names of the codes and their averages in the state dict."""
-
-    reset_cluster_size: float | None = None
-    """The average number of rows of a code that `_reset_small` reset; None means `min_cluster_size`."""
 
     _frozen = False
     _requires_grad = True
@@ -266,18 +262,6 @@ class CodebookStep(HasCodebooks):
         if self.restart_after != "auto":
             return self.restart_after
         return (ROWS_UNTIL_RESET * self.num_codes / num_rows.clamp(min=1)).clamp(min=STEPS_UNTIL_RESET)
-
-    @torch.no_grad()
-    def _reset_small(self, p: int, rows: Tensor, counted: Tensor) -> None:
-        """Resets the codes of codebook p whose average size is below `min_cluster_size` to random rows of [M, D].
-
-        counted [M] bool says which rows may be taken.
-        """
-        dead = unless_recomputing(self._sizes[p] < self.min_cluster_size)
-        sampling = draw_sampling(rows.shape[0], rows.device)
-        drawn, replaced = random_replacements(dead, rows, counted, sampling, synchronise=self.synchronise)
-        size = self.min_cluster_size if self.reset_cluster_size is None else self.reset_cluster_size
-        self._set_codes(p, replaced, drawn.to(self._codes.dtype), size)
 
     def _set_codes(self, p: int, chosen: Tensor, codes: Tensor, sizes: Tensor | float) -> None:
         """Sets the codes of codebook p where chosen, [K] or [] bool, to `codes` [K, D], as means of `sizes` rows."""

@@ -29,7 +29,7 @@ def defaults(function: Any) -> dict[str, Any]:
 
 def test_every_constructor_keyword_is_supported_or_rejected() -> None:
     ours, theirs = defaults(VectorQuantize), defaults(Theirs)
-    refused = {name: default for name, (default, _) in AT_CONSTRUCTION.items()}
+    refused = {name: default for name, ((default, *_), _) in AT_CONSTRUCTION.items()}
     theirs = {name: default for name, default in theirs.items() if name not in WITHOUT_EFFECT}
     assert theirs.keys() == (ours.keys() | refused.keys()) - {"backend"}
     assert all((refused[name] if name in refused else ours[name]) == default for name, default in theirs.items())
@@ -38,7 +38,7 @@ def test_every_constructor_keyword_is_supported_or_rejected() -> None:
 
 def test_every_call_keyword_is_supported_or_rejected() -> None:
     ours, theirs = defaults(VectorQuantize.forward), defaults(Theirs.forward)
-    refused = {name: default for name, (default, _) in IN_A_CALL.items()}
+    refused = {name: default for name, ((default, *_), _) in IN_A_CALL.items()}
     assert theirs.keys() == ours.keys() | refused.keys()
     assert all((refused[name] if name in refused else ours[name]) == default for name, default in theirs.items())
     assert list(ours)[:9] == list(theirs)[:9]
@@ -46,7 +46,7 @@ def test_every_call_keyword_is_supported_or_rejected() -> None:
 
 @pytest.mark.parametrize("name", AT_CONSTRUCTION)
 def test_an_unsupported_keyword_raises_at_construction(name: str) -> None:
-    default, instead = AT_CONSTRUCTION[name]
+    (default,), instead = AT_CONSTRUCTION[name]
     VectorQuantize(DIM, NUM_CODES, **{name: default})
     with pytest.raises(NotImplementedError, match=f"^{name} is not supported") as raised:
         VectorQuantize(DIM, NUM_CODES, **{name: another_value(name, default)})
@@ -67,7 +67,7 @@ def test_options_of_unsupported_keywords_have_no_effect() -> None:
 @pytest.mark.parametrize("name", IN_A_CALL)
 def test_an_unsupported_keyword_raises_in_a_call(name: str) -> None:
     layer = VectorQuantize(DIM, NUM_CODES)
-    default, instead = IN_A_CALL[name]
+    (default,), instead = IN_A_CALL[name]
     layer(draw(4, DIM), **{name: default})
     with pytest.raises(NotImplementedError, match=f"^{name} is not supported") as raised:
         layer(draw(4, DIM), **{name: another_value(name, default)})

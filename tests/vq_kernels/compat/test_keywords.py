@@ -176,6 +176,25 @@ def test_dead_codes_may_be_reset_from_now_on() -> None:
     assert_same_step(*(step(layer, draw(3, 20, DIM)) for layer in layers))
 
 
+def test_replacing_codes() -> None:
+    for keywords in ({}, {"use_cosine_sim": True}):
+        results = []
+        for layer in pair(**keywords, threshold_ema_dead_code=2):
+            torch.manual_seed(0)
+            layer._codebook.replace(draw(1, 60, DIM), batch_mask=torch.arange(NUM_CODES)[None] % 3 == 0)
+            results.append(layer.state_dict())
+            assert layer._codebook.has_dead_code_replacement
+        assert_all_close(*results)
+    layer, rows, mask = VectorQuantize(DIM, NUM_CODES), draw(1, 60, DIM), torch.arange(60)[None] < 8
+    before = layer.codebook.clone()
+    layer._codebook.replace(rows, torch.ones(1, NUM_CODES, dtype=torch.bool), seq_mask=mask)  # of 32 codes, 8 get a row
+    changed = layer.codebook[(layer.codebook != before).any(dim=1)]
+    assert torch.equal(changed[changed[:, 0].argsort()], rows[0, :8][rows[0, :8, 0].argsort()])
+    layer._codebook.threshold_ema_dead_code = 1000
+    layer._codebook.expire_codes_(rows + 100, seq_mask=~mask)
+    assert (layer.codebook[:, None] == rows[0, 8:] + 100).all(dim=2).any(dim=1).all()
+
+
 @pytest.mark.parametrize("name", ["commitment_weight", "orthogonal_reg_weight", "rotation_trick", "freeze_codebook"])
 def test_writing_an_attribute_of_the_layer(name: str) -> None:
     layers = pair(orthogonal_reg_weight=1.0)

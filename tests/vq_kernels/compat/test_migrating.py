@@ -10,7 +10,7 @@ import vector_quantize_pytorch
 
 from tests.vq_kernels.compat.side_by_side import Theirs
 from vq_kernels import VectorQuantize
-from vq_kernels.compat.keywords import AT_CONSTRUCTION, IN_A_CALL, RESIDUAL, WITHOUT_EFFECT
+from vq_kernels.compat.keywords import AT_CONSTRUCTION, IN_A_CALL, RESIDUAL, RESIDUAL_WITHOUT_EFFECT, WITHOUT_EFFECT
 
 TEXT = (Path(__file__).parents[3] / "docs" / "guides" / "migrating.md").read_text()
 
@@ -75,3 +75,4 @@ def test_every_keyword_of_residual_vq_is_named() -> None:
     }
     assert named - {"self", "x", "sample_codebook_temp"} <= statuses.keys()
     assert {name for name, status in statuses.items() if status == "not supported"} == RESIDUAL.keys()
+    assert {name for name, status in statuses.items() if status == "no effect"} == RESIDUAL_WITHOUT_EFFECT

@@ -259,6 +259,12 @@ def test_compiled() -> None:
         assert_same_step(step(eager, inputs({}, seed)), step(_Wrapped(run, compiled), inputs({}, seed)))
 
 
+def test_keywords_without_effect() -> None:
+    keywords = {"mlp_kwargs": {"depth": 2}, "beam_size": 1, "beam_score_quantizer_weights": [0.5] * NUM_STAGES}
+    ours, theirs = both(**keywords, sample_codebook_temp=0.1)
+    assert_same_step(step(ours, inputs({}), beam_size=1), step(theirs, inputs({}), beam_size=1))
+
+
 class _Wrapped:
     """A compiled layer with the methods that `step` calls, those of the layer."""
 
@@ -288,7 +294,7 @@ class _Wrapped:
         ),
         ({"implicit_neural_codebook": True}, NotImplementedError, "implicit_neural_codebook is not supported"),
         ({"stochastic_sample_codes": True}, NotImplementedError, "stochastic_sample_codes is not supported"),
-        ({"beam_size": 2}, NotImplementedError, "beam_size is not supported; it must be None, got 2"),
+        ({"beam_size": 2}, NotImplementedError, "beam_size is not supported; it must be None or 1, got 2"),
         ({"codebok_size": 2}, TypeError, "no argument 'codebok_size'"),
     ],
 )
