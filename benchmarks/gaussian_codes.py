@@ -17,8 +17,9 @@ A row is appended to FILE for each evaluation. A finished method is not repeated
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # run as a file: import the packages from the checkout
@@ -29,97 +30,75 @@ from torch import Tensor, nn
 from tqdm import trange
 
 from benchmarks.results import append_row, environment, is_finished
-from vq_kernels import VectorQuantizer, nearest_code, vector_quantize
+from vq_kernels import Quantized, VectorQuantizer, nearest_code, vector_quantize
 
 MEAN = 2.0
 EVALUATED = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 1500, 2000)
 
 
-class Learner(nn.Module):
-    """Learns codes [K, D], which begin as N(0, I), by SGD with momentum on the codebook loss, summed over D."""
-
-    def __init__(self, num_codes: int, code_dim: int, lr: float = 1.0) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(num_codes, code_dim))
-        self.optimizer = torch.optim.SGD(self.trained(), lr=lr, momentum=0.9)
-
-    def trained(self) -> list[nn.Parameter]:
-        """The parameters that the optimizer trains."""
-        return [self.weight]
-
-    def codes(self) -> Tensor:
-        """The codes [K, D] that are searched."""
-        return self.weight
-
-    def learn(self, x: Tensor) -> None:
-        """Takes a step on rows [N, D]."""
-        found = vector_quantize(x, self.codes())
-        self.optimizer.zero_grad()
-        torch.autograd.backward(found.loss * x.shape[1])
-        self.optimizer.step()
-
-
-class SimVQ(Learner):
-    """Learns one linear map of codes that stay as they are (Zhu et al. 2024, arXiv:2411.02038)."""
+class SimVQ(nn.Module):
+    """Learns one linear map of random codes [K, D], which stay as they are (Zhu et al. 2024, arXiv:2411.02038)."""
 
     def __init__(self, num_codes: int, code_dim: int) -> None:
-        nn.Module.__init__(self)
-        self.weight = nn.Parameter(torch.randn(num_codes, code_dim), requires_grad=False)
+        super().__init__()
+        self.register_buffer("random", torch.randn(num_codes, code_dim))
         self.map = nn.Linear(code_dim, code_dim)
-        self.optimizer = torch.optim.SGD(self.map.parameters(), lr=0.02, momentum=0.9)
 
-    def codes(self) -> Tensor:
+    @property
+    def codebook(self) -> Tensor:
         """The mapped codes [K, D]."""
-        mapped: Tensor = self.map(self.weight)
+        mapped: Tensor = self.map(self.random)
         return mapped
 
+    def forward(self, x: Tensor) -> Quantized:
+        """Quantizes x [..., D]."""
+        return vector_quantize(x, self.codebook)
 
-class CVQ(Learner):
+
+class CVQ(nn.Module):
     """Moves codes that are rarely used towards the row nearest to each (Zheng and Vedaldi 2023, arXiv:2307.15139)."""
 
-    def __init__(self, num_codes: int, code_dim: int, decay: float = 0.9) -> None:
-        super().__init__(num_codes, code_dim, lr=3.0)
+    use: Tensor
+
+    def __init__(self, num_codes: int, code_dim: int, *, decay: float = 0.9, commitment_weight: float = 0.0) -> None:
+        super().__init__()
+        self.codebook = nn.Parameter(torch.randn(num_codes, code_dim))
+        self.register_buffer("use", torch.zeros(num_codes))  # the average share of the rows
         self.decay = decay
-        self.use = torch.zeros(num_codes)  # the average share of the rows
+        self.commitment_weight = commitment_weight
 
-    def learn(self, x: Tensor) -> None:
-        """Takes a step by the gradient, then moves the codes to their anchors."""
-        super().learn(x)
-        codes = self.weight.data
-        counts = torch.bincount(nearest_code(x, codes).indices, minlength=len(codes))
-        self.use.lerp_(counts / len(x), 1 - self.decay)
-        share = torch.exp(-self.use * len(codes) * 10 / (1 - self.decay) - 1e-3)[:, None]
-        codes.lerp_(x[nearest_code(codes, x).indices], share)
+    def forward(self, x: Tensor) -> Quantized:
+        """Quantizes x [..., D]; in training mode, then moves the codes."""
+        found = vector_quantize(x, self.codebook.clone(), commitment_weight=self.commitment_weight)
+        if self.training:
+            self._move(x.detach().reshape(-1, x.shape[-1]), found.indices.flatten())
+        return found
 
-
-class Quantizer(Learner):
-    """Learns by a `VectorQuantizer` with these arguments."""
-
-    def __init__(self, num_codes: int, code_dim: int, **arguments: Any) -> None:
-        nn.Module.__init__(self)
-        self.quantizer = VectorQuantizer(num_codes, code_dim, **arguments)
-
-    def codes(self) -> Tensor:
-        """The codebook [K, D]."""
-        return self.quantizer.codebook
-
-    def learn(self, x: Tensor) -> None:
-        """Updates the averages of the quantizer."""
-        self.quantizer(x)
+    @torch.no_grad()
+    def _move(self, rows: Tensor, indices: Tensor) -> None:
+        num_codes = len(self.codebook)
+        self.use.lerp_(torch.bincount(indices, minlength=num_codes) / len(rows), 1 - self.decay)
+        share = torch.exp(-self.use * num_codes * 10 / (1 - self.decay) - 1e-3)[:, None]
+        self.codebook.lerp_(rows[nearest_code(self.codebook, rows).indices], share)
 
 
-def averages(num_codes: int, code_dim: int) -> Learner:
-    """Moving averages alone, with the decay of the published setting."""
-    return Quantizer(num_codes, code_dim, init="normal", ema_decay=0.9, restart_after=0, warn=False)
-
-
-METHODS: dict[str, Callable[[int, int], Learner]] = {
-    "VectorQuantizer(K, D)": Quantizer,
-    "VQ, SGD": Learner,
-    "EMA": averages,
-    "SimVQ": SimVQ,
-    "CVQ": CVQ,
+_FIXED: dict[str, Any] = {"init": "normal", "restart_after": 0, "commitment_weight": 0.0, "warn": False}
+METHODS: dict[str, tuple[Callable[[int, int], nn.Module], float | None]] = {  # and SGD's learning rate, as published
+    "VectorQuantizer(K, D)": (VectorQuantizer, None),
+    "VQ, SGD": (partial(VectorQuantizer, ema_decay=None, **_FIXED), 1.0),
+    "EMA": (partial(VectorQuantizer, ema_decay=0.9, **_FIXED), None),
+    "SimVQ": (SimVQ, 0.02),
+    "CVQ": (CVQ, 3.0),
 }
+
+
+def train_step(quantizer: nn.Module, optimizer: torch.optim.Optimizer | None, x: Tensor) -> None:
+    """Learns from rows [N, D]. The loss of the optimizer is summed over D."""
+    loss = quantizer(x).loss
+    if optimizer is not None:
+        optimizer.zero_grad()
+        torch.autograd.backward(loss * x.shape[-1])
+        optimizer.step()
 
 
 @dataclass(frozen=True)
@@ -164,12 +143,14 @@ def main(options: Options) -> None:
             if options.out is not None and is_finished(options.out, {**name, "step": options.steps}, settings):
                 continue
             torch.manual_seed(seed)
-            learner = METHODS[method](options.num_codes, options.code_dim)
+            make, lr = METHODS[method]
+            quantizer = make(options.num_codes, options.code_dim)
+            optimizer = None if lr is None else torch.optim.SGD(quantizer.parameters(), lr, momentum=0.9)
             for step in trange(1, options.steps + 1, desc=method, disable=None):
-                learner.learn(torch.randn(options.num_rows, options.code_dim) + MEAN)
+                train_step(quantizer, optimizer, torch.randn(options.num_rows, options.code_dim) + MEAN)
                 if step in EVALUATED or step == options.steps:
                     with torch.no_grad():
-                        figures = evaluate(learner.codes(), options)
+                        figures = evaluate(cast(Tensor, quantizer.codebook), options)
                     print(f"{method:21} step {step:4}  error {figures['error']:.4f}  use {figures['use']:.1%}")
                     if options.out is not None:
                         row = {**name, "step": step, **figures, "settings": settings}

@@ -13,24 +13,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import vector_quantize_pytorch as original
 from torch import Tensor, nn
 from torch.nn import functional as F
-from vector_quantize_pytorch import VectorQuantize
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # run as a file: import the packages from the checkout
 
+from benchmarks.gaussian_codes import CVQ
 from benchmarks.results import append_row, environment
-from vq_kernels import VectorQuantizer
+from vq_kernels import Quantized, VectorQuantizer
+from vq_kernels import compat as drop_in
 from vqae.data.load import load_images
 
 NUM_CODES, CODE_DIM = 512, 64
-
-
-def original(**options: float) -> nn.Module:
-    """The quantizer of vector-quantize-pytorch with k-means, moving averages and dead-code resets."""
-    kept = {"accept_image_fmap": True, "kmeans_init": True, "threshold_ema_dead_code": 2}
-    return VectorQuantize(dim=CODE_DIM, codebook_size=NUM_CODES, **kept, **options)
 
 
 def ours(**options: object) -> nn.Module:
@@ -38,16 +34,39 @@ def ours(**options: object) -> nn.Module:
     return VectorQuantizer(NUM_CODES, CODE_DIM, channel_dim=1, **options)
 
 
+def compatible(kind: type[nn.Module], **options: object) -> nn.Module:
+    """A quantizer of vector-quantize-pytorch, or the drop-in for it, with k-means, averages and dead-code resets."""
+    kept = {"accept_image_fmap": True, "kmeans_init": True, "threshold_ema_dead_code": 2}
+    return kind(dim=CODE_DIM, codebook_size=NUM_CODES, **{**kept, **options})
+
+
+class ChannelsLast(nn.Module):
+    """Moves the channels of images [B, C, H, W] to the last dimension for a quantizer, and back."""
+
+    def __init__(self, quantizer: nn.Module) -> None:
+        super().__init__()
+        self.quantizer = quantizer
+
+    def forward(self, x: Tensor) -> Quantized:
+        """Quantize [B, C, H, W]."""
+        found = self.quantizer(x.movedim(1, -1))
+        return found._replace(quantized=found.quantized.movedim(-1, 1))
+
+
+PLAIN = {"init": "normal", "restart_after": 0, "warn": False}
 METHODS: dict[str, Callable[[], nn.Module]] = {
     "VectorQuantizer(512, 64)": ours,
     "ema_decay=0.99": lambda: ours(ema_decay=0.99),
     "ema_decay=None (trained by Adam)": lambda: ours(ema_decay=None),
-    "commitment_weight=1": lambda: ours(commitment_weight=1.0),
-    "the paper's: init='normal', no averages or resets": lambda: ours(
-        init="normal", ema_decay=None, restart_after=0, warn=False
-    ),
-    "vector-quantize-pytorch: k-means, averages, resets": original,
-    "the same, commitment_weight=0.25": lambda: original(commitment_weight=0.25),
+    "VQ, Adam": lambda: ours(ema_decay=None, **PLAIN),
+    "EMA": lambda: ours(ema_decay=0.99, **PLAIN),
+    "SimVQ": lambda: drop_in.SimVQ(dim=CODE_DIM, codebook_size=NUM_CODES, channel_first=True),
+    "CVQ": lambda: ChannelsLast(CVQ(NUM_CODES, CODE_DIM, decay=0.99, commitment_weight=0.25)),
+    "straight-through": lambda: compatible(drop_in.VectorQuantize, rotation_trick=False),
+    "rotation trick": lambda: compatible(drop_in.VectorQuantize, rotation_trick=True),
+    "DiVeQ": lambda: compatible(drop_in.VectorQuantize, directional_reparam=True),
+    "vector-quantize-pytorch": lambda: compatible(original.VectorQuantize),
+    "the same, commitment_weight=0.25": lambda: compatible(original.VectorQuantize, commitment_weight=0.25),
 }
 
 

@@ -34,7 +34,7 @@ def test_every_example_is_tested() -> None:
 def test_the_vqvae_records_each_method(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    methods = ["VectorQuantizer(512, 64)", "vector-quantize-pytorch: k-means, averages, resets"]
+    methods = ["VectorQuantizer(512, 64)", "CVQ"]
     options = ["--dataset", "synthetic", "--steps", "2", "--batch-size", "8", "--out", str(tmp_path / "rows.jsonl")]
     monkeypatch.setattr(sys, "argv", ["conv_vqvae.py", *options, "--methods", *methods])
     printed = run("conv_vqvae.py", capsys).splitlines()
@@ -45,6 +45,17 @@ def test_the_vqvae_records_each_method(
         assert 0.01 < row["mse"] < 1
         assert 1 < row["perplexity"] <= 512
     assert vqvae_table(rows).count("\n|") == 3
+
+
+def test_every_quantizer_of_the_vqvae_gives_its_input_a_gradient() -> None:
+    for name, make in runpy.run_path(str(EXAMPLES / "conv_vqvae.py"))["METHODS"].items():
+        x = torch.randn(2, 64, 4, 4, requires_grad=True)
+        quantized, indices, loss = make()(x)
+        (quantized.sum() + loss.sum()).backward()
+        assert quantized.shape == x.shape, name
+        assert indices.shape == (2, 4, 4), name
+        assert x.grad is not None, name
+        assert x.grad.any(), name
 
 
 def test_kmeans_starts_better_with_plus_plus(capsys: pytest.CaptureFixture[str]) -> None:
