@@ -10,10 +10,10 @@ Unknown flags are passed to `python -m vqae.train`. FOLDER gets results.jsonl, w
 each finished run, and the runs themselves. The same command resumes where it stopped, even within
 a run. It ends with a table, such as this one of 3-minute runs:
 
-    | K  | by      | train MSE         | test MSE          | train ratio | test ratio | perplexity | codes used |
-    |----|---------|-------------------|-------------------|-------------|------------|------------|------------|
-    | 64 | K-means | 0.03282 ± 0.00001 | 0.03311 ± 0.00005 |             |            | 61 ± 0     | 64 ± 0     |
-    | 64 | model   | 0.03353 ± 0.00018 | 0.03367 ± 0.00025 | 1.022       | 1.017      | 57 ± 2     | 64 ± 1     |
+    | K       | bits | by      | train MSE | test MSE | train ratio | test ratio | perplexity | codes used |
+    |---------|------|---------|-----------|----------|-------------|------------|------------|------------|
+    | 2 × 512 | 18   | K-means | 0.02268   | 0.02463  |             |            | 398        | 1005       |
+    | 2 × 512 | 18   | model   | 0.02311   | 0.02447  | 1.019       | 0.994      | 409        | 1012       |
 
 Both use the same images. K-means is fitted to all training images (the first --limit of them); the model holds out
 --val-fraction of them to choose its best epoch. "train" is measured on all of them, perplexity and codes used on the

@@ -107,8 +107,11 @@ def rate_distortion_table(rows: Sequence[Row]) -> str:
 
 
 def rate_distortion_cells(rows: Sequence[Row]) -> list[list[str]]:
-    """The cells of that table: headings, then a line for each K, Q and method. Ratios are the model's over k-means'."""
-    cells = [["K", "by", "train MSE", "test MSE", "train ratio", "test ratio", "perplexity", "codes used"]]
+    """The cells of that table: headings, then a line for each K, Q and method.
+
+    Bits are those of an image, Q·log2 K. Ratios are the model's over k-means'.
+    """
+    cells = [["K", "bits", "by", "train MSE", "test MSE", "train ratio", "test ratio", "perplexity", "codes used"]]
     for sizes in sorted({(row["num_quantizers"], row["num_codes"]) for row in rows}):
 
         def figures(method: str, *names: str, sizes: tuple[int, int] = sizes) -> list[list[float]]:
@@ -126,7 +129,8 @@ def rate_distortion_cells(rows: Sequence[Row]) -> list[list[str]]:
             ]
             line = [*(spread(found, 5) for found in mse), *ratios, *(spread(found, 0) for found in codes)]
             if any(line):
-                cells.append([f"{sizes[0]} × {sizes[1]:,}" if sizes[0] > 1 else f"{sizes[1]:,}", shown, *line])
+                size = f"{sizes[0]} × {sizes[1]:,}" if sizes[0] > 1 else f"{sizes[1]:,}"
+                cells.append([size, f"{sizes[0] * math.log2(sizes[1]):.3g}", shown, *line])
     return cells
 
 
@@ -145,7 +149,7 @@ def vqvae_table(rows: Sequence[Row]) -> str:
     return f"{markdown(lines)}\n\n{'; '.join(sorted(settings))}; K = 512, D = 64; {where(rows)}."
 
 
-_PUBLISHED: dict[str, tuple[dict[int, float], float]] = {  # error by step, and use after 2,000 steps, to 4 digits
+PUBLISHED: dict[str, tuple[dict[int, float], float]] = {  # error by step, and use after 2,000 steps, to 4 digits
     "VQ, SGD": ({1: 9.021, 100: 3.139, 500: 2.536, 1000: 2.320, 2000: 2.119}, 0.0651),
     "EMA": ({1: 3.508, 100: 2.204, 500: 1.585, 1000: 1.570, 2000: 1.543}, 0.1404),
     "SimVQ": ({1: 9.535, 100: 1.593, 500: 1.412, 1000: 1.052, 2000: 1.055}, 0.9935),
@@ -160,14 +164,14 @@ def gaussian_table(rows: Sequence[Row]) -> str:
         return NO_RESULTS
     steps = (1, 10, 100, 500, 1000, 2000)
     cells = [["method", "by", *(f"{step:,}" for step in steps), "codes used"]]
-    for method in dict.fromkeys([*(row["method"] for row in rows), *_PUBLISHED]):
+    for method in dict.fromkeys([*(row["method"] for row in rows), *PUBLISHED]):
         own = [row for row in rows if row["method"] == method]
         if own:
             errors = [spread([row["error"] for row in own if row["step"] == step], 3) for step in steps]
             used = statistics.fmean(row["use"] for row in own if row["step"] == max(row["step"] for row in own))
             cells.append([method, "this library", *errors, f"{used:.1%}"])
-        if method in _PUBLISHED:
-            published, used = _PUBLISHED[method]
+        if method in PUBLISHED:
+            published, used = PUBLISHED[method]
             errors = [f"{published[step]:.3f}" if step in published else "" for step in steps]
             cells.append([method, "published", *errors, f"{used:.1%}"])
     settings = rows[0]["settings"]

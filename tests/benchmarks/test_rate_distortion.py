@@ -77,8 +77,8 @@ def test_several_codes_per_image(run: Callable[..., list[dict[str, Any]]], tmp_p
     assert by_name[2, "kmeans"]["train_codes_used"] == 6
     assert 3 < by_name[2, "model"]["train_codes_used"] + 1 <= 7
     table = rate_distortion_table(lines)
-    assert "| 2 × 3 | K-means |" in table
-    assert "| 2 × 3 | model |" in table
+    assert "| 2 × 3 | 3.17 | K-means |" in table
+    assert "| 2 × 3 | 3.17 | model |" in table
 
 
 def test_it_goes_on_where_it_stopped(

@@ -98,13 +98,13 @@ def test_seeds_of_other_settings_have_no_mean() -> None:
 def test_the_model_beside_kmeans() -> None:
     lines = [point("kmeans", 16, seed, 0.25) for seed in (0, 1)] + [point("model", 16, 0, 0.5), point("model", 3, 0, 1)]
     assert rate_distortion_cells(lines)[1:] == [
-        ["3", "model", "1.00000", "1.00000", "", "", "1", "1"],
-        ["16", "K-means", "0.25000 ± 0.00000", "0.25000 ± 0.00000", "", "", "0 ± 0", "0 ± 0"],
-        ["16", "model", "0.50000", "0.50000", "2.000", "2.000", "0", "0"],
+        ["3", "1.58", "model", "1.00000", "1.00000", "", "", "1", "1"],
+        ["16", "4", "K-means", "0.25000 ± 0.00000", "0.25000 ± 0.00000", "", "", "0 ± 0", "0 ± 0"],
+        ["16", "4", "model", "0.50000", "0.50000", "2.000", "2.000", "0", "0"],
     ]
     table = rate_distortion_table(lines).splitlines()
-    assert table[0] == "| K | by | train MSE | test MSE | train ratio | test ratio | perplexity | codes used |"
-    assert {line.count("|") for line in table[:5]} == {9}
+    assert table[0] == "| K | bits | by | train MSE | test MSE | train ratio | test ratio | perplexity | codes used |"
+    assert {line.count("|") for line in table[:5]} == {10}
 
 
 def test_ratios_are_of_the_means_over_seeds() -> None:
@@ -114,7 +114,7 @@ def test_ratios_are_of_the_means_over_seeds() -> None:
         point("model", 2, 0, 4.0),
         point("model", 2, 1, 1.0),
     ]
-    assert rate_distortion_cells(lines)[2][4:6] == ["1.250", "1.250"]
+    assert rate_distortion_cells(lines)[2][5:7] == ["1.250", "1.250"]
 
 
 def test_figures_of_a_method_at_one_k() -> None:
