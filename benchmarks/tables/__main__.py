@@ -5,10 +5,10 @@
 
 A table stands between `<!-- begin NAME -->` and `<!-- end NAME -->`; `TABLES` lists the names. CPU results are in
 benchmarks/results/cpu: argmin.jsonl (argmin_bench.py), small.jsonl (argmin_bench.py --small), exactness.jsonl
-(exactness.py), train_bench.jsonl (train.py), quantizer_step.jsonl, clustering.jsonl, semantic_ids.jsonl,
-ablation.jsonl, rate_distortion.jsonl, batch_sizes.jsonl (rate_distortion.py at other batch sizes), gaussian_codes.jsonl
-and conv_vqvae.jsonl (examples/conv_vqvae.py). GPU results are in benchmarks/results/h200/gpu.jsonl, or in
-h100/gpu.jsonl if that one is missing; `gpu.py` writes them.
+(exactness.py), train_bench.jsonl (train.py), quantizer_step.jsonl, codecs.jsonl, upstream_tests.jsonl,
+clustering.jsonl, semantic_ids.jsonl, ablation.jsonl, rate_distortion.jsonl, batch_sizes.jsonl (rate_distortion.py at
+other batch sizes), gaussian_codes.jsonl and conv_vqvae.jsonl (examples/conv_vqvae.py). GPU results are in
+benchmarks/results/h200/gpu.jsonl, or in h100/gpu.jsonl if that one is missing; `gpu.py` writes them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from benchmarks.tables.learning import (
     vqvae_table,
 )
 from benchmarks.tables.rows import cpu_rows
-from benchmarks.tables.search import codecs_table, search_table, small_search_table, step_table
+from benchmarks.tables.search import codecs_table, search_table, small_search_table, step_table, upstream_table
 
 
 def _committed_gpu_table(name: str) -> str:
@@ -45,6 +45,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "small-search": small_search_table,
     "step": step_table,
     "codecs": codecs_table,
+    "upstream": upstream_table,
     "semantic-ids": semantic_ids_table,
     "ablation": lambda: ablation_table(cpu_rows("ablation")),
     "k-means": lambda: kmeans_table(cpu_rows("clustering")),

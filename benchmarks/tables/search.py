@@ -72,3 +72,21 @@ def codecs_table() -> str:
         cells.append([row["codec"], f"{row['frames']}", f"{row['time_ratio']:.2f}", *wrong, f"{row['checked_rows']:,}"])
     what = "`encode` in float32, median ratio of calls in turn, beside other processes; random codes and rows"
     return f"{markdown(cells)}\n\n{what}; {where(rows)}."
+
+
+def upstream_table() -> str:
+    """The tests of vector_quantize_pytorch on our classes, those with the same name and outcome in one line."""
+    rows = cpu_rows("upstream_tests")
+    cells = [["test", "constructs", "passed here", "there", "reason"]]
+    tests: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        name = row["test"].partition("[")[0].partition("::")[2]
+        tests.setdefault((name, row["reason"].partition(";")[0].partition(": ")[2]), []).append(row)
+    for (name, reason), group in tests.items():
+        passed = [sum(row[side] == "passed" for row in group) for side in ("ours", "theirs")]
+        classes = ", ".join(f"`{each}`" for each in group[0]["classes"])
+        cells.append([f"`{name}`", classes, *(f"{each} of {len(group)}" for each in passed), reason])
+    totals = (sum(row[side] == "passed" for row in rows) for side in ("ours", "theirs"))
+    cells.append(["all", "", *(f"{each} of {len(rows)}" for each in totals), ""])
+    what = f"The tests at commit {rows[0]['tests_commit']} of the original that construct one of these classes"
+    return f"{markdown(cells)}\n\n{what}; {where(rows)}."

@@ -153,6 +153,7 @@ def test_the_documents_are_up_to_date(capsys: pytest.CaptureFixture[str]) -> Non
         "gpu-search",
         "step",
         "codecs",
+        "upstream",
         "ablation",
         "rate-distortion",
         "use",
