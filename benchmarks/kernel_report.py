@@ -1,12 +1,17 @@
-"""Compiles every Triton kernel without a GPU and reports registers, spills, shared memory and matrix instructions.
+"""Compiles every Triton kernel without a GPU and reports registers, spills, shared memory and what runs in parallel.
 
     python benchmarks/kernel_report.py --arch 80 90 100
 
-Prints one JSON line per kernel, configuration and architecture. The exit status is 1 if a kernel spills and 2 if one
-does not compile. "bfloat16/float32" in a configuration means the dtypes of x and of the codebook, if they differ.
+Prints one JSON line per kernel, configuration and architecture. The exit status is 2 if a kernel does not compile, and
+1 if one spills, or copies nothing ahead although it has more than two stages. "bfloat16/float32" in a configuration
+means the dtypes of x and of the codebook, if they differ.
 
     {"kernel": "_scan_kernel", "config": "short_shared D=64 float32", "arch": 90, "registers": 124, "spill_bytes": 0,
-     "stack_bytes": 0, "shared_bytes": 40960, "mma": "HGMMA.64x64x16.F32"}
+     "stack_bytes": 0, "shared_bytes": 40960, "mma": "HGMMA.64x64x16.F32", "copies_ahead": 1, "products_pending": 0,
+     "programs_per_multiprocessor": 2}
+
+copies_ahead and products_pending are the asynchronous copies and matrix products that may still run when the loop over
+the codes waits for one of them.
 
 The launches are recorded, not listed by hand: the launchers run on meta tensors, and each recorded launch is compiled.
 """
@@ -32,7 +37,7 @@ if __name__ == "__main__":
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
 
 from vq_kernels.gradient.triton_backend import codebook_gradient
@@ -40,6 +45,8 @@ from vq_kernels.search.triton.launch import search_with_plan
 from vq_kernels.search.triton.plan import DeviceProperties, pick_config, plan_search
 
 _MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}  # of the A100, H100 and B200
+_SHARED_BYTES = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}  # per multiprocessor
+_REGISTERS, _WARPS, _RESERVED_BYTES = 65_536, 64, 1024  # per multiprocessor, and of its shared memory per program
 _MATRIX_INSTRUCTION = re.compile(r"\b((?:HGMMA|HMMA|UTCHMMA)[.\w]*)")
 _STORE_WIDTHS = {"STL": 4, "STL.64": 8, "STL.128": 16}
 _F32, _F16, _BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -166,12 +173,17 @@ def collect_launches(arch: int) -> list[Launch]:
     return list(launches.values())
 
 
-def compile_launch(launch: Launch) -> dict[str, Any]:
-    """Compiles one kernel for its architecture and returns a line of the output."""
+def compile_launch(launch: Launch) -> CompiledKernel:
+    """Compiles one kernel for its architecture."""
     module = sys.modules.get(launch.module) or __import__(launch.module, fromlist=["_"])
     attributes = {(position,): [["tt.divisibility", 16]] for position in launch.aligned}
     source = ASTSource(getattr(module, launch.kernel), launch.signature, launch.constants, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", launch.arch, 32), options=launch.options)
+    return triton.compile(source, target=GPUTarget("cuda", launch.arch, 32), options=launch.options)
+
+
+def report_launch(launch: Launch) -> dict[str, Any]:
+    """Compiles one kernel for its architecture and returns a line of the output."""
+    compiled = compile_launch(launch)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -189,7 +201,18 @@ def compile_launch(launch: Launch) -> dict[str, Any]:
         "stack_bytes": int(found.group(2)),
         "shared_bytes": compiled.metadata.shared,
         "mma": matrix.group(1) if matrix else None,
+        "copies_ahead": _most_pending(compiled.asm["ttgir"], r"async_wait .*\bnum = (\d+)"),
+        "products_pending": _most_pending(compiled.asm["ttgir"], r"warp_group_dot_wait .*\bpendings = (\d+)"),
+        "programs_per_multiprocessor": min(
+            _REGISTERS // (-(-int(found.group(1)) // 8) * 8 * 32 * compiled.metadata.num_warps),
+            _WARPS // compiled.metadata.num_warps,
+            _SHARED_BYTES[launch.arch] // (compiled.metadata.shared + _RESERVED_BYTES),
+        ),
     }
+
+
+def _most_pending(ttgir: str, wait: str) -> int:
+    return max(map(int, re.findall(wait, ttgir)), default=0)
 
 
 def _cuobjdump(option: str, path: str) -> str:
@@ -198,7 +221,7 @@ def _cuobjdump(option: str, path: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line. The exit status says whether anything spills or fails to compile."""
+    """Runs the command line. The exit status says whether all is well, as described above."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--arch", type=int, nargs="+", choices=sorted(_MULTIPROCESSORS), default=[80, 90, 100])
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes that compile in parallel")
@@ -208,9 +231,9 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("TRITON_INTERPRET=1 is set: the interpreter compiles nothing")
     launches = [launch for arch in options.arch for launch in collect_launches(arch)]
     launches = [launch for launch in launches if options.only in f"{launch.kernel} {launch.config}"]
-    spilled, failed = [], []
+    problems, failed = [], []
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
-        futures = [pool.submit(compile_launch, launch) for launch in launches]
+        futures = [pool.submit(report_launch, launch) for launch in launches]
         for launch, future in zip(launches, futures, strict=True):
             name = f"{launch.kernel} ({launch.config}, sm_{launch.arch})"
             error = future.exception()
@@ -221,11 +244,13 @@ def main(arguments: list[str] | None = None) -> int:
             report = future.result()
             print(json.dumps(report), flush=True)
             if report["spill_bytes"]:
-                spilled.append(name)
-    print(f"{len(launches)} compiled, {len(spilled)} spill, {len(failed)} fail", file=sys.stderr)
-    for name in spilled:
-        print(f"spills: {name}", file=sys.stderr)
-    return 2 if failed else int(bool(spilled))
+                problems.append(f"spills: {name}")
+            if launch.options.get("num_stages", 0) > 2 and not report["copies_ahead"]:
+                problems.append(f"copies nothing ahead: {name}")
+    print(f"{len(launches)} compiled, {len(problems)} problems, {len(failed)} fail", file=sys.stderr)
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    return 2 if failed else int(bool(problems))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The kernel report: what it collects, and what it says of a few kernels compiled here."""
 
+import dataclasses
 import json
 
 import pytest
@@ -67,23 +68,26 @@ def test_what_a_launch_is_specialised_for_is_collected(arch: int):
         (80, "long_ampere D=512 float32", "HMMA.16816.F32"),
         (90, "short_shared D=64 float32", "HGMMA.64x64x16.F32"),
         (90, "long_hopper D=512 float32", "HGMMA.64x128x16.F32"),
+        (90, "few_rows D=512 float32 split", "HGMMA.64x64x16.F32"),
         (90, "medium D=64 bfloat16 unaligned", "HGMMA.64x128x16.F32"),
         (100, "few_rows D=512 float32 split", "UTCHMMA"),
     ],
 )
-def test_scans_use_the_matrix_units_and_do_not_spill(arch: int, config: str, mma: str):
-    report = kernel_report.compile_launch(scan(arch, config))
+def test_scans_use_the_matrix_units_copy_ahead_and_do_not_spill(arch: int, config: str, mma: str):
+    launch = scan(arch, config)
+    report = kernel_report.report_launch(launch)
     assert report["mma"] == mma
     assert report["spill_bytes"] == 0
     assert report["registers"] <= (128 if config.startswith("short_shared") else 255)
     assert report["shared_bytes"] <= 227 * 1024
+    assert (report["copies_ahead"] > 0) == (launch.options["num_stages"] > 2)
 
 
 def test_a_line_and_the_exit_code(capsys: pytest.CaptureFixture[str]):
     assert kernel_report.main(["--arch", "90", "--jobs", "1", "--only", "_combine_kernel"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    keys = "kernel config arch registers spill_bytes stack_bytes shared_bytes mma"
-    assert [list(json.loads(line)) for line in lines] == [keys.split()] * len(lines)
+    keys = "kernel config arch registers spill_bytes stack_bytes shared_bytes mma copies_ahead products_pending"
+    assert [list(json.loads(line)) for line in lines] == [[*keys.split(), "programs_per_multiprocessor"]] * len(lines)
     assert {json.loads(line)["mma"] for line in lines} == {None}
 
 
@@ -92,6 +96,15 @@ def test_a_spill_is_an_error(capsys: pytest.CaptureFixture[str], monkeypatch: py
     monkeypatch.setattr(kernel_report, "ProcessPoolExecutor", _Here)
     assert kernel_report.main(["--arch", "90", "--only", "_combine_kernel"]) == 1
     assert "spills: _combine_kernel" in capsys.readouterr().err
+
+
+def test_stages_without_copies_are_an_error(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    (launch, *_) = [found for found in kernel_report.collect_launches(90) if found.kernel == "_combine_kernel"]
+    staged = dataclasses.replace(launch, options=launch.options | {"num_stages": 3})
+    monkeypatch.setattr(kernel_report, "collect_launches", lambda arch: [staged])
+    monkeypatch.setattr(kernel_report, "ProcessPoolExecutor", _Here)
+    assert kernel_report.main(["--arch", "90"]) == 1
+    assert "copies nothing ahead: _combine_kernel" in capsys.readouterr().err
 
 
 class _Here:

@@ -144,20 +144,23 @@ def _scan_kernel(
             scores = tl.dot(rows16, tl.trans(codes16), half_norms[None, :] * descent[:, None])
             best, lost = _fold(scores, best, lost, tile - first_tile, keep_mask, parity_bit, BLOCK_N, BLOCK_K)
     else:
-        for tile in tl.range(first_tile, last_tile, flatten=True):
+        # One loop over tiles and pieces, because copies run ahead only within a loop that holds no other.
+        pieces: tl.constexpr = (PITCH + BLOCK_D - 1) // BLOCK_D
+        half_norms = tl.load(half_norms_ptr + first_tile * BLOCK_K + offs_k)
+        scores = half_norms[None, :] * descent[:, None]
+        for step in range(first_tile * pieces, last_tile * pieces):
+            tile = step // pieces
             start_k = tile * BLOCK_K
-            half_norms = tl.load(half_norms_ptr + start_k + offs_k)
-            scores = half_norms[None, :] * descent[:, None]
-            for start_d in range(0, PITCH, BLOCK_D):
-                columns = start_d + offs_d
-                row_addresses = rows16_ptr + offs_n.to(tl.int64)[:, None] * PITCH + columns[None, :]
-                rows16 = tl.load(row_addresses, mask=(columns < PITCH)[None, :], other=0.0)
-                code_addresses = (
-                    codes16_ptr + start_k.to(tl.int64) * PITCH + (offs_k[:, None] * PITCH + columns[None, :])
-                )
-                codes16 = tl.load(code_addresses, mask=(columns < PITCH)[None, :], other=0.0)
-                scores = tl.dot(rows16, tl.trans(codes16), scores)
-            best, lost = _fold(scores, best, lost, tile - first_tile, keep_mask, parity_bit, BLOCK_N, BLOCK_K)
+            columns = (step - tile * pieces) * BLOCK_D + offs_d
+            row_addresses = rows16_ptr + offs_n.to(tl.int64)[:, None] * PITCH + columns[None, :]
+            rows16 = tl.load(row_addresses, mask=(columns < PITCH)[None, :], other=0.0)
+            code_addresses = codes16_ptr + start_k.to(tl.int64) * PITCH + (offs_k[:, None] * PITCH + columns[None, :])
+            codes16 = tl.load(code_addresses, mask=(columns < PITCH)[None, :], other=0.0)
+            scores = tl.dot(rows16, tl.trans(codes16), scores)
+            if step == tile * pieces + pieces - 1:
+                best, lost = _fold(scores, best, lost, tile - first_tile, keep_mask, parity_bit, BLOCK_N, BLOCK_K)
+                half_norms = tl.load(half_norms_ptr + tl.minimum(tile + 1, last_tile - 1) * BLOCK_K + offs_k)
+                scores = half_norms[None, :] * descent[:, None]
 
     v0, v1, v2, v3, i0, i1, i2, i3, hidden = _slot_winners(best, lost, first_tile, tile_mask, K, BLOCK_K)
     if SPLIT:
