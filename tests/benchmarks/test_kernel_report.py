@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 
@@ -81,6 +82,14 @@ def test_scans_use_the_matrix_units_copy_ahead_and_do_not_spill(arch: int, confi
     assert report["registers"] <= (128 if config.startswith("short_shared") else 255)
     assert report["shared_bytes"] <= 227 * 1024
     assert (report["copies_ahead"] > 0) == (launch.options["num_stages"] > 2)
+
+
+@pytest.mark.parametrize("kernel", ["_scan_kernel", "_round_codes_kernel", "_rerank_kernel"])
+def test_atomics_order_no_other_access(kernel: str):
+    """Nothing is published through them, so they need no fence."""
+    launch = next(found for found in kernel_report.collect_launches(90) if found.kernel == kernel)
+    ptx = kernel_report.compile_launch(launch).asm["ptx"]
+    assert {*re.findall(r"\b(?:atom|red)\.global\.gpu\.(\w+)\.", ptx)} == {"relaxed"}
 
 
 def test_a_line_and_the_exit_code(capsys: pytest.CaptureFixture[str]):

@@ -188,7 +188,7 @@ def _reserve(counter_ptr, wanted):
     """A position for each row that wants one. One atomic per program, none if no row wants one."""
     number = wanted.to(tl.int32)
     total = tl.sum(number, axis=0)
-    first = tl.atomic_add(counter_ptr, total, mask=total > 0)
+    first = tl.atomic_add(counter_ptr, total, mask=total > 0, sem="relaxed")
     first = tl.where(total > 0, first, 0)
     return first + tl.cumsum(number, axis=0) - number
 

@@ -209,10 +209,10 @@ def _round_codes_kernel(
     norm = tl.sqrt(tl.max(square_norm, axis=0))
     residual_norm = tl.sqrt(tl.max(tl.sum(residual_square, axis=1), axis=0)) + 1e-13 * norm
     rounded_norm = tl.sqrt(tl.max(tl.sum(rounded_square, axis=1), axis=0))
-    tl.atomic_max(bounds_ptr, _round_up(norm))
-    tl.atomic_max(bounds_ptr + 1, _round_up(residual_norm))
-    tl.atomic_max(bounds_ptr + 2, _round_up(rounded_norm))
-    tl.atomic_max(bounds_ptr + 3, _round_up(0.5 * tl.max(square_norm, axis=0)))
+    tl.atomic_max(bounds_ptr, _round_up(norm), sem="relaxed")
+    tl.atomic_max(bounds_ptr + 1, _round_up(residual_norm), sem="relaxed")
+    tl.atomic_max(bounds_ptr + 2, _round_up(rounded_norm), sem="relaxed")
+    tl.atomic_max(bounds_ptr + 3, _round_up(0.5 * tl.max(square_norm, axis=0)), sem="relaxed")
 
 
 def launch_prepare(codebook: Tensor) -> TritonCodebook:

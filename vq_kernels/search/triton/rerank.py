@@ -150,9 +150,9 @@ def _rerank_kernel(
     num_rerank = tl.load(counters_ptr)
     if tl.program_id(0) == 0:
         num_exhaustive = tl.load(counters_ptr + 1)
-        tl.atomic_add(statistics_ptr, (N - num_rerank - num_exhaustive).to(tl.int64))
-        tl.atomic_add(statistics_ptr + 1, num_rerank.to(tl.int64))
-        tl.atomic_add(statistics_ptr + 2, num_exhaustive.to(tl.int64))
+        tl.atomic_add(statistics_ptr, (N - num_rerank - num_exhaustive).to(tl.int64), sem="relaxed")
+        tl.atomic_add(statistics_ptr + 1, num_rerank.to(tl.int64), sem="relaxed")
+        tl.atomic_add(statistics_ptr + 2, num_exhaustive.to(tl.int64), sem="relaxed")
     for start in range(tl.program_id(0) * BLOCK_R, num_rerank, tl.num_programs(0) * BLOCK_R):
         places = start + tl.arange(0, BLOCK_R)
         in_list = places < num_rerank
