@@ -56,13 +56,11 @@ class ChannelsLast(nn.Module):
 PLAIN = {"init": "normal", "restart_after": 0, "warn": False}
 METHODS: dict[str, Callable[[], nn.Module]] = {
     "VectorQuantizer(512, 64)": ours,
-    "ema_decay=0.99": lambda: ours(ema_decay=0.99),
     "ema_decay=None (trained by Adam)": lambda: ours(ema_decay=None),
     "VQ, Adam": lambda: ours(ema_decay=None, **PLAIN),
     "EMA": lambda: ours(ema_decay=0.99, **PLAIN),
     "SimVQ": lambda: drop_in.SimVQ(dim=CODE_DIM, codebook_size=NUM_CODES, channel_first=True),
     "CVQ": lambda: ChannelsLast(CVQ(NUM_CODES, CODE_DIM, decay=0.99, commitment_weight=0.25)),
-    "straight-through": lambda: compatible(drop_in.VectorQuantize, rotation_trick=False),
     "rotation trick": lambda: compatible(drop_in.VectorQuantize, rotation_trick=True),
     "DiVeQ": lambda: compatible(drop_in.VectorQuantize, directional_reparam=True),
     "vector-quantize-pytorch": lambda: compatible(original.VectorQuantize),
