@@ -1,28 +1,9 @@
-"""Checks of the tensors of a call, and the projections, shared by the compatibility modules."""
+"""Checks of the arguments of a call, shared by the compatibility modules."""
 
 import sys
 
 import torch
 from torch import Tensor, nn
-
-from vq_kernels.modules.indices import check_mask
-
-
-def position_mask(mask: Tensor | None, lens: Tensor | None, leading: torch.Size) -> Tensor | None:
-    """Returns the mask [*leading] bool of a call, or None; `leading` is the shape of x without channels.
-
-    Raises:
-        TypeError, ValueError: mask or lens does not fit, or both are given.
-    """
-    if lens is not None:
-        if mask is not None:
-            raise ValueError("mask and lens must not both be given")
-        if len(leading) != 2 or lens.shape != leading[:1]:
-            raise ValueError(f"lens must be [b] for sequences [b, n], got {tuple(lens.shape)} for {tuple(leading)}")
-        return torch.arange(leading[1], device=lens.device) < lens[:, None]
-    if mask is not None:
-        check_mask(mask, leading)
-    return mask
 
 
 def check_targets(targets: Tensor, leading: torch.Size, heads: int) -> None:
@@ -37,14 +18,14 @@ def check_targets(targets: Tensor, leading: torch.Size, heads: int) -> None:
         raise ValueError(f"indices must be {(*leading, *ends)} to match x, got {tuple(targets.shape)}")
 
 
-def projections(dim: int, inner_dim: int, layernorm: bool) -> tuple[nn.Module, nn.Module]:
-    """Returns the projections from `dim` channels to `inner_dim` and back; identities if they are equal."""
-    if inner_dim == dim:
-        return nn.Identity(), nn.Identity()
-    project_in: nn.Module = nn.Linear(dim, inner_dim)
-    if layernorm:
-        project_in = nn.Sequential(project_in, nn.LayerNorm(inner_dim))
-    return project_in, nn.Linear(inner_dim, dim)
+def check_topk(topk: int, heads: int, indices: Tensor | None) -> None:
+    """Raises ValueError unless so many codes can be returned."""
+    if topk < 1:
+        raise ValueError(f"topk must be >= 1, got {topk}")
+    if heads > 1:
+        raise ValueError(f"topk needs heads=1, got {heads}")
+    if indices is not None:
+        raise ValueError("topk and indices must not both be given")
 
 
 def register_in_sequential(module_class: type[nn.Module]) -> None:

@@ -293,6 +293,10 @@ class CompatCodebook(Codebook):
         """Normalises x [..., D] for the cosine, and returns it as it is otherwise."""
         return self._normalise(x)
 
+    def as_rows(self, x: Tensor) -> Tensor:
+        """Converts x [..., D] to at least float32, and normalises it for the cosine."""
+        return self._normalise(x.to(torch.promote_types(x.dtype, torch.float32)))
+
     @torch.no_grad()
     def init_embed_(self, data: Tensor, mask: Tensor | None = None) -> None:
         """Sets the codes by k-means of rows [C, M, D], if k-means has not run yet. mask is [M] or [C, M] bool."""
@@ -325,11 +329,7 @@ class CompatCodebook(Codebook):
 
         mask [b, n] bool says which rows count. An index of -1 does not count.
         """
-        rows = (
-            x.detach()
-            .to(torch.promote_types(x.dtype, torch.float32))
-            .reshape(x.shape[0] if x.dim() == 4 else 1, -1, x.shape[-1])
-        )
+        rows = self.as_rows(x.detach()).reshape(x.shape[0] if x.dim() == 4 else 1, -1, x.shape[-1])
         indices = embed_ind.reshape(rows.shape[:2])
         update = EmaUpdate(ema_update, ema_update_weight, accum_ema_update)
         row_mask = (indices >= 0).all(dim=0)
@@ -346,16 +346,14 @@ class CompatCodebook(Codebook):
         self._reset_dead(*self._samples(batch_samples, seq_mask))
 
     def replace(self, batch_samples: Tensor, batch_mask: Tensor, seq_mask: Tensor | None = None) -> None:
-        """Resets the codes where batch_mask [C, K] is True as `expire_codes_` does. Cosine codes are normalised."""
+        """Resets the codes where batch_mask [C, K] is True as `expire_codes_` does."""
         self._check_owned()
-        for p, each in enumerate(
-            zip(batch_mask, *self._samples(self._normalise(batch_samples), seq_mask), strict=True)
-        ):
+        for p, each in enumerate(zip(batch_mask, *self._samples(batch_samples, seq_mask), strict=True)):
             self._replace(p, *each)
 
     def _samples(self, samples: Tensor, mask: Tensor | None) -> tuple[Tensor, list[Tensor]]:
         """Returns [C, ..., D] as rows [C, M, D], and which rows count, [M] bool each, given mask [C, ...]."""
-        rows = samples.flatten(1, -2)
+        rows = self.as_rows(samples.detach().flatten(1, -2))
         masks = [None] * len(rows) if mask is None else mask.flatten(1)
         return rows, [self._counted(*head) for head in zip(rows, masks, strict=True)]
 

@@ -26,18 +26,18 @@ class LossBreakdown(NamedTuple):
 _register_namedtuple(LossBreakdown, serialized_type_name="vq_kernels.LossBreakdown")  # for torch.export.save
 
 
-def commitment_loss(rows: Tensor, codes: Tensor, row_mask: Tensor | None) -> Tensor:
-    """Returns the mean of (row - code)², [], over rows [C, M, D] that row_mask [M] does not exclude; 0 for none."""
-    means = (F.mse_loss(rows, codes, reduction="none") / rows.shape[2]).sum(dim=-1)  # [C, M], of D
-    if row_mask is None:
-        return (means / max(means.numel(), 1)).sum()  # divided first, so that the sum is finite
-    return (torch.where(row_mask, means, 0) / (row_mask.sum() * rows.shape[0]).clamp(min=1)).sum()
+def commitment_loss(rows: Tensor, codes: Tensor, row_mask: Tensor | None, shape: torch.Size | None = None) -> Tensor:
+    """Returns the mean of (row - code)², [], over rows [C, M, D] that row_mask [M] does not exclude; 0 for none.
 
-
-def row_losses(rows: Tensor, codes: Tensor, row_mask: Tensor | None) -> Tensor:
-    """Returns the mean of (row - code)² over D, [M], for rows [M, D]; 0 where row_mask [M] is False."""
-    losses: Tensor = ((rows - codes).square() / rows.shape[1]).sum(dim=-1)  # divided first, as above
-    return losses if row_mask is None else torch.where(row_mask, losses, 0.0)
+    With `shape`, it returns the mean of each row instead, in this shape of C·M elements; 0 for rows excluded.
+    """
+    each = (F.mse_loss(rows, codes, reduction="none") / rows.shape[2]).sum(dim=-1)  # divided first, to be finite
+    if row_mask is not None:
+        each = torch.where(row_mask, each, 0)
+    if shape is not None:
+        return each.view(shape)
+    num_rows = max(each.numel(), 1) if row_mask is None else (row_mask.sum() * rows.shape[0]).clamp(min=1)
+    return (each / num_rows).sum()
 
 
 def cross_entropy(rows: Tensor, codebooks: Tensor, targets: Tensor, row_mask: Tensor | None, *, cosine: bool) -> Tensor:
@@ -52,13 +52,18 @@ def cross_entropy(rows: Tensor, codebooks: Tensor, targets: Tensor, row_mask: Te
     return total / (targets != LEFT_OUT).sum().clamp(min=1)
 
 
-def orthogonal_loss(codes: Tensor) -> Tensor:
+def orthogonal_loss(codes: Tensor, chosen: Tensor | None, most: int | None) -> Tensor:
     """Returns the mean of the squared cosines of all pairs of codes [C, K, D] of a codebook, minus 1/K, [].
 
-    It is 0 if all codes are orthogonal. The Gram matrix of the smaller side has the same sum of squares.
+    It is 0 if all codes are orthogonal. With indices `chosen`, only these codes count; with `most`, only so many random
+    ones. The Gram matrix of the smaller side has the same sum of squares.
 
     Source: Shin et al. 2021, "Translation-equivariant image quantizer", arXiv:2112.00384, eq. 2.
     """
+    if chosen is not None:
+        codes = codes[:, torch.unique(chosen)]
+    if most is not None and codes.shape[1] > most:
+        codes = codes[:, torch.randperm(codes.shape[1], device=codes.device)[:most]]
     num_books, num_codes, code_dim = codes.shape
     directions = F.normalize(codes, dim=-1, eps=_SHORTEST)
     left, right = directions, directions.transpose(1, 2)

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from vq_kernels.compat.arguments import register_in_sequential
 from vq_kernels.compat.keywords import RESIDUAL, RESIDUAL_WITHOUT_EFFECT, refuse_unsupported
 from vq_kernels.compat.losses import directional_noise
+from vq_kernels.compat.positions import PositionwiseLayer, position_mask
 from vq_kernels.compat.stages import ResidualStages
 from vq_kernels.compat.vector_quantize import VectorQuantize
-from vq_kernels.modules.indices import check_mask
 from vq_kernels.search.validation import check_at_least
 
 _DIVEQ = {
@@ -22,7 +22,7 @@ _DIVEQ = {
 _DIVEQ_VARIANCE = 5e-3
 
 
-class ResidualVQ(ResidualStages):
+class ResidualVQ(PositionwiseLayer, ResidualStages):
     """Quantizes each vector by the sum of one code per stage. Each stage quantizes the residual of those before it.
 
     It has the arguments, results and state dict of vector_quantize_pytorch's `ResidualVQ` (1.32.0), with the exact
@@ -92,22 +92,21 @@ class ResidualVQ(ResidualStages):
             options |= {"manual_ema_update": True}
         if diveq:
             options |= _DIVEQ
-        codebook_dim = dim if codebook_dim is None else codebook_dim
-        self.codebook_dim = codebook_dim
+        self.dim = dim
+        self.codebook_dim = dim if codebook_dim is None else codebook_dim
         self.codebook_sizes = sizes
         self.uniform_codebook_size = len(set(sizes)) == 1
         self.shared_codebook = shared_codebook
         self.diveq = diveq
+        self.channel_last = options.get("channel_last", True)
         self.accept_image_fmap = accept_image_fmap
+        self.accept_3d_fmap = options.get("accept_3d_fmap", False)
         self.quant_grad_frac = 1.0 if diveq else quant_grad_frac
         self.return_zeros_for_masked_padding = return_zeros_for_masked_padding
-        self.has_projections = codebook_dim != dim
-        projects = self.has_projections
-        self.project_in: nn.Module = nn.Linear(dim, codebook_dim) if projects else nn.Identity()
-        self.project_out: nn.Module = nn.Linear(codebook_dim, dim) if projects else nn.Identity()
+        self._add_projections(self.codebook_dim)
         self.layers = nn.ModuleList(
             VectorQuantize(
-                dim=codebook_dim,
+                dim=self.codebook_dim,
                 codebook_size=size,
                 accept_image_fmap=accept_image_fmap,
                 return_zeros_for_masked_padding=return_zeros_for_masked_padding,
@@ -115,7 +114,6 @@ class ResidualVQ(ResidualStages):
             )
             for size in sizes
         )
-        self._channels_second = self._stages[0]._channels_second
         if shared_codebook:
             shared = self._stages[0]._codebook
             shared.resets_in_forward = False
@@ -184,51 +182,34 @@ class ResidualVQ(ResidualStages):
             TypeError, ValueError: a tensor's dtype or shape does not fit.
         """
         refuse_unsupported({"indices": indices, "beam_size": beam_size}, RESIDUAL)
-        given = x
-        if mask is not None:
-            check_mask(mask, x.movedim(1, -1).shape[:-1] if self._channels_last_of(x) == 1 else x.shape[:-1])
-            x = x.masked_fill(~self._with_channels(mask, x), 0)
-        x = self._project(self.project_in, x)
+        channel_dim = self._channel_dim(x)
+        positions = x.movedim(channel_dim, -1)  # [..., dim]
+        mask = position_mask(mask, None, positions.shape[:-1])
+        rows = self._projected(positions, mask)
         num_active = self._draw_num_active(rand_quantize_dropout_fixed_seed, x.device)
-        residual = x.to(torch.promote_types(x.dtype, torch.float32))  # differences of half precision may overflow
+        residual = rows.to(torch.promote_types(rows.dtype, torch.float32))  # differences of half precision may overflow
         quantized = torch.zeros_like(residual)
         residuals, chosen, losses = [], [], []
         for layer in self._stages[:num_active]:
             residuals.append(residual.detach())
-            codes, stage_indices, loss = layer(residual, mask=mask, freeze_codebook=freeze_codebook or None)
+            codes, stage_indices, loss = layer(
+                self._restore(residual), mask=mask, freeze_codebook=freeze_codebook or None
+            )
+            codes = codes.movedim(channel_dim, -1)
             passed = codes.detach() if self.quant_grad_frac <= 0 else _scale_gradient(codes, self.quant_grad_frac)
             residual, quantized = residual - passed, quantized + codes
             chosen.append(stage_indices)
             losses.append(loss)
-        quantized = quantized.to(x.dtype)
+        quantized = quantized.to(rows.dtype)
         all_indices, all_losses = self._of_all(chosen, losses)
         if self.shared_codebook and self.training and not freeze_codebook:
             self._update_shared(residuals)
         if self.diveq:
-            quantized = directional_noise(x, quantized, _DIVEQ_VARIANCE)
-        quantized = self._project(self.project_out, quantized)
-        if mask is not None:
-            padding = torch.zeros_like(quantized) if self.return_zeros_for_masked_padding else given
-            quantized = torch.where(self._with_channels(mask, given), quantized, padding.to(quantized.dtype))
+            quantized = directional_noise(rows, quantized, _DIVEQ_VARIANCE)
+        quantized = self._with_padding(self.project_out(quantized), positions, mask).movedim(-1, channel_dim)
         if not return_all_codes:
             return quantized, all_indices, all_losses
         return quantized, all_indices, all_losses, self.get_codes_from_indices(all_indices)
-
-    def _channels_last_of(self, x: Tensor) -> int:
-        """Returns where x has its channels, 1 or -1."""
-        return 1 if self._channels_second and x.dim() > 2 else -1
-
-    def _with_channels(self, mask: Tensor, x: Tensor) -> Tensor:
-        """Returns mask [...] with a dimension of size 1 for the channels of x."""
-        return mask.unsqueeze(self._channels_last_of(x))
-
-    def _project(self, projection: nn.Module, x: Tensor) -> Tensor:
-        """Applies a projection to the channels of x."""
-        if not self.has_projections:
-            return x
-        channel_dim = self._channels_last_of(x)
-        projected: Tensor = projection(x.movedim(channel_dim, -1)).movedim(-1, channel_dim)
-        return projected
 
     def _update_shared(self, residuals: list[Tensor]) -> None:
         """Moves the shared codes to the means of the rows of all stages, and resets dead ones to some of these rows."""
@@ -237,8 +218,7 @@ class ResidualVQ(ResidualStages):
             return
         if first.ema_update:
             first._codebook.update_ema()
-        rows = [residual.movedim(self._channels_last_of(residual), -1) for residual in residuals]
-        first.expire_codes_(torch.stack(rows, dim=-2).flatten(-3, -2))
+        first.expire_codes_(torch.stack(residuals, dim=-2).flatten(-3, -2))
 
 
 def _stage_sizes(num_quantizers: int | None, codebook_size: int | tuple[int, ...]) -> tuple[int, ...]:

@@ -93,7 +93,7 @@ class SimVQ(nn.Module):
 
     def indices_to_codes(self, indices: Tensor) -> Tensor:
         """Returns the codes of indices [b, ...], with channels as x has them; 0 for -1."""
-        codes = codes_at(self.codebook, indices.flatten()).view(*indices.shape, self.dim)
+        codes = codes_at(self.codebook, indices)
         return codes.movedim(-1, 1) if self.channel_first else codes
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

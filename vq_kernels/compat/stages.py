@@ -66,10 +66,7 @@ class ResidualStages(HasCodebooks):
         if last > self.num_quantizers:
             raise ValueError(f"indices must be [..., q] with q <= {self.num_quantizers}, got {tuple(indices.shape)}")
         chosen = F.pad(indices, (0, self.num_quantizers - last), value=LEFT_OUT).unbind(dim=-1)
-        codes = torch.stack(
-            [codes_at(*stage) for stage in zip(codebooks, (one.flatten() for one in chosen), strict=True)]
-        )
-        return codes.view(self.num_quantizers, *indices.shape[:-1], codes.shape[-1])
+        return torch.stack([codes_at(*stage) for stage in zip(codebooks, chosen, strict=True)])
 
 
 def draw_seed(device: torch.device) -> Tensor:

@@ -5,28 +5,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vq_kernels.compat.arguments import check_targets, position_mask, projections, register_in_sequential
+from vq_kernels.compat.arguments import check_targets, check_topk, register_in_sequential
 from vq_kernels.compat.codebook import CompatCodebook, EmaUpdate, Weight
 from vq_kernels.compat.keywords import AT_CONSTRUCTION, IN_A_CALL, WITHOUT_EFFECT, refuse_unsupported
-from vq_kernels.compat.losses import (
-    LossBreakdown,
-    commitment_loss,
-    cross_entropy,
-    directional_noise,
-    orthogonal_loss,
-    row_losses,
-)
-from vq_kernels.cosine import unit
+from vq_kernels.compat.losses import LossBreakdown, commitment_loss, cross_entropy, directional_noise, orthogonal_loss
+from vq_kernels.compat.positions import PositionwiseLayer, position_mask
 from vq_kernels.gradient.autograd import LEFT_OUT, straight_through
 from vq_kernels.gradient.autograd import rotation_trick as rotate_gradient
 from vq_kernels.modules.base import HeadLayout
-from vq_kernels.modules.indices import check_mask, codes_at
-from vq_kernels.modules.training_step import HasCodebooks
 from vq_kernels.search.backend import BACKENDS, Backend
-from vq_kernels.search.validation import check_at_least, check_choice, check_dtype, check_not_traced
+from vq_kernels.search.validation import check_at_least, check_choice, check_not_traced
 
 
-class VectorQuantize(HasCodebooks):
+class VectorQuantize(PositionwiseLayer):
     """Replaces each vector by its nearest code. Each code follows the mean of its rows.
 
     It has the arguments, results and state dict of vector_quantize_pytorch's `VectorQuantize` (1.32.0), with the exact
@@ -41,8 +32,7 @@ class VectorQuantize(HasCodebooks):
         codebook_dim: D, the dimension of the codes; `dim` if None. If heads·D differs from `dim`, the layer has the
             projections `project_in` and `project_out`.
         heads: parts that each vector is split into, each with its own index.
-        separate_codebook_per_head: if True, each head has its own codebook, [heads, K, D]; otherwise all heads share
-            one.
+        separate_codebook_per_head: whether each head has its own codebook, [heads, K, D], or all heads share one.
         decay: λ of the moving averages, in [0, 1].
         eps: at least 0, smoothing of each code's average number of rows.
         freeze_codebook: whether the codebook stays unchanged in training mode too, unless a call overrides this. Only
@@ -52,8 +42,7 @@ class VectorQuantize(HasCodebooks):
         sync_kmeans: k-means over all ranks. False needs one process, because the ranks would get different codebooks.
         use_cosine_sim: normalise rows and codes, and choose the code with the largest dot product.
         layernorm_after_project_in: apply LayerNorm after `project_in`.
-        threshold_ema_dead_code: reset codes whose average number of rows falls below it to random rows; 0 disables
-            this.
+        threshold_ema_dead_code: codes whose average number of rows is lower are reset to random rows; 0: never.
         channel_last: x is [b, n, dim] if True, otherwise [b, dim, n].
         accept_image_fmap: x is [b, dim, h, w].
         accept_3d_fmap: x is [b, dim, d, h, w].
@@ -134,19 +123,16 @@ class VectorQuantize(HasCodebooks):
         check_at_least(
             1, dim=dim, codebook_size=codebook_size, codebook_dim=codebook_dim, heads=heads, kmeans_iters=kmeans_iters
         )
+        check_at_least(1, others=(None,), orthogonal_reg_max_codes=orthogonal_reg_max_codes)
+        check_at_least(0, 1, decay=decay)
         check_at_least(
             0,
-            decay=decay,
             eps=eps,
             threshold_ema_dead_code=threshold_ema_dead_code,
             commitment_weight=commitment_weight,
             orthogonal_reg_weight=orthogonal_reg_weight,
             directional_reparam_variance=directional_reparam_variance,
         )
-        if orthogonal_reg_max_codes is not None:
-            check_at_least(1, orthogonal_reg_max_codes=orthogonal_reg_max_codes)
-        if decay > 1:
-            raise ValueError(f"decay must be <= 1, got {decay}")
         check_choice("backend", backend, BACKENDS)
         by_gradient = directional_reparam or vq_bridge is not None
         ema = not by_gradient if ema_update is None else ema_update
@@ -188,10 +174,7 @@ class VectorQuantize(HasCodebooks):
         self.return_zeros_for_masked_padding = return_zeros_for_masked_padding
         self.route_gradients_to_input = route_gradients_to_input
 
-        inner_dim = heads * codebook_dim
-        self.has_projections = inner_dim != dim
-        self.project_in, self.project_out = projections(dim, inner_dim, layernorm_after_project_in)
-        self._channels_second = accept_image_fmap or accept_3d_fmap or not channel_last
+        self._add_projections(heads * codebook_dim, layernorm_after_project_in)
         self._layout = HeadLayout(heads, separate_codebook_per_head)
         self._codebook = CompatCodebook(
             (self._layout.num_codebooks,),
@@ -284,12 +267,13 @@ class VectorQuantize(HasCodebooks):
         if indices is not None:
             check_targets(indices, leading, self.heads)
         if topk is not None:
-            topk = self._checked_topk(topk, indices)
+            check_topk(topk, self.heads, indices)
+            topk = min(topk, self.codebook_size)
         frozen = self.freeze_codebook if freeze_codebook is None else freeze_codebook
         frozen = frozen or self._codebook.freeze_codebook  # by requires_grad_(False)
         learns = self.training and not frozen
 
-        rows = self._rows(positions, mask)  # [C, M, D]
+        rows = self._rows(positions, mask)
         update = EmaUpdate(ema_update, ema_update_weight, accum_ema_update)
         codes, chosen, codebooks = self._codebook(rows.detach(), row_mask, learns, update, topk)
         codebooks = codebooks.detach() if frozen else codebooks
@@ -315,24 +299,13 @@ class VectorQuantize(HasCodebooks):
                 codes = (rotate_gradient if self.rotation_trick else straight_through)(rows, codes)
         quantized = self.project_out(self._layout.join(codes.to(x.dtype), leading))
         joined = self._layout.join_indices(chosen, leading)
+        quantized = self._with_padding(quantized, positions, mask)
         if mask is not None:
-            padding = torch.zeros_like(positions) if self.return_zeros_for_masked_padding else positions
-            quantized = torch.where(mask[..., None], quantized, padding.to(quantized.dtype))
             joined = joined.masked_fill(~(mask if self.heads == 1 else mask[..., None]), LEFT_OUT)
         quantized = quantized.movedim(-1, channel_dim)
         if indices is not None:
             return quantized, loss
         return (quantized, joined, loss, breakdown) if return_loss_breakdown else (quantized, joined, loss)
-
-    def _checked_topk(self, topk: int, indices: Tensor | None) -> int:
-        """Returns topk, at most the number of codes. Raises ValueError if it does not fit."""
-        if topk < 1:
-            raise ValueError(f"topk must be >= 1, got {topk}")
-        if self.heads > 1:
-            raise ValueError(f"topk needs heads=1, got {self.heads}")
-        if indices is not None:
-            raise ValueError("topk and indices must not both be given")
-        return min(topk, self.codebook_size)
 
     def _loss(
         self, rows: Tensor, codes: Tensor, chosen: Tensor, row_mask: Tensor | None, per_row: torch.Size | None
@@ -343,58 +316,23 @@ class VectorQuantize(HasCodebooks):
         """
         zero = torch.zeros((), device=rows.device)
         commitment = orthogonal = zero
-        if per_row is not None and (self.has_commitment_loss or not self.training):
-            commitment = row_losses(rows[0], codes[0], row_mask).view(per_row)
-        elif self.training and self.has_commitment_loss:
-            commitment = commitment_loss(rows, codes, row_mask)
+        if self.has_commitment_loss if self.training else per_row is not None:
+            commitment = commitment_loss(rows, codes, row_mask, per_row)
         loss = commitment * (self.commitment_weight if self.has_commitment_loss else 1)
         if self.training:
             is_leaf = not torch.compiler.is_compiling()  # a captured graph cannot create a leaf
             loss = loss + torch.zeros_like(zero, requires_grad=is_leaf)  # so that backward() works without a gradient
             if self.has_codebook_orthogonal_loss:
-                orthogonal = orthogonal_loss(self._codes_to_separate(chosen, row_mask))
+                active = None
+                if self.orthogonal_reg_active_codes_only:
+                    active = chosen if row_mask is None else chosen[:, row_mask]
+                orthogonal = orthogonal_loss(self._codebook._codes, active, self.orthogonal_reg_max_codes)
                 loss = loss + self.orthogonal_reg_weight * orthogonal
         return loss, LossBreakdown(commitment, zero, orthogonal, zero)
 
-    def _codes_to_separate(self, chosen: Tensor, row_mask: Tensor | None) -> Tensor:
-        """Returns the codes [C, K', D] of the orthogonal loss, for a batch that chose [C, M]."""
-        codes = self._codebook._codes
-        if self.orthogonal_reg_active_codes_only:
-            codes = codes[:, torch.unique(chosen if row_mask is None else chosen[:, row_mask])]
-        most = self.orthogonal_reg_max_codes
-        if most is not None and codes.shape[1] > most:
-            codes = codes[:, torch.randperm(codes.shape[1], device=codes.device)[:most]]
-        return codes
-
-    def _channel_dim(self, x: Tensor) -> int:
-        """Checks x and returns where its channels are, 1 or -1."""
-        check_dtype("x", x)
-        sizes, num_dims = "[b, n, {0}] or [b, {0}]", [2, 3]
-        if self.accept_image_fmap:
-            sizes, num_dims = "[b, {0}, h, w]", [4]
-        elif self.accept_3d_fmap:
-            sizes, num_dims = "[b, {0}, d, h, w]", [5]
-        elif not self.channel_last:
-            sizes = "[b, {0}, n] or [b, {0}]"
-        channel_dim = 1 if self._channels_second and x.dim() > 2 else -1
-        if x.dim() not in num_dims or x.shape[channel_dim] != self.dim:
-            raise ValueError(f"x must be {sizes.format(self.dim)}, got {tuple(x.shape)}")
-        return channel_dim
-
-    def _restore(self, x: Tensor) -> Tensor:
-        """Moves the channels of x [..., dim] to where the layer takes them."""
-        return x.movedim(-1, 1) if self._channels_second and x.dim() > 2 else x
-
     def _rows(self, positions: Tensor, mask: Tensor | None) -> Tensor:
-        """Returns positions [..., dim] as rows [C, M, D]. Padding is 0 before the projection."""
-        if mask is not None:
-            positions = positions.masked_fill(~mask[..., None], 0)
-        return self._as_searched(self._layout.split(self.project_in(positions)))
-
-    def _as_searched(self, rows: Tensor) -> Tensor:
-        """Converts rows [C, M, D] to at least float32, and normalises them for the cosine."""
-        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-        return unit(rows) if self.use_cosine_sim else rows
+        """Returns positions [..., dim] as rows [C, M, D], at least float32. Padding is 0 before the projection."""
+        return self._codebook.as_rows(self._layout.split(self._projected(positions, mask)))
 
     @property
     def codebook(self) -> Tensor:
@@ -433,16 +371,12 @@ class VectorQuantize(HasCodebooks):
 
     def _decode(self, indices: Tensor) -> Tensor:
         """Returns the codes [..., heads·D] of indices [...], or [..., heads]."""
-        if self.heads > 1 and indices.shape[-1:] != (self.heads,):
-            raise ValueError(f"indices must be [..., {self.heads}], one for each head, got {tuple(indices.shape)}")
-        leading = indices.shape if self.heads == 1 else indices.shape[:-1]
-        each = zip(self._codebook.codes_to_decode, self._layout.split_indices(indices), strict=True)
-        return self._layout.join(torch.stack([codes_at(*head) for head in each]), leading)
+        return self._layout.codes_at(self._codebook.codes_to_decode, indices)
 
     def expire_codes_(self, x: Tensor) -> None:
         """Resets dead codes to random rows of x [..., heads·D], an output of `project_in`. Only in training mode."""
         if not (self.freeze_codebook or self._codebook.freeze_codebook):
-            self._codebook.expire_codes_(self._as_searched(self._layout.split(x.detach())))
+            self._codebook.expire_codes_(self._layout.split(x))
 
     @torch.no_grad()
     def update_indices(self, x: Tensor, indices: Tensor, mask: Tensor | None = None) -> None:
@@ -453,8 +387,7 @@ class VectorQuantize(HasCodebooks):
         """
         positions = x.movedim(self._channel_dim(x), -1)
         check_targets(indices, positions.shape[:-1], self.heads)
-        if mask is not None:
-            check_mask(mask, positions.shape[:-1])
+        mask = position_mask(mask, None, positions.shape[:-1])
         rows, row_mask = self._rows(positions, mask), None if mask is None else self._layout.split_mask(mask)
         self._codebook.update_indices(rows[:, None], self._layout.split_indices(indices), row_mask)
 

@@ -18,7 +18,7 @@ from vq_kernels.learning.kmeans import KMeansResult, Mapped, kmeans
 from vq_kernels.learning.monitor import FIRST, PERIOD, TrainingMonitor, warn_of
 from vq_kernels.learning.recompute import is_recomputing
 from vq_kernels.modules.codebook import Codebook
-from vq_kernels.modules.indices import INDEX_DTYPES, check_mask, checked_indices, codes_at
+from vq_kernels.modules.indices import INDEX_DTYPES, check_mask, codes_at
 from vq_kernels.modules.training_step import stack
 from vq_kernels.search.api import nearest_code
 from vq_kernels.search.backend import Backend
@@ -66,17 +66,23 @@ class HeadLayout:
         joined = rows.reshape(self.num_codebooks, math.prod(leading), parts * code_dim).transpose(0, 1)
         return joined.reshape(*leading, self.heads * code_dim)
 
-    def split_indices(self, indices: Tensor, num_last: int = 0) -> Tensor:
-        """Splits indices [..., heads, *last], or [..., *last] for one head, into [C, M, *last]."""
-        last = indices.shape[indices.dim() - num_last :]
+    def split_indices(self, indices: Tensor) -> Tensor:
+        """Splits indices [..., heads], or [...] for one head, into [C, M]."""
         parts = self.heads // self.num_codebooks
-        return indices.reshape(-1, self.num_codebooks, parts, *last).transpose(0, 1).flatten(1, 2)
+        return indices.reshape(-1, self.num_codebooks, parts).transpose(0, 1).flatten(1)
 
     def join_indices(self, indices: Tensor, leading: torch.Size) -> Tensor:
         """Joins indices [C, M, *last] to [*leading, heads, *last], or [*leading, *last] for one head."""
         last, parts = indices.shape[2:], self.heads // self.num_codebooks
         joined = indices.reshape(self.num_codebooks, math.prod(leading), parts, *last).transpose(0, 1)
         return joined.reshape(*leading, *([self.heads] if self.heads > 1 else []), *last)
+
+    def codes_at(self, codebooks: Tensor, indices: Tensor) -> Tensor:
+        """Returns the codes [..., heads·D] of codebooks [C, K, D] at indices [..., heads], or [...]; 0 at LEFT_OUT."""
+        if self.heads > 1 and indices.shape[-1:] != (self.heads,):
+            raise ValueError(f"indices must be [..., {self.heads}], one for each head, got {tuple(indices.shape)}")
+        codes = [codes_at(*head) for head in zip(codebooks, self.split_indices(indices), strict=True)]
+        return self.join(stack(codes), indices.shape if self.heads == 1 else indices.shape[:-1])
 
     def split_mask(self, mask: Tensor) -> Tensor:
         """Repeats mask [...] bool for the rows of a codebook, [M]."""
@@ -359,12 +365,9 @@ class QuantizerBase(Codebook):
 
     def _decode(self, indices: Tensor) -> Iterator[Tensor]:
         """Yields the codes of the first q stages, at indices [..., q] or [..., heads, q]. The channels are as in x."""
-        leading = indices.shape[:-1] if self.heads == 1 else indices.shape[:-2]
-        by_head = self._layout.split_indices(checked_indices(indices, self.num_codes), num_last=1)  # [C, M, q]
         codebooks = self._by_head(self._codes)
-        for stage, chosen in enumerate(by_head.unbind(-1)):
-            codes = [codes_at(*head) for head in zip(codebooks[:, stage], chosen, strict=True)]
-            yield self._layout.join(stack(codes), leading).movedim(-1, self.channel_dim)
+        for stage, chosen in enumerate(indices.unbind(-1)):
+            yield self._layout.codes_at(codebooks[:, stage], chosen).movedim(-1, self.channel_dim)
 
     def _positions(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Checks x and mask. Returns x as [..., heads·D] with 0 for padding, and the mask of its rows, [M] or None."""

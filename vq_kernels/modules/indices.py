@@ -34,6 +34,8 @@ def checked_indices(indices: Tensor, num_codes: int) -> Tensor:
 
 
 def codes_at(codebook: Tensor, indices: Tensor) -> Tensor:
-    """Returns the codes of codebook [K, D] at indices [M]; 0 at LEFT_OUT."""
-    left_out = indices == LEFT_OUT
-    return codebook.index_select(0, indices.masked_fill(left_out, 0)).masked_fill(left_out[:, None], 0)
+    """Returns the codes [..., D] of codebook [K, D] at indices [...]; 0 at LEFT_OUT. Raises as `checked_indices`."""
+    chosen = checked_indices(indices, codebook.shape[0])
+    left_out = chosen == LEFT_OUT
+    codes = codebook.index_select(0, chosen.masked_fill(left_out, 0).flatten())
+    return codes.view(*indices.shape, codebook.shape[1]).masked_fill(left_out[..., None], 0)

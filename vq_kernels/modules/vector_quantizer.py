@@ -161,8 +161,6 @@ class VectorQuantizer(QuantizerBase):
                 assertion of the device, because a check would wait for it.
         """
         check_tensor("indices", indices)
-        if self.heads > 1 and indices.shape[-1:] != (self.heads,):
-            raise ValueError(f"indices must be [..., {self.heads}], one for each head, got {tuple(indices.shape)}")
         return next(self._decode(indices[..., None]))
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:

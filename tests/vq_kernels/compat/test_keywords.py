@@ -203,6 +203,13 @@ def test_writing_an_attribute_of_the_layer(name: str) -> None:
     assert_same_step(*(step(layer, draw(3, 20, DIM)) for layer in layers))
 
 
+def test_writing_where_the_channels_are() -> None:
+    layers = pair()
+    for layer in layers:
+        layer.channel_last = False
+    assert_same_step(*(step(layer, draw(3, DIM, 20)) for layer in layers))
+
+
 def test_public_names_of_the_codebook() -> None:
     for keywords in ({}, {"use_cosine_sim": True}, OWN_CODES, LEARNABLE):
         ours, theirs = pair(**keywords)
@@ -253,7 +260,7 @@ def test_their_hierarchical_vq_runs_on_ours(monkeypatch: pytest.MonkeyPatch) -> 
         ({"directional_reparam": True}, "needs threshold_ema_dead_code > 0, got 0"),
         ({"directional_reparam": True, "rotation_trick": True}, "must not both be True"),
         ({"orthogonal_reg_weight": -1.0}, "orthogonal_reg_weight must be >= 0, got -1.0"),
-        ({"orthogonal_reg_max_codes": 0}, "orthogonal_reg_max_codes must be >= 1, got 0"),
+        ({"orthogonal_reg_max_codes": 0}, "orthogonal_reg_max_codes must be None or >= 1, got 0"),
         ({"orthogonal_reg_weight": 1.0, "orthogonal_reg_active_codes_only": True, **OWN_CODES}, "needs one codebook"),
     ],
 )

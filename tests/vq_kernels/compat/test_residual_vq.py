@@ -307,6 +307,10 @@ def test_invalid_calls() -> None:
     ours, _ = both()
     with pytest.raises(ValueError, match=r"x must be \[b, n, 16\] or \[b, 16\], got \(3, 20, 15\)"):
         ours(draw(3, 20, 15))
+    with pytest.raises(ValueError, match=r"x must be \[b, 16, h, w\], got \(3, 6, 4, 5\)"):
+        both(codebook_dim=6, accept_image_fmap=True)[0](draw(3, 6, 4, 5))
+    with pytest.raises(ValueError, match=r"indices must be in \[0, 32\), or -1 for padding, got 32"):
+        ours.get_codes_from_indices(torch.full((3, 20, 4), 32))
     with pytest.raises(NotImplementedError, match="indices is not supported"):
         ours(inputs({}), indices=torch.zeros(3, 20, 4, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"mask must be \(3, 20\) to match x, got \(3, 19\)"):
