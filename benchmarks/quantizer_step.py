@@ -40,7 +40,7 @@ ROUNDING = 2e-5  # how much loss and gradient may differ from theirs, relative t
 class Options:
     """Compare the time of a training step with that of vector_quantize_pytorch's."""
 
-    layer: Literal["VectorQuantize", "ResidualVQ", "GroupedResidualVQ"] = "VectorQuantize"
+    layer: Literal["VectorQuantize", "ResidualVQ", "GroupedResidualVQ", "SimVQ", "ResidualSimVQ"] = "VectorQuantize"
     """The class to compare."""
     num_quantizers: int = 1
     """Stages of a residual layer."""
@@ -84,12 +84,14 @@ class Stepper:
     def codebooks(self) -> Tensor:
         """[G, Q, K, D]."""
         codes: Tensor = self.layer.codebooks if hasattr(self.layer, "codebooks") else self.layer.codebook
+        codes = codes.detach()
         return codes.view(*[1] * (4 - codes.dim()), *codes.shape)
 
     def step(self) -> Answer:
         """Runs forward and backward. The moving averages are updated."""
         quantized, indices, loss = self.layer(self.x)
-        (gradient,) = torch.autograd.grad([quantized, loss], self.x, [self.direction, torch.ones_like(loss)])
+        inputs = [self.x, *self.layer.parameters()]
+        gradient, *_ = torch.autograd.grad([quantized, loss], inputs, [self.direction, torch.ones_like(loss)])
         num_groups, num_stages = self.codebooks.shape[:2]
         return Answer(
             indices.reshape(num_groups, -1, num_stages),
@@ -119,14 +121,18 @@ def make_pair(options: Options, device: torch.device) -> tuple[Stepper, Stepper]
 
     x, direction = (draw(options.batch, options.length, options.dim) for _ in range(2))
     arguments: dict[str, Any] = {"dim": options.dim, "codebook_size": options.num_codes}
-    if options.layer != "VectorQuantize":
+    if "Residual" in options.layer:
         arguments["num_quantizers"] = options.num_quantizers
     if options.layer == "GroupedResidualVQ":
         arguments["groups"] = options.groups
     ours, theirs = (getattr(package, options.layer)(**arguments) for package in (compat, vector_quantize_pytorch))
     for group in getattr(ours, "rvqs", [ours]):
         for stage, quantizer in enumerate(getattr(group, "layers", [group])):
-            quantizer.codebook = 0.9**stage * draw(*quantizer.codebook.shape)
+            codes = 0.9**stage * draw(options.num_codes, options.dim // options.groups)
+            if hasattr(quantizer, "frozen_codebook"):
+                quantizer.frozen_codebook = codes
+            else:
+                quantizer.codebook = codes
     ours, theirs = ours.to(device), theirs.to(device)
     theirs.load_state_dict(ours.state_dict())
     return Stepper(ours, x.requires_grad_(), direction), Stepper(theirs, x, direction)

@@ -20,6 +20,8 @@ SMALL = {"batch": 2, "length": 20, "dim": 8, "num_codes": 30, "turns": 3}
         {},
         {"layer": "ResidualVQ", "num_quantizers": 3},
         {"layer": "GroupedResidualVQ", "num_quantizers": 3, "groups": 2},
+        {"layer": "SimVQ"},
+        {"layer": "ResidualSimVQ", "num_quantizers": 3},
     ],
 )
 def test_it_prints_the_ratios_beside_theirs(

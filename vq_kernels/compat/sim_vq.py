@@ -5,14 +5,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from vq_kernels.compat.arguments import register_in_sequential
 from vq_kernels.compat.stages import ResidualStages
+from vq_kernels.gradient.autograd import choose, pass_gradients
 from vq_kernels.gradient.autograd import rotation_trick as rotate_gradient
-from vq_kernels.gradient.autograd import straight_through
 from vq_kernels.modules.indices import codes_at
-from vq_kernels.search import nearest_code
 from vq_kernels.search.backend import BACKENDS, Backend
 from vq_kernels.search.validation import check_at_least, check_choice, check_dtype
 
@@ -116,14 +114,15 @@ class SimVQ(nn.Module):
             raise ValueError(f"x must be {expected.format(self.dim)}, got {tuple(x.shape)}")
         positions, codebook = x.movedim(channel_dim, -1), self.codebook
         rows = positions.reshape(-1, self.dim)
-        indices = nearest_code(rows.detach(), codebook.detach(), backend=self.backend).indices
-        codes = F.embedding(indices, codebook).to(torch.promote_types(x.dtype, torch.float32))
-        wide = rows.to(codes.dtype)  # the loss of half precision may overflow
-        loss = F.mse_loss(wide.detach(), codes)
-        loss = loss + F.mse_loss(wide, codes.detach()) * self.input_to_quantize_commit_loss_weight
-        quantized = (rotate_gradient if self.rotation_trick else straight_through)(rows, codes)
+        choice = choose(rows.detach(), codebook.detach(), backend=self.backend)
+        weight = self.input_to_quantize_commit_loss_weight
+        quantized, loss = pass_gradients(
+            rows, codebook[None], choice, commitment_weight=weight, complete=True, backend=self.backend
+        )
+        if self.rotation_trick:
+            quantized = rotate_gradient(rows, choice.codes)
         quantized = quantized.view(positions.shape).movedim(-1, channel_dim)
-        return quantized, indices.view(positions.shape[:-1]), loss * self.commitment_weight
+        return quantized, choice.indices.view(positions.shape[:-1]), loss * self.commitment_weight
 
 
 class ResidualSimVQ(ResidualStages):
