@@ -7,7 +7,7 @@ A table stands between `<!-- begin NAME -->` and `<!-- end NAME -->`; `TABLES` l
 benchmarks/results/cpu: argmin.jsonl (argmin_bench.py), small.jsonl (argmin_bench.py --small), exactness.jsonl
 (exactness.py), train_bench.jsonl (train.py), quantizer_step.jsonl, codecs.jsonl, upstream_tests.jsonl,
 clustering.jsonl, semantic_ids.jsonl, ablation.jsonl, rate_distortion.jsonl, batch_sizes.jsonl (rate_distortion.py at
-other batch sizes), gaussian_codes.jsonl and conv_vqvae.jsonl (examples/conv_vqvae.py). GPU results are in
+other batch sizes), gaussian_codes.jsonl, conv_vqvae.jsonl and residual_signal.jsonl (examples/). GPU results are in
 benchmarks/results/h200/gpu.jsonl, or in h100/gpu.jsonl if that one is missing; `gpu.py` writes them.
 """
 
@@ -25,6 +25,7 @@ from benchmarks.tables.clustering import kmeans_table, product_table, residual_t
 from benchmarks.tables.gpu import GPU_TABLES, gpu_rows, gpu_table
 from benchmarks.tables.learning import (
     ablation_table,
+    codec_table,
     gaussian_table,
     model_table,
     rate_distortion_table,
@@ -54,6 +55,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "rate-distortion": lambda: rate_distortion_table(cpu_rows("rate_distortion")),
     "gaussian": lambda: gaussian_table(cpu_rows("gaussian_codes")),
     "vqvae": lambda: vqvae_table(cpu_rows("conv_vqvae")),
+    "residual-signal": lambda: codec_table(cpu_rows("residual_signal")),
     "use": lambda: use_table([*cpu_rows("rate_distortion"), *cpu_rows("batch_sizes")]),
     **{name: partial(_committed_gpu_table, name) for name in GPU_TABLES},
 }

@@ -149,6 +149,21 @@ def vqvae_table(rows: Sequence[Row]) -> str:
     return f"{markdown(lines)}\n\n{'; '.join(sorted(settings))}; K = 512, D = 64; {where(rows)}."
 
 
+def codec_table(rows: Sequence[Row]) -> str:
+    """A line for each residual quantizer in the audio codec: the error of each stage, in decibels, over its seeds."""
+    if not rows:
+        return NO_RESULTS
+    stages = range(len(rows[0]["decibels"]))
+    lines: list[Sequence[object]] = [("quantizer", *(f"stage {stage + 1}" for stage in stages), "CPU time")]
+    for method in dict.fromkeys(row["method"] for row in rows):
+        runs = [row for row in rows if row["method"] == method]
+        decibels = (spread([run["decibels"][stage] for run in runs], 2) for stage in stages)
+        lines.append((method, *decibels, spread([run["time"] for run in runs], 2)))
+    settings = {f"{row['steps']} steps of Adam, batches of {row['batch_size']} clips" for row in rows}
+    size = f"K = 256, D = 32; mean ± standard deviation over {len({row['seed'] for row in rows})} seeds"
+    return f"{markdown(lines)}\n\n{'; '.join(sorted(settings))}; {size}; {where(rows)}."
+
+
 PUBLISHED: dict[str, tuple[dict[int, float], float]] = {  # error by step, and use after 2,000 steps, to 4 digits
     "VQ, SGD": ({1: 9.021, 100: 3.139, 500: 2.536, 1000: 2.320, 2000: 2.119}, 0.0651),
     "EMA": ({1: 3.508, 100: 2.204, 500: 1.585, 1000: 1.570, 2000: 1.543}, 0.1404),
