@@ -66,7 +66,7 @@ def test_kmeans_starts_better_with_plus_plus(capsys: pytest.CaptureFixture[str])
 def test_the_codec_decodes_better_with_every_stage(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    options = ["--steps", "60", "--batch-size", "16", "--out", str(tmp_path / "rows.jsonl"), "--methods"]
+    options = ["--steps", "100", "--batch-size", "8", "--out", str(tmp_path / "rows.jsonl"), "--methods"]
     methods = ["ResidualVectorQuantizer(6, 256, 32)", "vector-quantize-pytorch: k-means, averages, resets"]
     monkeypatch.setattr(sys, "argv", ["residual_signal.py", *options, *methods])
     printed = run("residual_signal.py", capsys)
