@@ -13,7 +13,7 @@ from vq_kernels.distributed import rank_and_world, sum_over_ranks
 from vq_kernels.gradient.autograd import METRICS, Metric
 from vq_kernels.learning.dead_codes import random_rows
 from vq_kernels.learning.ema import row_sums
-from vq_kernels.search import nearest_code
+from vq_kernels.search import nearest_code, nearest_code_topk
 from vq_kernels.search.backend import Backend, has_float64
 from vq_kernels.search.validation import check_at_least, check_bool, check_choice, check_codebook, check_dtype
 
@@ -68,8 +68,9 @@ def kmeans(
         x: [N, D], any dtype of `nearest_code`; or a re-iterable of such tensors, such as a list, or a DataLoader
             over a memory map. Each iteration makes one pass over it, and the initialisation one.
         num_codes: K, in [1, N].
-        init: "k-means++" (greedy, then 6 iterations, on a random sample of 32·K rows, at least 16,384), "random" (K
-            distinct rows), or the codes, [K, D].
+        init: "k-means++" (greedy, then 6 iterations, on a random sample of 32·K rows, at least 16,384; codes that
+            matter little move beside those whose rows are spread most), "random" (K distinct rows), or the codes,
+            [K, D].
         max_iterations: at least 0, over all rows. With 0 the codes are those of `init`, without iterations.
         tolerance: at least 0; stop when an iteration lowers the inertia by less than this fraction of it.
         seed: at least 0; determines all random choices.
@@ -90,8 +91,9 @@ def kmeans(
         RuntimeError: as for `nearest_code`.
 
     Source: Lloyd 1982, "Least squares quantization in PCM"; Arthur and Vassilvitskii 2007, "k-means++: the advantages
-    of careful seeding", with the greedy choice among 2 + ln K candidates; Salakhutdinov and Roweis 2003, "Adaptive
-    overrelaxed bound optimization methods"; Dhillon and Modha 2001, "Concept decompositions for large sparse text data
+    of careful seeding", with the greedy choice among 2 + ln K candidates; Patanè and Russo 2001, "The enhanced LBG
+    algorithm", for the codes that move; Salakhutdinov and Roweis 2003, "Adaptive overrelaxed bound optimization
+    methods"; Dhillon and Modha 2001, "Concept decompositions for large sparse text data
     using clustering", for the cosine.
     """
     check_at_least(1, integer=True, num_codes=num_codes)
@@ -116,17 +118,24 @@ def _iterate(
     seed: int,
     advance: Callable[[float], None] = lambda inertia: None,
     *,
-    overshoots: bool = True,
+    on_sample: bool = False,
 ) -> KMeansResult:
-    """Moves the codes past the means until the inertia settles, then to the means until it settles again."""
+    """Moves the codes past the means until the inertia settles, then to the means until it settles again.
+
+    On a sample, it moves them to the means, because more seeds stay alone otherwise, and first relocates those that
+    matter little.
+    """
     step, iteration, settled, converged = _assign(batches, codebook), 0, False, False
     while iteration < max_iterations and not converged:
-        plain = settled or not overshoots or iteration == max_iterations - 1
+        plain = settled or on_sample or iteration == max_iterations - 1
         codebook = _move(batches, codebook, step, 1.0 if plain else _OVERSHOOT, seed + 1 + iteration)
+        relocates = on_sample and 0 < iteration < max_iterations - 1
+        if relocates:
+            codebook = _relocate(batches, codebook, step, seed + 1 + iteration)
         last, step = step, _assign(batches, codebook)
         num_empty, last_empty = (int((each.counts == 0).sum()) for each in (step, last))
         filled = num_empty in (0, last_empty)  # or re-seeding fills no more, because too few rows are distinct
-        settled = last.inertia - step.inertia <= tolerance * step.inertia and filled
+        settled = last.inertia - step.inertia <= tolerance * step.inertia and filled and not relocates
         converged = settled and plain
         iteration += 1
         advance(step.inertia)
@@ -214,10 +223,11 @@ class _Batches(Mapped):
 
 
 class _Assignment(NamedTuple):
-    """The sums of one pass over the data of all processes."""
+    """The sums of one pass over the data of all processes, for each code."""
 
     sums: Tensor  # [K, D] float64
     counts: Tensor  # [K] int64
+    sq_distances: Tensor  # [K] float64
     inertia: float
 
 
@@ -242,7 +252,7 @@ def _initial_codebook(
     seeds = rows[_seed_rows(rows, num_codes, generator)]
     rank, world = rank_and_world(batches.synchronise)
     part = _Batches(rows[rank::world], batches.metric, batches.backend, batches.synchronise)
-    return _iterate(part, seeds, iterations, tolerance, seed, overshoots=False).codebook  # or more seeds stay alone
+    return _iterate(part, seeds, iterations, tolerance, seed, on_sample=True).codebook
 
 
 def _sample_size(num_codes: int) -> int:
@@ -292,9 +302,9 @@ def _assign(batches: _Batches, codebook: Tensor) -> _Assignment:
             raise ValueError(f"x must be finite, got NaN or Inf in {not_finite} of {batch.shape[0]} rows")
         sums.index_add_(0, indices, batch.double())
         counts += indices.bincount(minlength=num_codes)[:, None]
-        distances[0] += sq_distances.sum(dtype=torch.float64)
+        distances[:, 0].index_add_(0, indices, sq_distances.double())
     sums, counts, distances = torch.split(sum_over_ranks(totals, batches.synchronise), [code_dim, 1, 1], dim=1)
-    return _Assignment(sums, counts[:, 0].long(), float(distances[0]))
+    return _Assignment(sums, counts[:, 0].long(), distances[:, 0], float(distances.sum()))
 
 
 def _move(batches: _Batches, codebook: Tensor, step: _Assignment, stride: float, seed: int) -> Tensor:
@@ -310,6 +320,28 @@ def _move(batches: _Batches, codebook: Tensor, step: _Assignment, stride: float,
         generator = torch.Generator().manual_seed(seed)
         moved[empty] = rows[_seed_rows(rows, empty.numel(), generator, moved[step.counts > 0])].to(moved.dtype)
     return moved
+
+
+def _relocate(batches: _Batches, codebook: Tensor, step: _Assignment, seed: int) -> Tensor:
+    """Moves the codes that matter least beside those whose rows are spread most, while that lowers the inertia.
+
+    Without code k, it grows by n_k·|c_k - c|² at most, for the nearest other code c. A second code for the rows of code
+    j lowers it by 2 / (π·D) of their squared distances if they are normal and alike in all directions, and usually by
+    more otherwise. So codes that k-means++ left alone with an outlier do not stay there.
+    """
+    num_codes, code_dim = codebook.shape
+    if num_codes == 1:
+        return codebook
+    to_others = nearest_code_topk(codebook, codebook, 2).sq_distances[:, 1]
+    losses, least = (step.counts * to_others).sort()
+    gains, most = (step.sq_distances * 2 / (math.pi * code_dim)).sort(descending=True)
+    num_moved = int((losses < gains).sum())
+    moved, place = least[:num_moved], most[:num_moved]
+    variances = step.sq_distances[place] / (step.counts[place].clamp(min=1) * code_dim)
+    directions = unit(torch.randn(num_moved, code_dim, generator=torch.Generator().manual_seed(seed)))
+    aside = 0.5 * variances.sqrt()[:, None] * directions.to(variances)
+    codebook[moved] = codebook[place] + aside.to(codebook.dtype)
+    return batches.normalise(codebook)
 
 
 def _gather(rows: Tensor, synchronise: bool) -> Tensor:

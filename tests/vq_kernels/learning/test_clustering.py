@@ -128,6 +128,15 @@ def test_empty_clusters_are_reseeded() -> None:
     assert result.inertia < 1e3
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_codes_do_not_stay_alone_with_one_row(seed: int) -> None:
+    """A code at the centre of noise takes nearly all rows from the other rows that k-means++ begins at."""
+    noise = torch.randn(4000, 64, generator=torch.Generator().manual_seed(seed))
+    with_centre = kmeans(torch.cat([noise, torch.zeros(40, 64)]), 64, seed=seed)
+    assert with_centre.inertia < 1.02 * kmeans(noise, 64, seed=seed).inertia
+    assert (with_centre.counts <= 3).sum() < 20
+
+
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
 def test_fewer_distinct_rows_than_codes_end_early(metric: Metric) -> None:
     x = torch.tensor([[1.0, 0.0], [1.0, 2.0], [2.0, 1.0]]).repeat(10, 1)
