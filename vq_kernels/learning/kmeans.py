@@ -325,22 +325,26 @@ def _move(batches: _Batches, codebook: Tensor, step: _Assignment, stride: float,
 def _relocate(batches: _Batches, codebook: Tensor, step: _Assignment, seed: int) -> Tensor:
     """Moves the codes that matter least beside those whose rows are spread most, while that lowers the inertia.
 
-    Without code k, it grows by n_k·|c_k - c|² at most, for the nearest other code c. A second code for the rows of code
-    j lowers it by 2 / (π·D) of their squared distances if they are normal and alike in all directions, and usually by
-    more otherwise. So codes that k-means++ left alone with an outlier do not stay there.
+    Without code k, it grows by n_k·|c_k - c|² at most, for the nearest other code c. A second code for the n_j rows of
+    code j, at squared distances S_j in sum, lowers it by about 2·S_j / (π·D)·(1 + √(D / n_j))² if they are normal and
+    alike in all directions: by 2/π of the variance along the direction where n_j such rows spread most (Marchenko and
+    Pastur 1967). A t-th further code lowers it by about 1/t of this. So codes that k-means++ left alone with an outlier
+    do not stay there.
     """
     num_codes, code_dim = codebook.shape
     if num_codes == 1:
         return codebook
-    to_others = nearest_code_topk(codebook, codebook, 2).sq_distances[:, 1]
-    losses, least = (step.counts * to_others).sort()
-    gains, most = (step.sq_distances * 2 / (math.pi * code_dim)).sort(descending=True)
+    losses = step.counts * nearest_code_topk(codebook, codebook, 2).sq_distances[:, 1]
+    num_rows = step.counts.clamp(min=1).double()
+    shares = 2 / (math.pi * code_dim) * (1 + (code_dim / num_rows).sqrt()).square()
+    gains = step.sq_distances * shares.clamp(max=1) / torch.arange(1, 9, device=num_rows.device)[:, None]  # [8, K]
+    losses, least = losses.sort()
+    gains, most = gains.flatten().topk(num_codes)
     num_moved = int((losses < gains).sum())
-    moved, place = least[:num_moved], most[:num_moved]
-    variances = step.sq_distances[place] / (step.counts[place].clamp(min=1) * code_dim)
+    moved, place = least[:num_moved], most[:num_moved] % num_codes
+    deviations = (step.sq_distances / (num_rows * code_dim)).sqrt()[place, None]
     directions = unit(torch.randn(num_moved, code_dim, generator=torch.Generator().manual_seed(seed)))
-    aside = 0.5 * variances.sqrt()[:, None] * directions.to(variances)
-    codebook[moved] = codebook[place] + aside.to(codebook.dtype)
+    codebook[moved] = codebook[place] + (0.5 * deviations * directions.to(deviations)).to(codebook.dtype)
     return batches.normalise(codebook)
 
 

@@ -133,8 +133,8 @@ def test_codes_do_not_stay_alone_with_one_row(seed: int) -> None:
     """A code at the centre of noise takes nearly all rows from the other rows that k-means++ begins at."""
     noise = torch.randn(4000, 64, generator=torch.Generator().manual_seed(seed))
     with_centre = kmeans(torch.cat([noise, torch.zeros(40, 64)]), 64, seed=seed)
-    assert with_centre.inertia < 1.02 * kmeans(noise, 64, seed=seed).inertia
-    assert (with_centre.counts <= 3).sum() < 20
+    assert with_centre.inertia < 1.01 * kmeans(noise, 64, seed=seed).inertia
+    assert (with_centre.counts > 3).all()
 
 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
