@@ -20,8 +20,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
+import faiss
 import pytest
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
 import vq_kernels
 from tests.vqae import conftest
@@ -84,6 +87,65 @@ def test_every_block_is_of_a_kind_that_is_tested() -> None:
 # -- Python
 
 
+def check_layer(names: dict[str, Any]) -> None:
+    """The reconstruction is better than a grey image, and the codes are in use."""
+    if "optimizer" in names:
+        assert F.mse_loss(names["reconstruction"], names["images"]) < 0.97 * names["images"].var()
+        assert names["model"].quantizer.perplexity > 100
+
+
+def check_clusters(names: dict[str, Any]) -> None:
+    assert names["result"].inertia < 1.01 * faiss_inertia(names["x"], 100)
+
+
+def check_clusters_of_batches(names: dict[str, Any]) -> None:
+    assert names["result"].inertia < 1.01 * faiss_inertia(torch.cat([*names["loader"]]), 64)
+
+
+def faiss_inertia(x: Tensor, num_codes: int) -> float:
+    trained = faiss.Kmeans(x.shape[1], num_codes, seed=0, min_points_per_centroid=1)
+    trained.train(x.numpy())
+    return float(trained.index.search(x.numpy(), 1)[0].sum())
+
+
+def check_product(names: dict[str, Any]) -> None:
+    if "codes" in names:
+        check_fit(names["quantizer"], names["x"], faiss.ProductQuantizer(64, 4, 8))
+
+
+def check_residual(names: dict[str, Any]) -> None:
+    check_fit(names["fitted"], names["vectors"], greedy(64, 4, 8))
+
+
+def check_semantic_ids(names: dict[str, Any]) -> None:
+    check_fit(names["quantizer"], names["embeddings"], greedy(32, 3, 6))
+
+
+def greedy(*sizes: int) -> Any:
+    theirs = faiss.ResidualQuantizer(*sizes)
+    theirs.max_beam_size, theirs.train_type = 1, faiss.ResidualQuantizer.Train_default
+    return theirs
+
+
+def check_fit(quantizer: Any, x: Tensor, theirs: Any) -> None:
+    """The error is that of faiss, or less."""
+    theirs.train(x.numpy())
+    decoded = torch.from_numpy(theirs.decode(theirs.compute_codes(x.numpy())))
+    ours = quantizer.decode(quantizer.encode(x))
+    assert F.mse_loss(ours, x) < 1.01 * F.mse_loss(decoded, x)
+
+
+QUALITY: dict[tuple[str, str], Callable[[dict[str, Any]], object]] = {
+    ("quantizer-in-your-model", "Add the layer"): check_layer,
+    ("k-means", "Cluster vectors"): check_clusters,
+    ("k-means", "Data that does not fit into memory"): check_clusters_of_batches,
+    ("product-quantization", "Product quantization"): check_product,
+    ("residual-codes", "Fit the stages to vectors"): check_residual,
+    ("semantic-ids", "Learn the codebooks"): check_semantic_ids,
+}
+"""Checks of the blocks that train or fit, by document and heading. The other blocks that do have assertions."""
+
+
 @pytest.mark.parametrize("document", documents_with("python"))
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore::FutureWarning:torch")
 def test_python_blocks_run(document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,6 +156,7 @@ def test_python_blocks_run(document: str, tmp_path: Path, monkeypatch: pytest.Mo
         for block in BLOCKS:
             if (block.document, block.language) == (document, "python"):
                 run_python(block, names)
+                QUALITY.get((Path(document).stem, block.heading), dict)(names)
 
 
 def run_python(block: Block, names: dict[str, Any]) -> None:
