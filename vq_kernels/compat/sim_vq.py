@@ -101,8 +101,8 @@ class SimVQ(nn.Module):
             x: [..., dim]; [b, dim, ...] with channel_first.
 
         Returns:
-            quantized, with x's shape and dtype; indices [...] int64; the loss [], the mean of (x - code)² with a
-            gradient to the codes and, by its weight, to x.
+            quantized, with x's shape and dtype; indices [...] int64; the loss [], the mean of (x - code)² as a function
+            of the codes plus, by its weight, the same as a function of x.
 
         Raises:
             TypeError, ValueError: x's dtype or shape does not fit.
