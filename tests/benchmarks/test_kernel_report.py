@@ -70,7 +70,8 @@ def test_what_a_launch_is_specialised_for_is_collected(arch: int):
         (90, "short_shared D=64 float32", "HGMMA.64x64x16.F32"),
         (90, "long_hopper D=512 float32", "HGMMA.64x128x16.F32"),
         (90, "few_rows D=512 float32 split", "HGMMA.64x64x16.F32"),
-        (90, "medium D=64 bfloat16 unaligned", "HGMMA.64x128x16.F32"),
+        (90, "medium D=50 float32", "HGMMA.64x64x16.F32"),
+        (90, "medium D=128 float32", "HGMMA.64x64x16.F32"),
         (100, "few_rows D=512 float32 split", "UTCHMMA"),
     ],
 )
@@ -79,9 +80,10 @@ def test_scans_use_the_matrix_units_copy_ahead_and_do_not_spill(arch: int, confi
     report = kernel_report.report_launch(launch)
     assert report["mma"] == mma
     assert report["spill_bytes"] == 0
-    assert report["registers"] <= (128 if config.startswith("short_shared") else 255)
     assert report["shared_bytes"] <= 227 * 1024
     assert (report["copies_ahead"] > 0) == (launch.options["num_stages"] > 2)
+    if arch == 90:  # products run while another program folds its scores, or while copies are waited for
+        assert report["programs_per_multiprocessor"] >= 2 or report["products_pending"] > 0
 
 
 @pytest.mark.parametrize("kernel", ["_scan_kernel", "_round_codes_kernel", "_rerank_kernel"])

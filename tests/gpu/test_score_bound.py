@@ -15,7 +15,7 @@ N, K = (32, 150) if SMALL else (4096, 1024)
 CASES = [
     (config, d)
     for config in CONFIGS
-    for d in (((64,) if SMALL else (8, 64, 128)) if config.resident else ((40,) if SMALL else (256, 512, 2048)))
+    for d in (((64,) if SMALL else (8, 64, 128)) if config.resident else ((72,) if SMALL else (72, 256, 512, 2048)))
     if not config.resident or d <= config.block_d
 ]
 

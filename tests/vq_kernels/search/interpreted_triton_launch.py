@@ -115,8 +115,8 @@ def test_distances_of_32768_equal_differences():
 
 @pytest.mark.parametrize("name", [config.name for config in CONFIGS])
 def test_every_configuration(name: str):
-    """Both parts of 300 codes end within a tile, and 130 rows end within a launch."""
-    x, codebook = gaussian(130, 300, 40, offset=3.0)
+    """Both parts of 300 codes end within a tile, 130 rows within a launch, and 72 columns within a piece."""
+    x, codebook = gaussian(130, 300, 64 if _BY_NAME[name].resident else 72, offset=3.0)
     certified, reranked, _ = check(x, codebook, plan_for(_BY_NAME[name], 300, splits=2, rows_per_launch=128))
     assert certified > 100
     assert reranked > 0

@@ -40,9 +40,9 @@ class ScanConfig:
     """One configuration of the scan.
 
     Attributes:
-        resident: the program computes x' and keeps it on the chip. Otherwise another launch computes x' first, and the
-            scan reads x' and the codes in pieces of block_d columns.
-        block_d: columns per product; for a resident configuration the largest D.
+        resident: the program computes x'. Otherwise another launch computes it first.
+        block_d: columns per product. If D is at most block_d, x' stays in shared memory. Otherwise the scan reads x'
+            and the codes in pieces of block_d columns. The largest D of a resident configuration.
         max_registers: registers per thread, if they limit how many programs share a multiprocessor.
     """
 
@@ -85,15 +85,15 @@ class SearchPlan:
 CONFIGS = (
     ScanConfig(
         "short", 128, 64, 128, True, 8, 3, None,
-        "x' stays in registers; a tile of 128 codes, or a limit on registers, would spill",
+        "a tile of 128 codes, or a limit on registers, would spill",
     ),
     ScanConfig(
         "short_shared", 128, 64, 64, True, 8, 3, 128,
         "128 registers let two programs share a multiprocessor, so epilogue and products overlap",
     ),
     ScanConfig(
-        "medium", 128, 128, 128, True, 8, 2, None,
-        "products and epilogue take equal time; wide tiles halve the reads of codes from L2",
+        "medium", 128, 64, 128, False, 8, 3, 128,
+        "two programs as above; with 128 registers, computing x' of long or unaligned rows would spill",
     ),
     ScanConfig(
         "long_ampere", 128, 128, 32, False, 8, 3, None,
@@ -101,7 +101,7 @@ CONFIGS = (
     ),
     ScanConfig(
         "long_hopper", 128, 128, 64, False, 8, 3, None,
-        "loops over D; pieces of 128 bytes of a row, one swizzled line of shared memory",
+        "pieces of 128 bytes of a row, one swizzled line of shared memory; narrower tiles would read x' more often",
     ),
     ScanConfig(
         "few_rows", 64, 64, 64, False, 4, 4, None,
@@ -127,7 +127,6 @@ def pick_config(
     # On Ampere, unaligned rows of more than 32 columns do not leave x' room in registers.
     if d > 128 or (major == 8 and d > 32 and not aligned):
         return _BY_NAME["long_ampere" if major == 8 else "long_hopper"]
-    # Unaligned rows leave no registers for a second program, so the tile may be wide.
     if major >= 9 and (d > 64 or not aligned):
         return _BY_NAME["medium"]
     # x' and the epilogue fit 128 registers on Hopper only.

@@ -5,7 +5,7 @@
     c'_k = fp16((c_k - mu) * 2**e)
     h_k  = 0.5 * ||(c_k - mu) * 2**e||**2                      (float64 sum, stored as float32)
     C, R, C', H = max ||(c_k - mu) * 2**e||, max ||(c_k - mu) * 2**e - c'_k||, max ||c'_k||, max h_k, rounded up
-    x'_n = fp16((x_n - mu) * 2**e_n), if D is too long for the scan to keep a tile of x' on the chip; see common.py
+    x'_n = fp16((x_n - mu) * 2**e_n), unless the scan computes it; see common.py
 
 The codebook takes three launches, which read it three times and write 2 bytes per entry and 4 bytes per code; there is
 no float64 copy. The rows take one launch, which reads x twice and writes 2 bytes per entry and 8 bytes per row. Nothing
@@ -293,7 +293,7 @@ def _rows_kernel(
 
 
 def launch_rows(x: Tensor, prepared: TritonCodebook, plan: SearchPlan) -> tuple[Tensor, Tensor, Tensor]:
-    """Prepare rows for a scan that loops over D: x' [N padded, pitch] float16, ratios and margins [N] float32."""
+    """Prepare rows for a scan that is not resident: x' [N padded, pitch] float16, ratios and margins [N] float32."""
     (num_rows, code_dim), pitch = x.shape, row_pitch(x.shape[1])
     padded = ceil_div(num_rows, plan.config.block_n) * plan.config.block_n
     rows16 = x.new_empty((padded, pitch), dtype=torch.float16)

@@ -5,8 +5,8 @@
     lost[n] = the best score that a slot dropped
     index[n] = the code of the best slot, certified if best - runner-up > 2 E (common.py)
 
-Reads x once (x' if D > BLOCK_D) and the rounded codebook once per tile of rows, from L2; writes 12 bytes and one code
-per row. No [N, K] matrix and no array of indices exist. Source: van den Oord et al. 2017, arXiv:1711.00937, eq. 1.
+Reads x once, and for each tile of rows the rounded codebook from L2, with x' if D > BLOCK_D; writes 16 bytes and one
+code per row. No [N, K] matrix and no array of indices exist. Source: van den Oord et al. 2017, arXiv:1711.00937, eq. 1.
 """
 
 from typing import NamedTuple
@@ -135,7 +135,11 @@ def _scan_kernel(
     descent = -ratio  # negated per row, not per score
     best = tl.full([BLOCK_N, BLOCK_K // 2], LOWEST_SCORE, tl.float32)
     lost = tl.full([BLOCK_N, 8], LOWEST_SCORE, tl.float32)
-    if RESIDENT:
+    pieces: tl.constexpr = (PITCH + BLOCK_D - 1) // BLOCK_D
+    if pieces == 1:  # x' stays in shared memory
+        if not RESIDENT:
+            row_addresses = rows16_ptr + offs_n.to(tl.int64)[:, None] * PITCH + offs_d[None, :]
+            rows16 = tl.load(row_addresses, mask=(offs_d < PITCH)[None, :], other=0.0)
         for tile in range(first_tile, last_tile):
             start_k = tile * BLOCK_K
             half_norms = tl.load(half_norms_ptr + start_k + offs_k)
@@ -145,7 +149,6 @@ def _scan_kernel(
             best, lost = _fold(scores, best, lost, tile - first_tile, keep_mask, parity_bit, BLOCK_N, BLOCK_K)
     else:
         # One loop over tiles and pieces, because copies run ahead only within a loop that holds no other.
-        pieces: tl.constexpr = (PITCH + BLOCK_D - 1) // BLOCK_D
         half_norms = tl.load(half_norms_ptr + first_tile * BLOCK_K + offs_k)
         scores = half_norms[None, :] * descent[:, None]
         for step in range(first_tile * pieces, last_tile * pieces):
@@ -158,8 +161,9 @@ def _scan_kernel(
             codes16 = tl.load(code_addresses, mask=(columns < PITCH)[None, :], other=0.0)
             scores = tl.dot(rows16, tl.trans(codes16), scores)
             if step == tile * pieces + pieces - 1:
-                best, lost = _fold(scores, best, lost, tile - first_tile, keep_mask, parity_bit, BLOCK_N, BLOCK_K)
+                # Loaded before the tile is folded, used after.
                 half_norms = tl.load(half_norms_ptr + tl.minimum(tile + 1, last_tile - 1) * BLOCK_K + offs_k)
+                best, lost = _fold(scores, best, lost, tile - first_tile, keep_mask, parity_bit, BLOCK_N, BLOCK_K)
                 scores = half_norms[None, :] * descent[:, None]
 
     v0, v1, v2, v3, i0, i1, i2, i3, hidden = _slot_winners(best, lost, first_tile, tile_mask, K, BLOCK_K)
@@ -176,13 +180,15 @@ def _scan_kernel(
         tl.store(code_ptrs + 2 * N, i2, mask=in_rows)
         tl.store(code_ptrs + 3 * N, i3, mask=in_rows)
     else:
+        # Fewer where rows are unaligned, which would spill.
+        columns_written: tl.constexpr = 32 if D > 16 and (D % 16 == 0 or pieces > 1) else 16
         index = certify(
             v0, v1, v2, v3, i0, i1, i2, i3, hidden, margin, offs_n, in_rows, counters_ptr, rerank_rows_ptr,
             candidates_ptr, exhaustive_rows_ptr,
         )  # fmt: skip
         write_rows(
             index, margin, offs_n, in_rows, x_ptr, stride_xn, stride_xd, codebook_ptr, stride_ck, stride_cd,
-            indices_ptr, codes_ptr, sq_distances_ptr, D, BLOCK_N, 32 if D > 16 else 16,
+            indices_ptr, codes_ptr, sq_distances_ptr, D, BLOCK_N, columns_written,
         )  # fmt: skip
 
 
