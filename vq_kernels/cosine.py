@@ -8,9 +8,10 @@ from torch.nn import functional as F
 from torch.utils._pytree import _register_namedtuple
 
 from vq_kernels.search import nearest_code, nearest_code_topk, torch_backend
-from vq_kernels.search.backend import Backend, choose_backend, has_float64
+from vq_kernels.search.backend import Backend, captures_triton, choose_backend, has_float64
+from vq_kernels.search.operators import WAITS
 from vq_kernels.search.torch_bounds import power_of_two_below
-from vq_kernels.search.validation import check_pair
+from vq_kernels.search.validation import check_pair, is_eager
 from vq_kernels.search.vmap import register_vmap
 
 _STEPS = 3  # added coordinates, of 22 bits each: 66 bits of M, more than float64 holds
@@ -105,11 +106,13 @@ def most_similar_index(x: Tensor, codebook: Tensor, backend: Backend, *, unit_co
     """
     if torch.onnx.is_in_onnx_export():
         return _nearest_of_equal_length(x, codebook, backend)
+    if unit_codes and not is_eager(x, codebook) and captures_triton(x, codebook, backend):
+        return _nearest_of_equal_length(x, codebook, backend)  # what the operator does, without its tag
     found: Tensor = most_similar_code_op(x, codebook, backend, unit_codes)
     return found
 
 
-@torch.library.custom_op("vq_kernels::most_similar_code", mutates_args=())
+@torch.library.custom_op("vq_kernels::most_similar_code", mutates_args=(), tags=WAITS)
 def most_similar_code_op(x: Tensor, codebook: Tensor, backend: str, unit_codes: bool) -> Tensor:
     """x [N, D], codebook [K, D] -> indices [N] int64."""
     if not has_float64(x.device):

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from vq_kernels.cosine import most_similar_index, unit
 from vq_kernels.search.api import nearest_code_op
-from vq_kernels.search.backend import Backend, choose_backend, has_float64
+from vq_kernels.search.backend import Backend, captures_triton, choose_backend, has_float64
 from vq_kernels.search.operators import define_operator
 from vq_kernels.search.validation import is_eager, is_tracing
 from vq_kernels.search.vmap import register_vmap
@@ -330,7 +330,10 @@ def codebook_gradient_op(
     x: Tensor, codebook: Tensor, indices: Tensor, divisor: int, backend: str
 ) -> tuple[Tensor, Tensor]:
     """x [N, D], codebook [K, D], indices [N] -> Σ (code - row) / divisor over the rows of a code [K, D], counts [K]."""
-    gradient = _gradient_by_backend if is_eager(x, codebook) else _gradient_operator
+    if is_eager(x, codebook):
+        gradient = _gradient_by_backend
+    else:
+        gradient = _triton_operator if captures_triton(x, codebook, backend) else _gradient_operator
     means, counts = gradient(x, codebook, indices, divisor, backend)
     return means, counts
 
@@ -356,7 +359,8 @@ def _gradient_fake(x: Tensor, codebook: Tensor, indices: Tensor, divisor: int, b
     return means, codebook.new_empty(codebook.shape[0], dtype=torch.int64)
 
 
-_gradient_operator = define_operator("codebook_gradient", _gradient_by_backend, _gradient_fake)
+_gradient_operator = define_operator("codebook_gradient", _gradient_by_backend, _gradient_fake, waits=True)
+_triton_operator = define_operator("codebook_gradient_triton", _gradient_by_backend, _gradient_fake)
 
 
 class _DifferenceMeans(torch.autograd.Function):

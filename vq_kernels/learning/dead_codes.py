@@ -9,6 +9,7 @@ import torch.distributed
 from torch import Tensor
 
 from vq_kernels.distributed import rank_and_world, sum_over_ranks
+from vq_kernels.search.operators import WAITS
 
 SPREAD_ROWS = 64
 """The rows that the spread of a batch is estimated from."""
@@ -84,7 +85,7 @@ def _with_noise(drawn: Tensor, draws: Tensor, noise: float) -> Tensor:
     return rows + noise * spread * draws
 
 
-@torch.library.custom_op("vq_kernels::draw_start", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
+@torch.library.custom_op("vq_kernels::draw_start", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded, *WAITS))
 def draw_start(rows: Tensor) -> Tensor:
     """Returns [3] int64: a random row of the batch of all ranks, the position of this rank's rows, the batch size.
 

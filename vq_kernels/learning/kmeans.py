@@ -15,6 +15,7 @@ from vq_kernels.learning.dead_codes import random_rows
 from vq_kernels.learning.ema import row_sums
 from vq_kernels.search import nearest_code, nearest_code_topk
 from vq_kernels.search.backend import Backend, has_float64
+from vq_kernels.search.operators import WAITS
 from vq_kernels.search.validation import check_at_least, check_bool, check_choice, check_codebook, check_dtype
 
 KMeansInit = Literal["k-means++", "random"]
@@ -362,7 +363,9 @@ def _gather(rows: Tensor, synchronise: bool) -> Tensor:
     return sum_over_ranks(gathered, synchronise)
 
 
-@torch.library.custom_op("vq_kernels::kmeans_if_needed", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
+@torch.library.custom_op(
+    "vq_kernels::kmeans_if_needed", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded, *WAITS)
+)
 def kmeans_if_needed(
     needed: Tensor,
     rows: Tensor,

@@ -9,6 +9,8 @@ backward. It therefore asks through operators, at run time.
 import torch
 from torch import Tensor
 
+from vq_kernels.search.operators import WAITS
+
 
 def is_recomputing() -> bool:
     """Returns whether a backward pass is running. False while a graph is being captured."""
@@ -28,11 +30,8 @@ def unless_recomputing(condition: Tensor) -> Tensor:
     return condition & (not _in_backward())
 
 
-# A replayed CUDA graph would not ask, so these operators split CUDA graphs.
-_TAGS = (torch.Tag.cudagraph_unsafe,)
-
-
-@torch.library.custom_op("vq_kernels::is_original", mutates_args=(), tags=_TAGS)
+# A replayed CUDA graph would not ask, so these operators split CUDA graphs too.
+@torch.library.custom_op("vq_kernels::is_original", mutates_args=(), tags=WAITS)
 def is_original_op(like: Tensor) -> Tensor:
     """Returns [] bool on the device of `like`: false in a recomputation."""
     return torch.full((), not _in_backward(), device=like.device)
@@ -54,7 +53,7 @@ def sample_rows(rows: Tensor, like: Tensor) -> Tensor:
     return rows[torch.arange(NUM_SAMPLES, device=rows.device) * rows.shape[0] // NUM_SAMPLES].to(like.dtype)
 
 
-@torch.library.custom_op("vq_kernels::copy_to_search", mutates_args=(), tags=_TAGS)
+@torch.library.custom_op("vq_kernels::copy_to_search", mutates_args=(), tags=WAITS)
 def copy_to_search(
     codebook: Tensor, last_searched: Tensor, samples: Tensor, last_samples: Tensor
 ) -> tuple[Tensor, Tensor]:

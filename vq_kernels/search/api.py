@@ -1,8 +1,9 @@
 """The public functions of the exact nearest-code search, and the operator that they call.
 
 `nearest_code` and `search_statistics` check their arguments and call the operator `vq_kernels::nearest_code`, which
-selects a backend (backend.py) and runs its `search`. The operator is opaque to torch.compile and torch.export. During
-export to ONNX, onnx_export.py replaces it.
+selects a backend (backend.py) and runs its `search`. Where that is Triton, which does not wait for the device, they
+call `vq_kernels::nearest_code_triton`, which CUDA graphs can capture. The operators are opaque to torch.compile and
+torch.export. During export to ONNX, onnx_export.py replaces them.
 """
 
 import functools
@@ -15,7 +16,15 @@ from torch import Tensor
 from torch.utils._pytree import _register_namedtuple
 
 from vq_kernels.search import onnx_export
-from vq_kernels.search.backend import BACKENDS, Backend, Found, backend_module, choose_backend, has_float64
+from vq_kernels.search.backend import (
+    BACKENDS,
+    Backend,
+    Found,
+    backend_module,
+    captures_triton,
+    choose_backend,
+    has_float64,
+)
 from vq_kernels.search.operators import define_operator
 from vq_kernels.search.validation import check_choice, check_codebook, check_dtype, check_pair, is_eager
 
@@ -229,7 +238,8 @@ def nearest_code_op(x: Tensor, codebook: Tensor, operands: list[Tensor], backend
         return _search_by_backend(x, codebook, operands, backend)
     if torch.onnx.is_in_onnx_export():
         return onnx_export.search(x, codebook)
-    found: Found = _operator(x, codebook, operands, backend)
+    operator = _triton_operator if captures_triton(x, codebook, backend) else _operator
+    found: Found = operator(x, codebook, operands, backend)
     return found
 
 
@@ -250,4 +260,5 @@ def _fake(x: Tensor, codebook: Tensor, operands: list[Tensor], backend: str) -> 
     return indices, x.new_empty(x.shape), sq_distances, x.new_empty(3, dtype=torch.int64)
 
 
-_operator = define_operator("nearest_code", _search_by_backend, _fake, num_row_outputs=3)
+_operator = define_operator("nearest_code", _search_by_backend, _fake, num_row_outputs=3, waits=True)
+_triton_operator = define_operator("nearest_code_triton", _search_by_backend, _fake, num_row_outputs=3)

@@ -44,6 +44,21 @@ def choose_backend(x: Tensor, codebook: Tensor, backend: str = "auto") -> tuple[
     return "triton", "x is on CUDA, and Triton can run"
 
 
+def captures_triton(x: Tensor, codebook: Tensor, backend: str) -> bool:
+    """Whether a captured search or gradient is served by Triton, which never waits for the device."""
+    fits = x.shape[-1] <= _LARGEST_TRITON_DIM
+    return fits and _is_triton(x.device, x.dtype, codebook.dtype, backend)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _is_triton(device: torch.device, dtype: torch.dtype, codebook_dtype: torch.dtype, backend: str) -> bool:
+    x, codebook = (torch.empty(0, 1, dtype=each, device=device) for each in (dtype, codebook_dtype))
+    try:
+        return choose_backend(x, codebook, backend)[0] == "triton"
+    except RuntimeError:  # raised where the operator runs
+        return False
+
+
 def backend_module(name: str) -> ModuleType:
     """Return the module with the backend's `prepare` and `search`. Triton is imported on first use."""
     return import_module(f"vq_kernels.search.{'triton.launch' if name == 'triton' else 'torch_backend'}")

@@ -16,6 +16,7 @@ from torch.utils._pytree import _register_namedtuple
 
 from vq_kernels.search.api import PreparedCodebook, unpacked
 from vq_kernels.search.backend import has_float64
+from vq_kernels.search.operators import WAITS
 from vq_kernels.search.top2 import TILE_ELEMENTS
 from vq_kernels.search.torch_backend import pair_distances
 from vq_kernels.search.torch_bounds import CodebookOperand, augment, float32_is_sufficient, prepare
@@ -74,7 +75,7 @@ def nearest_code_topk(x: Tensor, codebook: Tensor | PreparedCodebook, k: int) ->
     return NearestCodes(indices.view(*x.shape[:-1], k), sq_distances.view(*x.shape[:-1], k))
 
 
-@torch.library.custom_op("vq_kernels::nearest_code_topk", mutates_args=())
+@torch.library.custom_op("vq_kernels::nearest_code_topk", mutates_args=(), tags=WAITS)
 def nearest_code_topk_op(x: Tensor, codebook: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """x [N, D], codebook [K, D] -> indices [N, k], sq_distances [N, k] float32."""
     if not has_float64(x.device):

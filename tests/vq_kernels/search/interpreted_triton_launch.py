@@ -7,15 +7,20 @@ that is initialised to NaN and -1.
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.vq_kernels.search.exactness import poisoned_allocations
-from vq_kernels.cosine import most_similar_code
+from vq_kernels.cosine import most_similar_code, most_similar_index
+from vq_kernels.gradient.autograd import codebook_gradient_op
+from vq_kernels.search import nearest_code
+from vq_kernels.search.backend import Backend
 from vq_kernels.search.triton import launch
 from vq_kernels.search.triton.common import Outputs, ceil_div, write_rows
 from vq_kernels.search.triton.plan import CONFIGS, ScanConfig, SearchPlan
@@ -168,6 +173,32 @@ def test_rows_and_codes_of_different_sizes(scale: float):
     x, codebook = gaussian(40, 50, 8)
     check(x, codebook * scale)
     check(x * scale, codebook)
+
+
+class Operators(TorchDispatchMode):
+    """Records the operators of vq_kernels that are called inside, as a compiler captures them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "vq_kernels":
+            self.called.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_captured_operators_wait_for_the_device_only_where_pytorch_searches(backend: Backend):
+    x, codebook = torch.eye(2), torch.eye(3, 2)
+    with Operators() as operators:
+        indices = nearest_code(x, codebook, backend=backend).indices
+        similar = most_similar_index(x, codebook, backend, unit_codes=True)
+        _, counts = codebook_gradient_op(x, codebook, indices, 1, backend)
+    assert indices.tolist() == similar.tolist() == [0, 1]
+    assert counts.tolist() == [1, 1, 0]
+    assert len(operators.called) == 3
+    assert {torch.Tag.cudagraph_unsafe in operator.tags for operator in operators.called} == {backend == "torch"}
 
 
 @pytest.mark.parametrize("longest", [1.0, 1e8])
