@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from vq_kernels.compat.arguments import register_in_sequential
 from vq_kernels.compat.vector_quantize import VectorQuantize
-from vq_kernels.search.validation import check_at_least, check_dtype
+from vq_kernels.search.validation import check_at_least, check_dtype, check_not_given
 
 
 class RandomProjectionQuantizer(nn.Module):
@@ -46,12 +46,13 @@ class RandomProjectionQuantizer(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        check_at_least(1, dim=dim, codebook_dim=codebook_dim, num_codebooks=num_codebooks)
+        check_at_least(1, integer=True, dim=dim, codebook_dim=codebook_dim, num_codebooks=num_codebooks)
         self.num_codebooks = num_codebooks
         self.register_buffer("rand_projs", nn.init.xavier_normal_(torch.empty(num_codebooks, dim, codebook_dim)))
         self.norm = nn.LayerNorm(dim, elementwise_affine=False) if norm else nn.Identity()
-        options |= {"heads": num_codebooks, "use_cosine_sim": True, "separate_codebook_per_head": True}
-        self.vq = VectorQuantize(codebook_dim * num_codebooks, codebook_size, **options)
+        own: dict[str, Any] = {"heads": num_codebooks, "use_cosine_sim": True, "separate_codebook_per_head": True}
+        check_not_given(options, "RandomProjectionQuantizer", *own)
+        self.vq = VectorQuantize(codebook_dim * num_codebooks, codebook_size, **own, **options)
         register_in_sequential(type(self))
 
     def forward(self, x: Tensor, indices: Tensor | None = None) -> Tensor:

@@ -12,7 +12,7 @@ from vq_kernels.gradient.autograd import choose, pass_gradients
 from vq_kernels.gradient.autograd import rotation_trick as rotate_gradient
 from vq_kernels.modules.indices import codes_at
 from vq_kernels.search.backend import BACKENDS, Backend
-from vq_kernels.search.validation import check_at_least, check_choice, check_dtype
+from vq_kernels.search.validation import check_at_least, check_bool, check_choice, check_dtype
 
 
 class SimVQ(nn.Module):
@@ -63,7 +63,8 @@ class SimVQ(nn.Module):
     ) -> None:
         super().__init__()
         frozen_dim = dim if frozen_codebook_dim is None else frozen_codebook_dim
-        check_at_least(1, dim=dim, codebook_size=codebook_size, frozen_codebook_dim=frozen_dim)
+        check_at_least(1, integer=True, dim=dim, codebook_size=codebook_size, frozen_codebook_dim=frozen_dim)
+        check_bool(channel_first=channel_first, rotation_trick=rotation_trick)
         check_at_least(
             0,
             input_to_quantize_commit_loss_weight=input_to_quantize_commit_loss_weight,

@@ -51,8 +51,9 @@ class TrainingMonitor:
         self._read_waiting = True
         if bool((needs_data >= 1).any()):
             warnings.warn(
-                f"the codes wait for data: init={init!r} takes them from the first batch in training mode; train on "
-                "one before, or call fit, set_codes or load_state_dict, or pass warn=False to hide this warning",
+                f"the codes wait for data: init={init!r} takes them from the first batch in training mode, unless "
+                "freeze_codebook is set; train on one before, or call fit, set_codes or load_state_dict, or pass "
+                "warn=False to hide this warning",
                 stacklevel=4,
             )
 

@@ -28,6 +28,7 @@ from vq_kernels.search.validation import (
     check_choice,
     check_dtype,
     check_no_vmap,
+    check_not_given,
     check_not_traced,
 )
 
@@ -160,6 +161,7 @@ class QuantizerBase(Codebook):
         """
         check_dtype("codebook", codebook)
         check_bool(freeze=freeze)
+        check_not_given(options, "from_codebook", "init", "freeze_codebook", *cls.size_names[1:])
         num_sizes = len(cls.size_names) - 1
         if codebook.dim() not in (num_sizes, num_sizes + 1):
             raise ValueError(f"codebook must have {num_sizes} or {num_sizes + 1} dimensions, got {codebook.dim()}")

@@ -101,6 +101,13 @@ def is_eager(x: Tensor, codebook: Tensor) -> bool:
     )
 
 
+def check_not_given(arguments: dict[str, Any], function: str, *names: str) -> None:
+    """Raise TypeError if one of `names` is among the arguments, because `function` sets it itself."""
+    for name in names:
+        if name in arguments:
+            raise TypeError(f"{name} must not be given, because {function} sets it, got {arguments[name]!r}")
+
+
 def check_not_traced() -> None:
     """Raise RuntimeError inside `torch.jit.trace`, for what updates the state of a module."""
     if is_tracing():

@@ -165,6 +165,8 @@ def test_sequential_of_theirs_takes_ours() -> None:
         ("ResidualSimVQ", {"num_quantizers": 2, "heads": 2}, ValueError, "heads must be 1, got 2"),
         ("ResidualSimVQ", {"num_quantizers": 2, "decay": 0.5}, TypeError, "unexpected keyword argument 'decay'"),
         ("RandomProjectionQuantizer", {"codebook_dim": 0}, ValueError, "codebook_dim must be >= 1, got 0"),
+        ("RandomProjectionQuantizer", {"codebook_dim": 4, "heads": 2}, TypeError, "heads must not be given"),
+        ("SimVQ", {"rotation_trick": "no"}, TypeError, "rotation_trick must be True or False, got 'no'"),
         (
             "RandomProjectionQuantizer",
             {"codebook_dim": 4, "affine_param": True},

@@ -98,6 +98,12 @@ def test_an_argument_that_does_not_fit_is_named(make: Any, name: str, value: Any
         assert message.endswith(f"got {value!r}")
 
 
+@pytest.mark.parametrize("name", ["num_codes", "code_dim", "init", "freeze_codebook"])
+def test_what_from_codebook_sets_is_not_taken(name: str) -> None:
+    with pytest.raises(TypeError, match=f"{name} must not be given, because from_codebook sets it, got 4"):
+        from_codebook(**{name: 4})
+
+
 def test_numbers_of_numpy_fit() -> None:
     quantizer = vector(num_codes=np.int64(8), ema_decay=np.float32(0.5), restart_after=np.int64(3))
     quantizer(torch.randn(5, 2))
