@@ -3,12 +3,10 @@
     python -m benchmarks.tables           # update them
     python -m benchmarks.tables --check   # exit with 1 if a table would change
 
-A table stands between `<!-- begin NAME -->` and `<!-- end NAME -->`; `TABLES` lists the names. CPU results are in
-benchmarks/results/cpu: argmin.jsonl (argmin_bench.py), small.jsonl (argmin_bench.py --small), exactness.jsonl
-(exactness.py), train_bench.jsonl (train.py), quantizer_step.jsonl, codecs.jsonl, upstream_tests.jsonl,
-clustering.jsonl, semantic_ids.jsonl, ablation.jsonl, rate_distortion.jsonl, batch_sizes.jsonl (rate_distortion.py at
-other batch sizes), gaussian_codes.jsonl, conv_vqvae.jsonl and residual_signal.jsonl (examples/). GPU results are in
-benchmarks/results/h200/gpu.jsonl, or in h100/gpu.jsonl if that one is missing; `gpu.py` writes them.
+A table stands between `<!-- begin NAME -->` and `<!-- end NAME -->`; `TABLES` lists the names. The CPU results are in
+benchmarks/results/cpu, one file for each script, and small.jsonl (argmin_bench.py --small) and sweep.jsonl
+(rate_distortion.py with other sizes). GPU results are in benchmarks/results/h200/gpu.jsonl, or in h100/gpu.jsonl if
+that one is missing; `gpu.py` writes them.
 """
 
 from __future__ import annotations
@@ -56,7 +54,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "gaussian": lambda: gaussian_table(cpu_rows("gaussian_codes")),
     "vqvae": lambda: vqvae_table(cpu_rows("conv_vqvae")),
     "residual-signal": lambda: codec_table(cpu_rows("residual_signal")),
-    "use": lambda: use_table([*cpu_rows("rate_distortion"), *cpu_rows("batch_sizes")]),
+    "use": lambda: use_table(cpu_rows("sweep")),
     **{name: partial(_committed_gpu_table, name) for name in GPU_TABLES},
 }
 """All tables, by the name in their markers."""

@@ -4,7 +4,6 @@ import itertools
 import math
 import statistics
 from collections.abc import Sequence
-from typing import Any
 
 from benchmarks.results import Row, markdown
 from benchmarks.tables.rows import NO_RESULTS, cpu_rows, spread, where
@@ -195,21 +194,16 @@ def gaussian_table(rows: Sequence[Row]) -> str:
     return f"{markdown(cells)}\n\n{what}; {where(rows)}; `python benchmarks/gaussian_codes.py`."
 
 
-_LEAST = ("codes used, fewest", "perplexity on test, least")
-
-
 def use_table(rows: Sequence[Row]) -> str:
-    """How many codes the model uses: a line for each K, batch size, D and length of run in rate_distortion.py rows."""
-    alike: dict[tuple[Any, ...], list[Row]] = {}
-    for row in rows:
-        if row["method"] == "model" and row["num_quantizers"] == 1:
-            kind = (row["settings"][name] for name in ("batch_size", "code_dim", "max_minutes", "unfreeze_encoder_at"))
-            alike.setdefault((row["num_codes"], *kind), []).append(row)
-    if not alike:
+    """How many codes the model uses: a line for each K and batch size of rate_distortion.py rows."""
+    if not rows:
         return NO_RESULTS
-    cells = [[*("K", "batch size", "D", "minutes", "encoder frozen until", "seeds", "test MSE"), *_LEAST]]
-    for sizes, runs in sorted(alike.items(), key=lambda item: (item[0][0], str(item[0][1:]))):
-        mse = spread([row["test_mse"] for row in runs], 5)
-        least = [f"{min(row[f'test_{name}'] for row in runs):.0f}" for name in ("codes_used", "perplexity")]
-        cells.append([*(f"{size:,}" if size is not None else "-" for size in sizes), str(len(runs)), mse, *least])
-    return f"{markdown(cells)}\n\n{where([row for runs in alike.values() for row in runs])}."
+    cells = [["K", "batch size", "test MSE", "perplexity", "codes used on test images", "on training images"]]
+    for row in sorted(rows, key=lambda row: (row["num_codes"], row["settings"]["batch_size"])):
+        sizes = (f"{row['num_codes']:,}", f"{row['settings']['batch_size']:,}")
+        used = (f"{row[f'{split}_codes_used']:,}" for split in ("test", "train"))
+        cells.append([*sizes, f"{row['test_mse']:.5f}", f"{row['test_perplexity']:.0f}", *used])
+    epochs = {row["settings"]["epochs"] for row in rows}
+    length = " and ".join(f"{count} epoch{'s' * (count > 1)}" for count in sorted(epochs))
+    images = f"{length} of {rows[0]['num_train']:,} training images, {rows[0]['num_test']:,} test images"
+    return f"{markdown(cells)}\n\nOne seed; {images}; {where(rows)}."

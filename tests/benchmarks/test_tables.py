@@ -124,17 +124,19 @@ def test_figures_of_a_method_at_one_k() -> None:
     assert over_seeds(lines, "model", 4, "test_mse") == []
 
 
-def test_the_codes_in_use_are_those_of_the_worst_seed() -> None:
-    def run(seed: int, batch_size: int, used: int) -> dict[str, Any]:
-        settings = {"batch_size": batch_size, "code_dim": 64, "max_minutes": None, "unfreeze_encoder_at": 0.5}
-        line = {**point("model", 512, seed, 0.03), "settings": settings}
-        return {**line, "test_codes_used": used, "test_perplexity": used / 2}
+def test_codes_in_use_by_size_and_batch() -> None:
+    def run(num_codes: int, batch_size: int, used: int) -> dict[str, Any]:
+        row = {**point("model", num_codes, 0, 0.03), "settings": {"batch_size": batch_size, "epochs": 2}}
+        figures = {"test_perplexity": used / 2, "train_codes_used": used + 1, "num_train": 2000, "num_test": 1000}
+        return {**row, **figures, "test_codes_used": used}
 
-    lines = [run(0, 64, 500), run(1, 64, 480), run(0, 1024, 510), point("kmeans", 512, 0, 0.03)]
-    assert use_table(lines).splitlines()[2:4] == [
-        "| 512 | 1,024 | 64 | - | 0.5 | 1 | 0.03000 | 510 | 255 |",
-        "| 512 | 64 | 64 | - | 0.5 | 2 | 0.03000 ± 0.00000 | 480 | 240 |",
+    table = use_table([run(512, 1024, 500), run(512, 64, 480), run(2, 64, 2)]).splitlines()
+    assert table[2:5] == [
+        "| 2 | 64 | 0.03000 | 1 | 2 | 3 |",
+        "| 512 | 64 | 0.03000 | 240 | 480 | 481 |",
+        "| 512 | 1,024 | 0.03000 | 250 | 500 | 501 |",
     ]
+    assert "2 epochs of 2,000 training images" in table[-1]
 
 
 def test_without_results_the_tables_say_so() -> None:
