@@ -154,3 +154,9 @@ def test_no_old_words() -> None:
             if OLD_WORDS.search(OLD_NAMES.sub("", line)):
                 found.append(f"{file.relative_to(ROOT)}:{number}: {line.strip()}")
     assert not found, "\n".join(found)
+
+
+def test_the_library_imports_triton_and_the_compiler_on_first_use() -> None:
+    code = "import sys, vq_kernels; print(*sorted({'triton', 'torch._dynamo', 'torch._inductor'} & set(sys.modules)))"
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert finished.stdout.split() == []

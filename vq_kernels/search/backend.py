@@ -50,13 +50,16 @@ def captures_triton(x: Tensor, codebook: Tensor, backend: str) -> bool:
     return fits and _is_triton(x.device, x.dtype, codebook.dtype, backend)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _is_triton(device: torch.device, dtype: torch.dtype, codebook_dtype: torch.dtype, backend: str) -> bool:
     x, codebook = (torch.empty(0, 1, dtype=each, device=device) for each in (dtype, codebook_dtype))
     try:
         return choose_backend(x, codebook, backend)[0] == "triton"
     except RuntimeError:  # raised where the operator runs
         return False
+
+
+# As `torch.compiler.assume_constant_result` does, which would import torch._dynamo, and that Triton, with this package.
+_is_triton._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def backend_module(name: str) -> ModuleType:
