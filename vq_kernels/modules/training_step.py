@@ -310,15 +310,15 @@ class CodebookStep(HasCodebooks):
     @torch.no_grad()
     def _update_averages(self, p: int, batch: RowSums, learning: Tensor | None) -> None:
         """Moves the averages of codebook p by one batch, from `_row_sums`, if it is one of those of `_learning`."""
-        sizes, sums, (share, unit) = self._sizes[p], self._sums[p], self._share(batch.counts)
+        sizes, sums, (share, row_weight) = self._sizes[p], self._sums[p], self._share(batch.counts)
         if learning is not None:  # the averages of another codebook do not move
             share = torch.where(learning[p], share, 0)
             counts, sums_of_batch = (torch.where(learning[p], part, 0) for part in batch[:2])
             batch = RowSums(counts, sums_of_batch, batch.codes)
         if not is_readable(sizes) or bool((sizes <= 0).any()):
-            self._weigh_new_codes(p, share, unit, batch.counts)
+            self._weigh_new_codes(p, share, row_weight, batch.counts)
         if self.ema_decay == "auto":
-            batch = RowSums(batch.counts * unit, batch.sums * unit, batch.codes)
+            batch = RowSums(batch.counts * row_weight, batch.sums * row_weight, batch.codes)
         move_averages_(sizes, sums, batch, share)
 
     @torch.no_grad()
@@ -342,20 +342,20 @@ class CodebookStep(HasCodebooks):
         num_rows, in_averages = counts.sum().to(self._sizes.dtype), ROWS_IN_AVERAGE * self.num_codes
         return (num_rows / in_averages).clamp(max=1 - LEAST_DECAY), in_averages / num_rows.clamp(min=1)
 
-    def _weigh_new_codes(self, p: int, share: Tensor, unit: Tensor, counts: Tensor) -> None:
+    def _weigh_new_codes(self, p: int, share: Tensor, row_weight: Tensor, counts: Tensor) -> None:
         """Gives averages to codes that have none yet, from the counts [K] of their first batch.
 
         Those that were set get the averages that such batches lead to, or those of 40 rows for each code if these are
-        more. Those that `_reset_unused` set to a row, and now have rows, count as 5 rows. share and unit are those of
-        `_share`.
+        more. Those that `_reset_unused` set to a row, and now have rows, count as 5 rows. share and row_weight are
+        those of `_share`.
         """
         old, num_rows = self._sizes[p], counts.sum()
-        total = torch.maximum(num_rows * unit, ROWS_IN_AVERAGE * self.num_codes * share)
+        total = torch.maximum(num_rows * row_weight, ROWS_IN_AVERAGE * self.num_codes * share)
         sizes = total * (counts + 1) / (num_rows + self.num_codes)
         new = (old < 0) & (num_rows > 0)
         if self.restart_after or self.init == "data":
             set_to_row = (old == 0) & (counts > 0)
-            new, sizes = new | set_to_row, torch.where(set_to_row, NEW_CODE_ROWS * share * unit, sizes)
+            new, sizes = new | set_to_row, torch.where(set_to_row, NEW_CODE_ROWS * share * row_weight, sizes)
         _write_where(new, self._sums[p], sizes[:, None] * self._codes[p])
         _write_where(new, old, sizes)
 
