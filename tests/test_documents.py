@@ -280,6 +280,7 @@ def test_documents_named_in_the_code_exist() -> None:
 def test_options_named_in_the_documents_exist() -> None:
     commands = (Config, train.Command, evaluate.Command, reconstruct.Command)
     options = {flag(field.name) for command in commands for field in fields(command)} | {"--help", "--max-restarts"}
+    options |= {flag(f"no-{field.name}") for field in fields(Config) if isinstance(field.default, bool)}
     for document in DOCUMENTS:
         if document.name != "CHANGELOG.md":
             assert set(re.findall(r"`(--[a-z][a-z-]*)", document.read_text())) <= options, document.name

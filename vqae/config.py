@@ -101,6 +101,9 @@ class Config:
     """bfloat16 autocast for encoder and decoder."""
     compile: bool = False
     """Compile the model with torch.compile."""
+    cuda_graph: bool = True
+    """On CUDA, capture the training step as a CUDA graph. The numbers are those of the eager step, which runs with
+    --compile, with several processes, or if the search cannot run in Triton."""
     checkpoint_minutes: float = 1.0
     """Save last.pt at least this often."""
 

@@ -28,7 +28,7 @@ from vqae.runtime.process import Launch, SignalHandler, program
 from vqae.training.checkpoint import RunFolder, load_checkpoint
 from vqae.training.trainer import Trainer
 
-_MAY_CHANGE = ("out", "data_dir", "device", "dataset", "checkpoint_minutes")  # when a run is resumed
+_MAY_CHANGE = ("out", "data_dir", "device", "dataset", "checkpoint_minutes", "cuda_graph")  # when a run is resumed
 _EXTENDS = ("epochs", "max_minutes")  # may also change when a finished run is resumed
 
 

@@ -52,6 +52,7 @@ OTHER: dict[str, Any] = {
     "device": "cpu",
     "amp": True,
     "compile": True,
+    "cuda_graph": False,
     "checkpoint_minutes": 0.5,
 }
 

@@ -163,13 +163,13 @@ def training_batches(
     """
     num_images = images.shape[0]
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
-    order = torch.randperm(num_images, generator=generator)
-    flipped = torch.rand(num_images, generator=generator) < 0.5 if flip else None
+    order = torch.randperm(num_images, generator=generator).to(images.device)
+    flipped = (torch.rand(num_images, generator=generator) < 0.5).to(device) if flip else None
     for start in range(first_step * batch_size, num_images - batch_size + 1, batch_size):
         rows = _own_rows(start, batch_size)
-        batch = images[order[rows].to(images.device)].to(device, non_blocking=True)
+        batch = images[order[rows]].to(device, non_blocking=True)
         if flipped is not None:
-            batch = torch.where(flipped[rows].to(device)[:, None, None, None], batch.flip(3), batch)
+            batch = torch.where(flipped[rows][:, None, None, None], batch.flip(3), batch)
         yield batch
 
 

@@ -15,7 +15,7 @@ from vqae.model.vqae import VQAE
 def build_optimizer(model: VQAE, config: Config) -> torch.optim.SGD:
     """SGD with one parameter group each for encoder, decoder and codebook, in this order.
 
-    The codebook has neither momentum nor weight decay.
+    The codebook has neither momentum nor weight decay. The fused SGD reads learning rates from tensors on the device.
     """
     groups: list[dict[str, Any]] = [
         {"params": list(model.encoder.parameters()), "lr": config.encoder_lr},
@@ -26,7 +26,9 @@ def build_optimizer(model: VQAE, config: Config) -> torch.optim.SGD:
     else:
         codebook = [model.quantizer.codebook]
         groups.append({"params": codebook, "lr": config.codebook_lr, "momentum": 0.0, "weight_decay": 0.0})
-    optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+    optimizer = torch.optim.SGD(
+        groups, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=True
+    )
     if config.codebook_step == "count_normalised":
         attach_count_normalised_step(optimizer, model.quantizer)
     return optimizer

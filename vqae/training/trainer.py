@@ -1,10 +1,12 @@
 """The training loop: steps, epochs, evaluation, checkpoints."""
 
 import contextlib
+import logging
 import math
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from vqae.model.vqae import VQAE, at_least_float32, load_weights
 from vqae.runtime.distributed import data_parallel, is_rank0, max_over_ranks, world_size
 from vqae.runtime.errors import DivergedError, UsageError
 from vqae.runtime.process import Interrupted, Launch, SignalHandler, elapsed_s
+from vqae.training.captured_step import CapturedStep
 from vqae.training.checkpoint import RunFolder, save_checkpoint
 from vqae.training.metrics import Evaluation, LossMeter, collapse_warning, evaluate
 from vqae.training.optim import build_optimizer, build_schedule
@@ -26,6 +29,8 @@ from vqae.training.report import ProgressReporter, plot_codebook, plot_curves, p
 _CLOSING_S = 6.0  # part of --max-minutes reserved for the last checkpoint, the plots and the exit of the interpreter
 _NUM_PLOTTED = 48  # test images in reconstructions.png
 _SAVED = ("epoch", "step", "train_s", "evaluation_s", "history", "best_val_mse", "test_counts")  # kept in last.pt
+
+_logger = logging.getLogger(__name__)
 
 
 class Trainer:
@@ -79,7 +84,7 @@ class Trainer:
         if state is not None and state["finished"]:  # an extended run: the learning rates of its new schedule
             for group, factor in zip(self.optimizer.param_groups, self.schedule.lr_lambdas, strict=True):
                 group["lr"] = group["initial_lr"] * factor(self.global_step)
-        self.forward = self._prepare_forward()
+        self.captured_step = self._prepare_step()
         self.saved_at = time.monotonic()
         self.event_writer: Any = None  # see write_events
         self.reporter = ProgressReporter(self.progress(), silent=not self.is_rank0)
@@ -175,27 +180,42 @@ class Trainer:
     def _train_step(self, images: Tensor) -> None:
         """One SGD step on images [B, 3, H, W] uint8, this rank's share of the batch."""
         if self.model.encoder.frozen and self.progress() >= self.config.unfreeze_encoder_at:
-            self.forward = self._prepare_forward()
+            self.captured_step = self._prepare_step()
+        losses = self.captured_step(images)
+        self.losses.add(sum_over_ranks(losses, synchronise=True), self.global_step + 1)
+        self.step += 1
+        self._synchronise()
+        self.schedule.step()
+
+    def _prepare_step(self) -> CapturedStep:
+        """Freeze or unfreeze the encoder as the run requires now, and return the step that trains it so."""
+        self.model.encoder.freeze(self.progress() < self.config.unfreeze_encoder_at)
+        self.model.train()
+        model = data_parallel(self.model, self.device)  # after freezing: it registers the trainable parameters
+        forward = torch.compile(model) if self.config.compile else model
+        return CapturedStep(partial(self._update, forward), self.optimizer, self.device, capture=self._captures())
+
+    def _captures(self) -> bool:
+        """Whether to capture the step as a CUDA graph. Logs what forbids it."""
+        if not self.config.cuda_graph or self.device.type != "cuda":
+            return False
+        obstacle = "of --compile" if self.config.compile else "processes share a batch" if world_size() > 1 else None
+        if obstacle is not None:
+            _logger.info("the training step is not captured as a CUDA graph, because %s", obstacle)
+        return obstacle is None
+
+    def _update(self, forward: Callable[[Tensor], Any], images: Tensor) -> Tensor:
+        """Forward, backward and optimizer step. Returns the losses [2], this rank's part of the batch's mean."""
         target = self.model.normalise(images)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp):
-            output = self.forward(target)
+            output = forward(target)
         reconstruction_loss = F.mse_loss(at_least_float32(output.reconstruction), target)
         losses = torch.stack([reconstruction_loss, output.codebook_loss])  # [2], means over this rank's share
         losses = losses * (images.shape[0] / self.batch_size)  # their sum over the ranks is the mean over the batch
         self.optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(world_size() * losses.sum())  # DistributedDataParallel averages over the ranks
         self.optimizer.step()
-        self.losses.add(sum_over_ranks(losses.detach(), synchronise=True), self.global_step + 1)
-        self.step += 1
-        self._synchronise()
-        self.schedule.step()
-
-    def _prepare_forward(self) -> Callable[[Tensor], Any]:
-        """Freeze or unfreeze the encoder as the run requires now, and wrap the model for training."""
-        self.model.encoder.freeze(self.progress() < self.config.unfreeze_encoder_at)
-        self.model.train()
-        model = data_parallel(self.model, self.device)  # after freezing: it registers the trainable parameters
-        return torch.compile(model) if self.config.compile else model
+        return losses.detach()
 
     def _end_epoch(self) -> None:
         """Evaluate, report and save."""
