@@ -18,7 +18,6 @@ def test_every_kernel_and_configuration_is_collected():
     launches = [launch for arch in (80, 90, 100) for launch in kernel_report.collect_launches(arch)]
     assert {launch.kernel for launch in launches} == {
         "_column_statistics_kernel",
-        "_shift_kernel",
         "_round_codes_kernel",
         "_rows_kernel",
         "_scan_kernel",

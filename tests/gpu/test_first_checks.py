@@ -9,8 +9,8 @@ from torch import Tensor
 from tests.gpu.device import DEVICE, MARKS, SMALL, gaussian
 from vq_kernels.gradient.triton_backend import codebook_gradient
 from vq_kernels.search.reference import brute_force_nearest
-from vq_kernels.search.triton.launch import search
-from vq_kernels.search.triton.prepare import launch_prepare
+from vq_kernels.search.triton.launch import prepare, search
+from vq_kernels.search.triton.prepare import TritonCodebook
 
 pytestmark = MARKS
 SHAPES = (
@@ -46,7 +46,7 @@ def test_indices_and_how_many_rows_are_certified(shape: tuple[int, int, int]) ->
 def test_a_prepared_codebook(dtype: torch.dtype, offset: float, d: int) -> None:
     codebook = gaussian(1, 300, d, offset=offset, dtype=dtype)[1]
     codebook[7, 3], codebook[11, 0] = float("nan"), float("inf")
-    prepared = launch_prepare(codebook)
+    prepared = TritonCodebook(*prepare(codebook))
     wide = codebook.cpu().double()
     finite = wide.isfinite().all(1)
     shift, exponent = prepared.shift.cpu().double(), int(prepared.exponent)

@@ -6,8 +6,9 @@ from torch import Tensor
 
 from tests.gpu.device import DEVICE, MARKS, SMALL
 from vq_kernels.search.triton.common import Outputs, Uncertified, ceil_div
+from vq_kernels.search.triton.launch import prepare
 from vq_kernels.search.triton.plan import CONFIGS, ScanConfig, SearchPlan
-from vq_kernels.search.triton.prepare import launch_prepare, launch_rows
+from vq_kernels.search.triton.prepare import TritonCodebook, launch_rows
 from vq_kernels.search.triton.scan import launch_scan
 
 pytestmark = MARKS
@@ -42,7 +43,7 @@ def vectors(name: str, d: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize(("config", "d"), CASES, ids=[f"{config.name}-{d}" for config, d in CASES])
 def test_scores_stay_within_the_bound(config: ScanConfig, d: int, name: str) -> None:
     x, codebook = (tensor.to(DEVICE) for tensor in vectors(name, d))
-    prepared = launch_prepare(codebook)
+    prepared = TritonCodebook(*prepare(codebook))
     tiles_per_split = ceil_div(ceil_div(K, config.block_k), 2)
     splits = ceil_div(ceil_div(K, config.block_k), tiles_per_split)  # so that the scan leaves its states
     plan = SearchPlan(config, splits, tiles_per_split, 1 << 20)

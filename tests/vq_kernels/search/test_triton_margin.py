@@ -54,13 +54,14 @@ class Checked(NamedTuple):
 
 def check(x: torch.Tensor, codebook: torch.Tensor) -> Checked:
     """The errors of x [N, D] and codebook [K, D], prepared by the kernels and summed by the model."""
+    from vq_kernels.search.triton.launch import prepare
     from vq_kernels.search.triton.plan import DeviceProperties, pick_config, plan_search
-    from vq_kernels.search.triton.prepare import launch_prepare, launch_rows
+    from vq_kernels.search.triton.prepare import TritonCodebook, launch_rows
 
     code_dim, properties = x.shape[1], DeviceProperties((9, 0), 132)
     plan = plan_search(N, K, code_dim, pick_config(N, K, code_dim, x.dtype, properties), properties)
     with np.errstate(all="ignore"):  # the interpreter computes in numpy
-        prepared = launch_prepare(codebook)
+        prepared = TritonCodebook(*prepare(codebook))
         rows16, ratios, margins = launch_rows(x, prepared, plan)
 
     rows, codes = as_array(rows16)[:N, :code_dim], as_array(prepared.codes16)[:K, :code_dim]

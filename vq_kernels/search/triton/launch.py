@@ -24,7 +24,7 @@ def device_properties(device: torch.device) -> DeviceProperties:
 
 def prepare(codebook: Tensor) -> list[Tensor]:
     """Return the tensors that `search` needs of a codebook [K, D]; see TritonCodebook."""
-    return list(launch_prepare(codebook))
+    return list(launch_prepare(codebook, device_properties(codebook.device).multiprocessors))
 
 
 def search(x: Tensor, codebook: Tensor, prepared: list[Tensor]) -> Found:
@@ -48,7 +48,7 @@ def search(x: Tensor, codebook: Tensor, prepared: list[Tensor]) -> Found:
 def search_with_plan(x: Tensor, codebook: Tensor, prepared: list[Tensor], plan: SearchPlan) -> Found:
     """`search` with the given plan."""
     num_rows = x.shape[0]
-    operands = TritonCodebook(*prepared) if prepared else launch_prepare(codebook)
+    operands = TritonCodebook(*(prepared or prepare(codebook)))
     outputs = Outputs(
         indices=torch.empty(num_rows, dtype=torch.int64, device=x.device),
         codes=torch.empty(x.shape, dtype=x.dtype, device=x.device),

@@ -7,7 +7,7 @@
     C, R, C', H = max ||(c_k - mu) * 2**e||, max ||(c_k - mu) * 2**e - c'_k||, max ||c'_k||, max h_k, rounded up
     x'_n = fp16((x_n - mu) * 2**e_n), unless the scan computes it; see common.py
 
-The codebook takes three launches, which read it three times and write 2 bytes per entry and 4 bytes per code; there is
+The codebook takes two launches, which read it three times and write 2 bytes per entry and 4 bytes per code; there is
 no float64 copy. The rows take one launch, which reads x twice and writes 2 bytes per entry and 8 bytes per row. Nothing
 waits for the device.
 
@@ -40,10 +40,11 @@ from vq_kernels.search.triton.plan import CODE_PADDING, SearchPlan, row_pitch
 
 _BLOCK_K = 32
 _BLOCK_D = 64
-# Partial sums combined at once. One program combines them all, so their latency counts.
-_BLOCK_P = 16
+# Programs that sum the columns, and the columns of all of them, at most (2 MiB). The next launch's programs read all.
+_MAX_PARTIALS, _MAX_SUMS = 64, 2**16
+_BLOCK_P = 16  # partial sums combined at once
 # The compiler aims for fewer on its own, and then spills for some dtypes.
-_STATISTICS_REGISTERS = 224
+_STATISTICS_REGISTERS, _ROUND_REGISTERS = 224, 128
 _ROWS_BLOCK_N, _ROWS_BLOCK_D = 16, 128
 
 
@@ -62,9 +63,12 @@ def _column_statistics_kernel(
     codebook_ptr, stride_k, stride_d,  # [K, D], any strides
     half_norms_ptr,  # [K padded] float32: receives 0 for a finite code, LARGE_HALF_NORM for another
     partials_ptr,  # [programs, 4, D] float64: sum, least, greatest, number of finite codes
+    bounds_ptr,  # [4] float32: receives zeros, which the next launch raises
     K, D, codes_per_program, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
+    if program == 0:
+        tl.store(bounds_ptr + tl.arange(0, 4), tl.zeros([4], tl.float32))
     first = program * codes_per_program
     last = tl.minimum(first + codes_per_program, K)
     offs_d = tl.arange(0, BLOCK_D)
@@ -127,13 +131,11 @@ def _combine_columns(partials_ptr, columns, D, num_partials, BLOCK_P: tl.constex
     return mean, unshifted, shifted
 
 
-@triton.jit(do_not_specialize=["num_partials"])
-def _shift_kernel(
-    partials_ptr,  # [programs, 4, D] float64
-    shift_ptr,  # [D] float32
-    exponent_ptr,  # [1] int32
-    D, num_partials, SIXTEEN_BIT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+@triton.jit
+def _choose_shift(
+    partials_ptr, shift_ptr, D, num_partials, SIXTEEN_BIT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """Store mu, and return the exponent e. Every program does so, in the same order, and stores the same bits."""
     offs_d = tl.arange(0, BLOCK_D)
     energy_unshifted = tl.zeros([BLOCK_D], tl.float64)
     energy_shifted = tl.zeros([BLOCK_D], tl.float64)
@@ -142,7 +144,8 @@ def _shift_kernel(
     for start_d in range(0, D, BLOCK_D):
         columns = start_d + offs_d
         mean, unshifted, shifted = _combine_columns(partials_ptr, columns, D, num_partials, BLOCK_P, BLOCK_D)
-        tl.store(shift_ptr + columns, mean, mask=columns < D)
+        if not SIXTEEN_BIT:
+            tl.store(shift_ptr + columns, mean, mask=columns < D)
         energy_unshifted += unshifted * unshifted
         energy_shifted += shifted * shifted
         widest_unshifted = tl.maximum(widest_unshifted, unshifted)
@@ -154,14 +157,15 @@ def _shift_kernel(
         accumulation = (D + 16) * 1.8e-7
         unshifted_error = tl.sum(energy_unshifted, axis=0) * accumulation
         shifted_error = tl.sum(energy_shifted, axis=0) * (accumulation + 2.9e-4)
-        if unshifted_error <= shifted_error:
-            widest = tl.max(widest_unshifted, axis=0)
-            tl.debug_barrier()  # other threads of this program may overwrite the means
-            for start_d in range(0, D, BLOCK_D):
-                columns = start_d + offs_d
-                tl.store(shift_ptr + columns, tl.zeros([BLOCK_D], tl.float32), mask=columns < D)
+        centred = unshifted_error > shifted_error
+        widest = tl.where(centred, widest, tl.max(widest_unshifted, axis=0))
+        # Combined again: a mean that is stored before the choice could be read by a program that has made it.
+        for start_d in range(0, D, BLOCK_D):
+            columns = start_d + offs_d
+            mean, _, _ = _combine_columns(partials_ptr, columns, D, num_partials, BLOCK_P, BLOCK_D)
+            tl.store(shift_ptr + columns, tl.where(centred, mean, 0.0), mask=columns < D)
     binary_exponent = ((widest.to(tl.int64, bitcast=True) >> 52) - 1023).to(tl.int32)
-    tl.store(exponent_ptr, tl.where(widest > 0, 13 - binary_exponent, 0))
+    return tl.where(widest > 0, 13 - binary_exponent, 0)
 
 
 @triton.jit
@@ -170,52 +174,65 @@ def _round_up(value):
     return (value * (1 + 1e-6) + 1e-30).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["K"])
+@triton.jit(do_not_specialize=["K", "num_partials"])
 def _round_codes_kernel(
     codebook_ptr, stride_k, stride_d,  # [K, D], any strides
-    shift_ptr,  # [D] float32
-    exponent_ptr,  # [1] int32
+    partials_ptr,  # [num_partials, 4, D] float64
     codes16_ptr,  # [K padded, PITCH] float16
     half_norms_ptr,  # [K padded] float32
+    shift_ptr,  # [D] float32
     bounds_ptr,  # [4] float32, zeros before
-    K, D, PITCH: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    exponent_ptr,  # [1] int32
+    K, D, num_partials, PITCH: tl.constexpr, SIXTEEN_BIT: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, CODE_PADDING: tl.constexpr,
 ):  # fmt: skip
-    offs_k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
-    mark = tl.load(half_norms_ptr + offs_k, mask=offs_k < K, other=1.0)
-    finite = (offs_k < K) & (mark == 0.0)
-    scale = ((tl.load(exponent_ptr).to(tl.int64) + 1023) << 52).to(tl.float64, bitcast=True)
-    square = tl.zeros([BLOCK_K, BLOCK_D], tl.float64)
-    residual_square = tl.zeros([BLOCK_K, BLOCK_D], tl.float64)
-    rounded_square = tl.zeros([BLOCK_K, BLOCK_D], tl.float64)
-    for start_d in range(0, PITCH, BLOCK_D):
-        columns = start_d + tl.arange(0, BLOCK_D)
-        mask = finite[:, None] & (columns < D)[None, :]
-        addresses = codebook_ptr + offs_k.to(tl.int64)[:, None] * stride_k + columns.to(tl.int64)[None, :] * stride_d
-        values = tl.load(addresses, mask=mask, other=0.0).to(tl.float64)
-        shift = tl.load(shift_ptr + columns, mask=columns < D, other=0.0).to(tl.float64)
-        scaled = tl.where(mask, (values - shift[None, :]) * scale, 0.0)
-        rounded = scaled.to(tl.float32).to(tl.float16)  # the residual below covers both roundings
-        target = codes16_ptr + offs_k.to(tl.int64)[:, None] * PITCH + columns[None, :]
-        tl.store(target, rounded, mask=(columns < PITCH)[None, :])
-        residual = scaled - rounded.to(tl.float64)
-        square += scaled * scaled
-        residual_square += residual * residual
-        rounded_square += rounded.to(tl.float64) * rounded.to(tl.float64)
-    square_norm = tl.sum(square, axis=1)
-    tl.debug_barrier()  # every thread has read the marks, which are now overwritten
-    # Note: +inf here would become NaN once packed; LARGE_HALF_NORM stays finite under every scale of a row.
-    tl.store(half_norms_ptr + offs_k, tl.where(finite, (0.5 * square_norm).to(tl.float32), LARGE_HALF_NORM))
+    exponent = _choose_shift(partials_ptr, shift_ptr, D, num_partials, SIXTEEN_BIT, BLOCK_P, BLOCK_D)
+    tl.store(exponent_ptr, exponent)
+    tl.debug_barrier()  # other threads of this program read mu below
+    scale = ((exponent.to(tl.int64) + 1023) << 52).to(tl.float64, bitcast=True)
+    largest_square = tl.zeros([BLOCK_K], tl.float64)
+    largest_residual_square = tl.zeros([BLOCK_K], tl.float64)
+    largest_rounded_square = tl.zeros([BLOCK_K], tl.float64)
+    padded = tl.cdiv(K, CODE_PADDING) * CODE_PADDING
+    for start in range(tl.program_id(0) * BLOCK_K, padded, tl.num_programs(0) * BLOCK_K):
+        offs_k = start + tl.arange(0, BLOCK_K)
+        mark = tl.load(half_norms_ptr + offs_k, mask=offs_k < K, other=1.0)
+        finite = (offs_k < K) & (mark == 0.0)
+        square = tl.zeros([BLOCK_K, BLOCK_D], tl.float64)
+        residual_square = tl.zeros([BLOCK_K, BLOCK_D], tl.float64)
+        rounded_square = tl.zeros([BLOCK_K, BLOCK_D], tl.float64)
+        rows = codebook_ptr + offs_k.to(tl.int64)[:, None] * stride_k
+        for start_d in range(0, PITCH, BLOCK_D):
+            columns = start_d + tl.arange(0, BLOCK_D)
+            mask = finite[:, None] & (columns < D)[None, :]
+            values = tl.load(rows + columns.to(tl.int64)[None, :] * stride_d, mask=mask, other=0.0).to(tl.float64)
+            shift = tl.load(shift_ptr + columns, mask=columns < D, other=0.0).to(tl.float64)
+            scaled = tl.where(mask, (values - shift[None, :]) * scale, 0.0)
+            rounded = scaled.to(tl.float32).to(tl.float16)  # the residual below covers both roundings
+            target = codes16_ptr + offs_k.to(tl.int64)[:, None] * PITCH + columns[None, :]
+            tl.store(target, rounded, mask=(columns < PITCH)[None, :])
+            residual = scaled - rounded.to(tl.float64)
+            square += scaled * scaled
+            residual_square += residual * residual
+            rounded_square += rounded.to(tl.float64) * rounded.to(tl.float64)
+        square_norm = tl.sum(square, axis=1)
+        tl.debug_barrier()  # every thread has read the marks, which are now overwritten
+        # Note: +inf here would become NaN once packed; LARGE_HALF_NORM stays finite under every scale of a row.
+        tl.store(half_norms_ptr + offs_k, tl.where(finite, (0.5 * square_norm).to(tl.float32), LARGE_HALF_NORM))
+        largest_square = tl.maximum(largest_square, square_norm)
+        largest_residual_square = tl.maximum(largest_residual_square, tl.sum(residual_square, axis=1))
+        largest_rounded_square = tl.maximum(largest_rounded_square, tl.sum(rounded_square, axis=1))
     # The rounding of c - mu in float64 is within 2**-53 C per entry: 1e-13 * C covers it up to D = 2**20.
-    norm = tl.sqrt(tl.max(square_norm, axis=0))
-    residual_norm = tl.sqrt(tl.max(tl.sum(residual_square, axis=1), axis=0)) + 1e-13 * norm
-    rounded_norm = tl.sqrt(tl.max(tl.sum(rounded_square, axis=1), axis=0))
+    norm = tl.sqrt(tl.max(largest_square, axis=0))
+    residual_norm = tl.sqrt(tl.max(largest_residual_square, axis=0)) + 1e-13 * norm
+    rounded_norm = tl.sqrt(tl.max(largest_rounded_square, axis=0))
     tl.atomic_max(bounds_ptr, _round_up(norm), sem="relaxed")
     tl.atomic_max(bounds_ptr + 1, _round_up(residual_norm), sem="relaxed")
     tl.atomic_max(bounds_ptr + 2, _round_up(rounded_norm), sem="relaxed")
-    tl.atomic_max(bounds_ptr + 3, _round_up(0.5 * tl.max(square_norm, axis=0)), sem="relaxed")
+    tl.atomic_max(bounds_ptr + 3, _round_up(0.5 * tl.max(largest_square, axis=0)), sem="relaxed")
 
 
-def launch_prepare(codebook: Tensor) -> TritonCodebook:
+def launch_prepare(codebook: Tensor, multiprocessors: int) -> TritonCodebook:
     """Prepare a codebook [K, D] for the scan: K >= 1, float32, float16 or bfloat16, any strides."""
     num_codes, code_dim = codebook.shape
     padded, pitch = ceil_div(num_codes, CODE_PADDING) * CODE_PADDING, row_pitch(code_dim)
@@ -224,29 +241,23 @@ def launch_prepare(codebook: Tensor) -> TritonCodebook:
         codes16=make((padded, pitch), dtype=torch.float16),
         half_norms=make((padded,), dtype=torch.float32),
         shift=make((code_dim,), dtype=torch.float32),
-        bounds=codebook.new_zeros((4,), dtype=torch.float32),
+        bounds=make((4,), dtype=torch.float32),
         exponent=make((1,), dtype=torch.int32),
     )
-    # At most 128 programs and 2 MiB of partial sums.
-    programs = max(1, min(ceil_div(num_codes, _BLOCK_K), 128, 2**16 // code_dim))
+    programs = max(1, min(_MAX_PARTIALS, _MAX_SUMS // code_dim))
     codes_per_program = ceil_div(ceil_div(num_codes, programs), _BLOCK_K) * _BLOCK_K
     programs = ceil_div(num_codes, codes_per_program)
     partials = make((programs, 4, code_dim), dtype=torch.float64)
     with device_of(codebook):
         _column_statistics_kernel[(programs,)](
-            codebook, *codebook.stride(), prepared.half_norms, partials, num_codes, code_dim, codes_per_program,
-            BLOCK_K=_BLOCK_K, BLOCK_D=_BLOCK_D, num_warps=8, maxnreg=_STATISTICS_REGISTERS,
+            codebook, *codebook.stride(), prepared.half_norms, partials, prepared.bounds, num_codes, code_dim,
+            codes_per_program, BLOCK_K=_BLOCK_K, BLOCK_D=_BLOCK_D, num_warps=8, maxnreg=_STATISTICS_REGISTERS,
             enable_fp_fusion=ENABLE_FP_FUSION,
         )  # fmt: skip
-        _shift_kernel[(1,)](
-            partials, prepared.shift, prepared.exponent, code_dim, programs,
-            SIXTEEN_BIT=codebook.dtype != torch.float32, BLOCK_P=_BLOCK_P, BLOCK_D=_BLOCK_D, num_warps=8,
-            maxnreg=_STATISTICS_REGISTERS, enable_fp_fusion=ENABLE_FP_FUSION,
-        )  # fmt: skip
-        _round_codes_kernel[(padded // _BLOCK_K,)](
-            codebook, *codebook.stride(), prepared.shift, prepared.exponent, prepared.codes16, prepared.half_norms,
-            prepared.bounds, num_codes, code_dim, PITCH=pitch, BLOCK_K=_BLOCK_K, BLOCK_D=_BLOCK_D,
-            enable_fp_fusion=ENABLE_FP_FUSION,
+        _round_codes_kernel[(min(padded // _BLOCK_K, 2 * multiprocessors),)](
+            codebook, *codebook.stride(), partials, *prepared, num_codes, code_dim, programs, PITCH=pitch,
+            SIXTEEN_BIT=codebook.dtype != torch.float32, BLOCK_K=_BLOCK_K, BLOCK_P=_BLOCK_P, BLOCK_D=_BLOCK_D,
+            CODE_PADDING=CODE_PADDING, num_warps=8, maxnreg=_ROUND_REGISTERS, enable_fp_fusion=ENABLE_FP_FUSION,
         )  # fmt: skip
     return prepared
 
