@@ -4,7 +4,7 @@
 
 Prints one JSON line per kernel, configuration and architecture. The exit status is 2 if a kernel does not compile, and
 1 if one spills, or copies nothing ahead although it has more than two stages. "bfloat16/float32" in a configuration
-means the dtypes of x and of the codebook, if they differ.
+means the dtypes of x and of the codebook, if they differ; "tuned" one that only benchmarks/gpu.py launches.
 
     {"kernel": "_scan_kernel", "config": "short_shared D=64 float32", "arch": 90, "registers": 124, "spill_bytes": 0,
      "stack_bytes": 0, "shared_bytes": 40960, "mma": "HGMMA.64x64x16.F32", "copies_ahead": 1, "products_pending": 0,
@@ -42,7 +42,7 @@ from triton.runtime.jit import JITFunction
 
 from vq_kernels.gradient.triton_backend import codebook_gradient
 from vq_kernels.search.triton.launch import search_with_plan
-from vq_kernels.search.triton.plan import DeviceProperties, pick_config, plan_search
+from vq_kernels.search.triton.plan import CONFIGS, DeviceProperties, ScanConfig, pick_config, plan_search
 
 _MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}  # of the A100, H100 and B200
 _SHARED_BYTES = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}  # per multiprocessor
@@ -71,11 +71,13 @@ _MIXED_SHAPES = (
     *((65_536, 1_024, d, _F32, _BF16) for d in (64, 128, 512)),
     *((65_536, 1_024, 64, _F16, _F32), (1_024, 4_096, 64, _BF16, _F32)),
 )
-# Shapes of _SHAPES for which x is also a view with unaligned rows, and a transposed view.
+# Shapes of _SHAPES for which x is also a view with unaligned rows, a transposed view, and one that starts, like its
+# codebook, at an address that 16 does not divide.
 _VIEWED_SHAPES = (
     *((65_536, 1_024, 32, _F32), (65_536, 1_024, 64, _BF16), (65_536, 1_024, 128, _F32), (65_536, 1_024, 512, _F32)),
     *((1_024, 4_096, 64, _F32), (256, 1_024, 128, _F16)),
 )
+_TUNED_SHAPES = tuple((1 << 20, 4_096, d, _F32) for d in (64, 128, 256, 512))  # benchmarks/gpu.py times every config
 _POINTEES = {
     **{torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"},
     **{torch.int64: "i64", torch.int32: "i32"},
@@ -114,9 +116,11 @@ def _describe(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], config
             signature[parameter.name] = "*" + _POINTEES[value.dtype]
         else:
             signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-        if isinstance(value, torch.Tensor) or (specialised and value % 16 == 0):
+        # A meta tensor has no address: its storage counts as aligned, as an allocation of PyTorch is.
+        offset = value.storage_offset() * value.element_size() if isinstance(value, torch.Tensor) else value
+        if (specialised or isinstance(value, torch.Tensor)) and offset % 16 == 0:
             aligned.append(position)
-    options = {name: kwargs[name] for name in kwargs if name not in names and kwargs[name] is not None}
+    options = {name: kwargs[name] for name in kwargs if name not in names}
     return Launch(kernel.fn.__module__, kernel.__name__, config, arch, signature, constants, tuple(aligned), options)
 
 
@@ -136,27 +140,38 @@ def _recorder(launches: dict[str, Launch], labels: dict[str, str], other: str, a
     return run
 
 
-def _cases() -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-    """Yields each case: a suffix for its layout, and meta tensors x and codebook."""
-    for shape in _SHAPES:
-        n, k, d, dtype = shape
-        codebook = torch.empty(k, d, dtype=dtype, device="meta")
-        yield "", torch.empty(n, d, dtype=dtype, device="meta"), codebook
-        if shape in _VIEWED_SHAPES:
-            yield " unaligned", torch.empty(n, d + 1, dtype=dtype, device="meta")[:, :d], codebook
-            yield " transposed", torch.empty(d, n, dtype=dtype, device="meta").t(), codebook
+def _empty(rows: int, d: int, dtype: torch.dtype, *, first: int = 0) -> torch.Tensor:
+    """A contiguous meta tensor [rows, d] that starts at entry `first` of its storage."""
+    return torch.empty(first + rows * d, dtype=dtype, device="meta")[first:].view(rows, d)
+
+
+def _cases(properties: DeviceProperties) -> Iterator[tuple[str, torch.Tensor, torch.Tensor, ScanConfig]]:
+    """Yields each case: a suffix for its layout, meta tensors x and codebook, and the configuration of its scan."""
+    for n, k, d, dtype in _SHAPES:
+        layouts = {"": (_empty(n, d, dtype), _empty(k, d, dtype))}
+        if (n, k, d, dtype) in _VIEWED_SHAPES:
+            layouts |= {
+                " unaligned": (_empty(n, d + 1, dtype)[:, :d], _empty(k, d, dtype)),
+                " transposed": (_empty(d, n, dtype).t(), _empty(k, d, dtype)),
+                " misaligned": (_empty(n, d, dtype, first=1), _empty(k, d, dtype, first=1)),
+            }
+        for layout, tensors in layouts.items():
+            yield layout, *tensors, pick_config(n, k, d, dtype, properties, aligned=not layout)
     for n, k, d, x_dtype, codebook_dtype in _MIXED_SHAPES:
-        x, codebook = (torch.empty(rows, d, dtype=t, device="meta") for rows, t in ((n, x_dtype), (k, codebook_dtype)))
-        yield "", x, codebook
+        yield "", _empty(n, d, x_dtype), _empty(k, d, codebook_dtype), pick_config(n, k, d, x_dtype, properties)
+    if properties.capability == (9, 0):
+        for n, k, d, dtype in _TUNED_SHAPES:
+            for config in CONFIGS:
+                if not config.resident or d <= config.block_d:
+                    yield " tuned", _empty(n, d, dtype), _empty(k, d, dtype), config
 
 
 def collect_launches(arch: int) -> list[Launch]:
     """Collects every kernel that a search or a gradient launches on an architecture, each specialisation once."""
     properties = DeviceProperties((arch // 10, arch % 10), _MULTIPROCESSORS[arch])
     launches: dict[str, Launch] = {}
-    for layout, x, codebook in _cases():
+    for layout, x, codebook, config in _cases(properties):
         (n, d), k = x.shape, codebook.shape[0]
-        config = pick_config(n, k, d, x.dtype, properties, aligned=not layout)
         plan = plan_search(n, k, d, config, properties)
         dtypes = "/".join(str(dtype).removeprefix("torch.") for dtype in dict.fromkeys((x.dtype, codebook.dtype)))
         scan_label = f"{config.name} D={d} {dtypes}{layout}{' split' if plan.splits > 1 else ''}"
@@ -164,7 +179,7 @@ def collect_launches(arch: int) -> list[Launch]:
         labels = {"_scan_kernel": scan_label, "_merge_kernel": dtypes + layout}
         with mock.patch.object(JITFunction, "run", _recorder(launches, labels, dtypes + layout, arch)):
             search_with_plan(x, codebook, [], plan)
-        if layout:
+        if layout not in ("", " misaligned"):
             continue
         indices = torch.empty(n, dtype=torch.int64, device="meta")
         for deterministic in (True, False):

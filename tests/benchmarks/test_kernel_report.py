@@ -7,6 +7,7 @@ import re
 import pytest
 
 from benchmarks import kernel_report
+from benchmarks.gpu import FULL
 from vq_kernels.search.triton.plan import CONFIGS
 
 
@@ -30,7 +31,7 @@ def test_every_kernel_and_configuration_is_collected():
     }
     scanned = {launch.config.split()[0] for launch in launches if launch.kernel == "_scan_kernel"}
     assert scanned == {config.name for config in CONFIGS}
-    for layout in ("unaligned", "transposed"):
+    for layout in ("unaligned", "transposed", "misaligned"):
         assert len([launch for launch in launches if launch.config.split()[-1] == layout]) >= 9
 
 
@@ -44,7 +45,9 @@ def test_what_a_launch_is_specialised_for_is_collected(arch: int):
         same = [launch for launch in launches if (launch.kernel, launch.config) == (kernel, "float32")]
         assert {launch.constants.get("D") for launch in same} == {1, None}
         assert len({launch.aligned for launch in same if "D" not in launch.constants}) == 2
-    scans = [launch for launch in launches if launch.kernel == "_scan_kernel"]
+    scans = [launch for launch in launches if launch.kernel == "_scan_kernel" and "tuned" not in launch.config]
+    assert any(launch.constants.get("rows16_ptr", 0) is None for launch in scans)  # as the launchers pass them
+    assert any(launch.options.get("maxnreg", 0) is None for launch in scans) or arch == 80
     names = {launch.config.split()[0] for launch in scans}
     assert {tuple(launch.config.split()[:3:2]) for launch in scans if "/" not in launch.config} == {
         (name, dtype) for name in names for dtype in ("float32", "bfloat16", "float16")
@@ -58,8 +61,22 @@ def test_what_a_launch_is_specialised_for_is_collected(arch: int):
         laid_out = {launch.config.split()[0] for launch in scans if layout in launch.config}
         assert laid_out >= {"few_rows", "long_ampere" if arch == 80 else "long_hopper"}
         assert any(launch.config.endswith(f"{layout} split") for launch in scans)
+    for launch in launches:
+        pointers = [kind for position, kind in enumerate(launch.signature) if position in launch.aligned]
+        if "codebook_ptr" in launch.signature:
+            assert ("codebook_ptr" in pointers) == ("misaligned" not in launch.config)
     few_rows = [launch.constants["SPLIT"] for launch in scans if launch.config.startswith("few_rows")]
     assert {*few_rows} == {True, False}
+
+
+def test_the_configurations_that_are_tuned_are_collected():
+    """benchmarks/gpu.py times them on a Hopper, each at every D that it serves."""
+    assert [shape[:3] for shape in kernel_report._TUNED_SHAPES] == [*FULL.long]
+    scans = [launch for launch in kernel_report.collect_launches(90) if launch.kernel == "_scan_kernel"]
+    served = {
+        (config.name, d) for config in CONFIGS for _, _, d in FULL.long if d <= config.block_d or not config.resident
+    }
+    assert {tuple(launch.config.split()[:3]) for launch in scans} >= {(name, f"D={d}", "float32") for name, d in served}
 
 
 @pytest.mark.parametrize(
