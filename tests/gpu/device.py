@@ -16,6 +16,7 @@ MARKS = [
     pytest.mark.gpu,
     pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="no CUDA device"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # the interpreter computes in numpy, which warns of Inf
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning"),
 ]
 
 

@@ -87,17 +87,17 @@ class CudaGraph:
         """Call the function. Returns the warnings of CUDA operations that waited for the device."""
         current = torch.cuda.current_stream(self._stream.device)
         self._stream.wait_stream(current)
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            with torch.cuda.stream(self._stream), warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
+        with warnings.catch_warnings(record=True) as caught, torch.cuda.stream(self._stream):
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")  # which warns that it is a prototype
+            try:
                 self._function()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
         current.wait_stream(self._stream)
         waits = [str(warning.message) for warning in caught if "synchronizing CUDA" in str(warning.message)]
         for warning in caught:
-            if str(warning.message) not in waits:
+            if str(warning.message) not in waits and "Synchronization debug mode" not in str(warning.message):
                 warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
         return waits
 

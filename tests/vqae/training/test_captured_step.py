@@ -4,9 +4,11 @@ Without a GPU, `RecordedGraph` takes the place of a CUDA graph: it too repeats o
 """
 
 import logging
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from vqae.model.encoder import FEATURE_DIM
 from vqae.model.vqae import build_model
 from vqae.runtime.process import SignalHandler
 from vqae.training import captured_step
+from vqae.training.captured_step import CudaGraph
 from vqae.training.trainer import Trainer
 
 CASES: dict[str, dict[str, Any]] = {
@@ -146,6 +149,26 @@ def test_a_step_that_waits_for_the_device_is_not_captured(
     assert RecordedGraph.captures == 0
     reason = "it waits for the device (called item)"
     assert caplog.messages == [f"the training step is not captured as a CUDA graph: {reason}"]
+
+
+def test_a_warm_up_tells_waiting_from_other_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes = []
+
+    def set_mode(mode: str) -> None:
+        modes.append(mode)
+        warnings.warn("Synchronization debug mode is a prototype feature", stacklevel=1)
+
+    def step() -> None:
+        warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+        warnings.warn("another", stacklevel=1)
+
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_mode)
+    for name in ("Stream", "current_stream", "stream"):
+        monkeypatch.setattr(torch.cuda, name, mock.MagicMock())
+    with pytest.warns(UserWarning, match="another") as warned:
+        assert CudaGraph(step, torch.device("cuda")).warm_up() == ["called a synchronizing CUDA operation"]
+    assert len(warned) == 1
+    assert modes == ["warn", "default"]
 
 
 @pytest.mark.parametrize(
