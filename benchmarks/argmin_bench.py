@@ -48,10 +48,10 @@ CUDA_SHAPES = (
 )
 QUICK_SHAPES = ("1000x128x16", "4096x256x64")
 
-_SMALL_CONTENDERS = ("cdist-gather", "torch", "torch-prepared")
+_SMALL_CONTENDERS = ("cdist-gather", "llvm", "llvm-prepared")
 # The most time of a small search, relative to cdist-gather: with few rows, and with more.
 _FEW_ROWS = 64
-_LIMITS = {"torch": (1.0, 1.15), "torch-prepared": (0.8, 0.95)}
+_LIMITS = {"llvm": (1.0, 1.15), "llvm-prepared": (0.8, 0.95)}
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _CHECK_BUDGET = {"cpu": 4e9, "cuda": 4e11}  # float64 subtractions per check: seconds on either device

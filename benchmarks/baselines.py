@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from vq_kernels import PreparedCodebook, nearest_code
+from vq_kernels.search.backend import Backend
 
 Search = Callable[[], Tensor]  # one timed call: indices [N] of any integer dtype, or the scores [N, K] of a product
 
@@ -36,7 +37,7 @@ class Contender:
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
     upcasts: bool = False  # whether it computes in float32 for 16-bit input too
     is_product: bool = False  # a bare product finds no index
-    backend: Literal["", "torch", "triton"] = ""  # of this library
+    backend: Literal["", "llvm", "torch", "triton"] = ""  # of this library
 
     def precision_for(self, dtype: torch.dtype) -> Precision:
         """The class of its arithmetic for input of this dtype."""
@@ -126,11 +127,11 @@ def _build_flash_kmeans(x: Tensor, codebook: Tensor) -> Search:
     return search
 
 
-def _build_ours(backend: Literal["torch", "triton"]) -> Callable[[Tensor, Tensor], Search]:
+def _build_ours(backend: Backend) -> Callable[[Tensor, Tensor], Search]:
     return lambda x, codebook: lambda: nearest_code(x, codebook, backend=backend).indices
 
 
-def _build_ours_prepared(backend: Literal["torch", "triton"]) -> Callable[[Tensor, Tensor], Search]:
+def _build_ours_prepared(backend: Backend) -> Callable[[Tensor, Tensor], Search]:
     def build(x: Tensor, codebook: Tensor) -> Search:
         prepared = PreparedCodebook.from_codebook(codebook, backend=backend)
         return lambda: nearest_code(x, prepared).indices
@@ -170,6 +171,8 @@ _CONTENDERS = (
     Contender("addmm-compiled", "float32", _build_addmm_compiled),  # under torch.compile
     Contender("faiss", "float32", _build_faiss, ("cpu",), "faiss", upcasts=True),  # IndexFlatL2
     Contender("flash-kmeans", "TF32", _build_flash_kmeans, _CUDA, "flash_kmeans"),  # svg-project/flash-kmeans
+    Contender("llvm", "exact", _build_ours("llvm"), ("cpu",), "llvmlite", backend="llvm"),
+    Contender("llvm-prepared", "exact", _build_ours_prepared("llvm"), ("cpu",), "llvmlite", backend="llvm"),
     Contender("torch", "exact", _build_ours("torch"), backend="torch"),
     Contender("torch-prepared", "exact", _build_ours_prepared("torch"), backend="torch"),
     Contender("triton", "exact", _build_ours("triton"), _CUDA, "triton", backend="triton"),

@@ -8,7 +8,7 @@ some of them odd, in all dtypes. Each block has its own codebook, drawn from the
 distances that agree within 1e-13, either index is right. Of identical codes, only the lowest index is right. The exit
 status is 1 if any index is wrong. The last line of standard output is a JSON object, such as
 
-    {"rows": 10000000, "wrong": 0, "seed": 0, "backend": "torch", "seconds": 246.8, "data": {...}, "device": ...}
+    {"rows": 10000000, "wrong": 0, "seed": 0, "backend": "llvm", "seconds": 246.8, "data": {...}, "device": ...}
 """
 
 import json
@@ -51,7 +51,7 @@ class Options:
     """Rows in all, at least. Every data set gets an equal part."""
     seed: int = 0
     """Seed of the data."""
-    backend: Literal["torch", "triton"] = "torch"
+    backend: Literal["llvm", "torch", "triton"] = "llvm"
     """The backend to check."""
     device: str = "cpu"
     """The device of both sides."""

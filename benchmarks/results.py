@@ -18,7 +18,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 Row = dict[str, Any]  # one line of a file
 
-_PACKAGES = ("torch", "triton", "faiss-cpu", "scikit-learn", "flash-kmeans", "vector-quantize-pytorch")
+_PACKAGES = ("torch", "triton", "llvmlite", "faiss-cpu", "scikit-learn", "flash-kmeans", "vector-quantize-pytorch")
 
 
 def environment(device: torch.device) -> dict[str, str]:

@@ -127,7 +127,7 @@ def executed_files(script: str, **environment: str) -> list[str]:
     return [file for file in files if any(Path(file).is_relative_to(ROOT / package) for package in MAY_IMPORT)]
 
 
-@pytest.mark.parametrize(("backend", "most"), [("torch", 6), ("triton", 9)])
+@pytest.mark.parametrize(("backend", "most"), [("torch", 6), ("llvm", 7), ("triton", 9)])
 def test_few_files_follow_a_search(backend: str, most: int) -> None:
     files = executed_files(SEARCH.format(backend=backend), TRITON_INTERPRET="1")
     assert 0 < len(files) <= most, files

@@ -119,7 +119,7 @@ def most_similar_code_op(x: Tensor, codebook: Tensor, backend: str, unit_codes: 
         indices: Tensor = most_similar_code_op(x.cpu(), codebook.cpu(), backend, unit_codes)
         return indices.to(x.device)
     name, _ = choose_backend(x, codebook, backend)
-    if name == "torch":
+    if name != "triton":
         return torch_backend.most_similar(x, codebook)
     if not unit_codes:
         scaled, equal = _scaled_if_equal(codebook.float())

@@ -4,7 +4,7 @@ from benchmarks.results import Row, markdown
 from benchmarks.tables.rows import NO_RESULTS, cpu_rows, size_of, where, wrong
 
 _CPU_CONTENDERS = {
-    "torch": "this library",
+    "llvm": "this library",
     "cdist": "cdist + argmin",
     "addmm-chunked": "addmm, chunked",
     "faiss": "faiss IndexFlatL2",
@@ -32,7 +32,7 @@ def small_search_table() -> str:
     if not rows:
         return NO_RESULTS
     named = {(size_of(row), row["contender"], row["data"]): row["p50_ms"] for row in rows}
-    columns = [(name, data) for data in ("gaussian", "offset-3") for name in ("torch", "torch-prepared")]
+    columns = [(name, data) for data in ("gaussian", "offset-3") for name in ("llvm", "llvm-prepared")]
     cells = [
         ["N × K × D", "this library", "codebook prepared", "this library, offset 3", "codebook prepared, offset 3"]
     ]

@@ -15,7 +15,7 @@ from benchmarks.argmin_bench import CPU_SHAPES, CUDA_SHAPES, parse_shape
 from benchmarks.baselines import CONTENDERS, Contender, Search
 from benchmarks.search import CLASSES, format_rows
 
-FAST = ("cdist", "addmm", "addmm-chunked", "faiss", "torch", "torch-prepared", "gemm")
+FAST = ("cdist", "addmm", "addmm-chunked", "faiss", "llvm", "llvm-prepared", "torch", "torch-prepared", "gemm")
 
 
 def bench(monkeypatch: pytest.MonkeyPatch, out: Path, *arguments: str) -> tuple[int, list[dict[str, object]]]:
@@ -49,7 +49,7 @@ def test_a_quick_run_fills_every_column(
         assert row["timing"] == "wall clock"
         assert all(row[field] for field in ("device", "versions", "commit", "date", "dtype", "data"))
         assert (row["wrong_percent"] is None) == (row["contender"] == "gemm")
-        assert (row["uncertified_percent"] is None) != row["contender"].startswith("torch")
+        assert (row["uncertified_percent"] is None) == (row["precision"] != "exact")
         if row["contender"] == "cdist":
             assert row["ratio_to_cdist"] == 1
         if row["precision"] == "exact":
@@ -57,20 +57,20 @@ def test_a_quick_run_fills_every_column(
             assert row["checked_rows"] == row["N"]
     printed = capsys.readouterr().out
     assert "500 x 64 x 8, float32, duplicates" in printed
-    assert "torch-prepared" in printed
+    assert "llvm-prepared" in printed
 
 
 def test_small_searches_are_shown_with_their_limits(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(argmin_bench._LIMITS, "torch", (0.0, 9999.0))
+    monkeypatch.setitem(argmin_bench._LIMITS, "llvm", (0.0, 9999.0))
     status, rows = bench(monkeypatch, tmp_path, "--small", "--shapes", "1x40x8", "100x40x8")
     assert status == 0
-    assert [row["contender"] for row in rows] == ["cdist-gather", "torch", "torch-prepared"] * 4
+    assert [row["contender"] for row in rows] == ["cdist-gather", "llvm", "llvm-prepared"] * 4
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
     shown = {tuple(line[:3]): line[4:] for line in lines if len(line) == 6}
-    assert shown["1 x 40 x 8", "offset-3", "torch"] == ["0.00", "over"]
-    assert shown["100 x 40 x 8", "gaussian", "torch"] == ["9999.00", ""]
+    assert shown["1 x 40 x 8", "offset-3", "llvm"] == ["0.00", "over"]
+    assert shown["100 x 40 x 8", "gaussian", "llvm"] == ["9999.00", ""]
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

@@ -9,7 +9,7 @@ torch.export. During export to ONNX, onnx_export.py replaces them.
 import functools
 import warnings
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -89,7 +89,7 @@ class PreparedCodebook:
     changed.
 
     Attributes:
-        backend: "triton" or "torch", the backend it is prepared for.
+        backend: "triton", "llvm" or "torch", the backend it is prepared for.
         operands: the tensors that backend reads.
     """
 
@@ -112,7 +112,7 @@ class PreparedCodebook:
 
         Raises:
             TypeError, ValueError: as `nearest_code`.
-            RuntimeError: backend="triton" cannot run here, with the reason.
+            RuntimeError: the backend cannot run here, with the reason.
         """
         check_codebook(codebook)
         with torch.inference_mode(False), torch.no_grad():  # not in inference mode, for use in training
@@ -143,7 +143,7 @@ def nearest_code(x: Tensor, codebook: Tensor | PreparedCodebook, *, backend: Bac
         x: [..., D], float32, float16, bfloat16 or float64, any strides.
         codebook: [K, D], K >= 1, on x's device; its dtype may differ from x's. Or a `PreparedCodebook`. Or [H, K, D]
             for x [H, ..., D], H >= 1: x[h] is searched in codebook[h].
-        backend: "auto", "triton" or "torch"; see `select_backend`. Only "torch" supports float64.
+        backend: "auto", "triton", "llvm" or "torch"; see `select_backend`. Only "torch" supports float64.
 
     Returns:
         NearestCode(indices [...] int64 in [0, K), codes [..., D] in x's dtype, sq_distances [...] float32, within 1e-5
@@ -155,7 +155,7 @@ def nearest_code(x: Tensor, codebook: Tensor | PreparedCodebook, *, backend: Bac
         TypeError: a dtype is not supported.
         ValueError: D, the device or K does not match, the backend is unknown, or the codebook was prepared for another
             one.
-        RuntimeError: backend="triton" cannot run here, with the reason.
+        RuntimeError: the backend cannot run here, with the reason.
 
     Source: van den Oord et al. 2017, arXiv:1711.00937, eq. 1.
     """
@@ -185,20 +185,27 @@ def select_backend(x: Tensor, codebook: Tensor | PreparedCodebook, backend: Back
     Args:
         x: [..., D].
         codebook: [K, D], on x's device; or a `PreparedCodebook`, whose backend is used.
-        backend: "triton" or "torch" is returned as it is. "auto" is replaced by the environment variable
-            VQ_KERNELS_BACKEND if set; otherwise it selects Triton for CUDA tensors if it can run, else PyTorch. If a
-            CUDA tensor cannot use Triton, "auto" warns once per reason.
+        backend: "triton", "llvm" or "torch" is returned as it is. "auto" is replaced by the environment variable
+            VQ_KERNELS_BACKEND if set; otherwise it selects Triton for CUDA tensors and LLVM for CPU tensors, if they
+            can run, else PyTorch. If a CUDA tensor cannot use Triton, "auto" warns once per reason.
 
     Returns:
-        (name, reason), where name is "triton" or "torch".
+        (name, reason), where name is "triton", "llvm" or "torch".
 
     Raises:
         TypeError, ValueError: as `nearest_code`.
-        RuntimeError: backend="triton" cannot run here, with the reason.
+        RuntimeError: the backend cannot run here, with the reason.
     """
     codes, operands, backend = unpacked(codebook, backend)
     check_pair(x, codes)
-    return (backend, "codebook was prepared for it") if operands else choose_backend(x, codes, backend)
+    if not operands:
+        return choose_backend(x, codes, backend)
+    return cast(Backend, _reader(x, backend)), "codebook was prepared for it"
+
+
+def _reader(x: Tensor, backend: str) -> str:
+    """The backend that reads what this one prepared, for x."""
+    return "torch" if backend == "llvm" and x.dtype == torch.float64 else backend
 
 
 def unpacked(codebook: Tensor | PreparedCodebook, backend: Backend) -> tuple[Tensor, list[Tensor], Backend]:
@@ -249,7 +256,7 @@ def _search_by_backend(x: Tensor, codebook: Tensor, operands: list[Tensor], back
             x.cpu(), codebook.cpu(), [operand.cpu() for operand in operands], backend
         )
         return indices.to(x.device), codes.to(x.device), sq_distances.float().to(x.device), statistics.to(x.device)
-    name, _ = choose_backend(x, codebook, backend)
+    name = _reader(x, backend) if operands else choose_backend(x, codebook, backend)[0]
     found: Found = backend_module(name).search(x, codebook, operands)
     return found
 

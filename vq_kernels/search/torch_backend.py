@@ -8,9 +8,6 @@ Each step processes only the rows that the previous one left undecided:
    the lowest index on a tie.
 3. Exhaustive. If many codes reach it, steps 1 and 2 are repeated with float64 scores.
 
-If all scores fit into a tile, they are kept from step 1 to step 2 instead of being computed again. Small searches for
-the nearest code begin with a cheaper step 1 (torch_small.py); where it leaves many candidates, all steps follow.
-
 Memory: a fixed buffer and O(N + K·D). Only a tile of the [N, K] scores exists at a time.
 
 Sources: van den Oord et al. 2017, arXiv:1711.00937, eq. 1, for the search; Higham, "Accuracy and Stability of Numerical
@@ -29,11 +26,10 @@ from vq_kernels.search.torch_bounds import (
     CodebookOperand,
     augment,
     float32_is_sufficient,
+    prepare,
     prepare_products,
     squared_distances,
 )
-from vq_kernels.search.torch_bounds import prepare as prepare_for_tiles
-from vq_kernels.search.torch_small import SmallOperand, is_small, prepare_small, rerank_few, scan_small
 
 __all__ = ["most_similar", "prepare", "search"]
 
@@ -42,11 +38,6 @@ _GATHER_ELEMENTS = 1 << 20  # elements gathered at a time
 _DIFFERENCE_ELEMENTS = 1 << 18  # differences computed at a time, which fit into a core's caches
 _TINY_SQ_DISTANCE = 2.0**-80  # below it a float32 sum of squares may have lost terms to underflow
 _MANY_CANDIDATES = 16  # per row; with more, float64 scores (or after them, removing duplicate codes) are faster
-
-
-def prepare(codebook: Tensor) -> tuple[Tensor, ...]:
-    """Return the operands of the codebook [K, D]: of the scan of tiles, and of the scan of small searches."""
-    return *prepare_for_tiles(codebook), *prepare_small(codebook)
 
 
 def search(x: Tensor, codebook: Tensor, prepared: list[Tensor]) -> Found:
@@ -61,7 +52,8 @@ def search(x: Tensor, codebook: Tensor, prepared: list[Tensor]) -> Found:
         As described at `Found`. Rows that are not finite count as certified.
     """
     with _no_autocast(x.device):
-        indices, statistics = _find_nearest(x, codebook, prepared)
+        operand = CodebookOperand(*prepared) if prepared else prepare(codebook)
+        indices, statistics = _find(x, codebook, operand)
         codes, sq_distances = gather_codes(x, codebook, indices)
     return indices, codes, sq_distances, statistics
 
@@ -80,76 +72,18 @@ def _no_autocast(device: torch.device) -> AbstractContextManager[object]:
     return torch.autocast(device.type, enabled=False) if autocast else nullcontext()
 
 
-def _find_nearest(x: Tensor, codebook: Tensor, prepared: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """`_find` for the nearest codes. The rows that `scan_small` certifies, or leaves few candidates, skip the rest."""
-    scan, operand = None, None
-    if is_small(x, codebook):
-        operand = SmallOperand(*prepared[len(CodebookOperand._fields) :]) if prepared else prepare_small(codebook)
-        scan = scan_small(x, codebook, operand)
-    if scan is None or operand is None:
-        return _find(x, codebook, _for_tiles(codebook, prepared))
-    indices, rest = scan
-    statistics = torch.tensor([x.shape[0], 0, 0], device=x.device)
-    if rest is not None:
-        part = x.index_select(0, rest.rows)
-        nearest = rerank_few(part, codebook, rest)
-        if nearest is not None:
-            statistics += torch.tensor([-part.shape[0], part.shape[0], 0], device=x.device)
-            return indices.index_copy_(0, rest.rows, nearest), statistics
-        found, counts = _rerank_scores(part, codebook, operand, rest.scores, rest.thresholds)
-        indices[rest.rows] = found
-        reranked = int(counts.count_nonzero())
-        statistics += torch.tensor([-reranked, reranked, 0], device=x.device)
-        many = (counts > _MANY_CANDIDATES).nonzero()[:, 0]
-        if many.numel():
-            found, others = _find(part.index_select(0, many), codebook, _for_tiles(codebook, prepared))
-            indices[rest.rows[many]] = found
-            statistics[1] -= many.numel()
-            statistics += others
-    return indices, statistics
-
-
-def _for_tiles(codebook: Tensor, prepared: list[Tensor]) -> CodebookOperand:
-    return CodebookOperand(*prepared[: len(CodebookOperand._fields)]) if prepared else prepare_for_tiles(codebook)
-
-
 def _find(x: Tensor, codebook: Tensor, operand: CodebookOperand) -> tuple[Tensor, Tensor]:
     """The indices [N] of x [N, D], and the statistics [3] of the search."""
     if not float32_is_sufficient(x):
         operand = operand.in_float64(codebook)
-    scan = _scan_one_tile if x.shape[0] * max(operand.matrix.shape) <= TILE_ELEMENTS else _scan_tiles
-    indices, uncertified, counts = scan(x, codebook, operand)
+    indices, thresholds, uncertified = _scan(x, operand)
+    indices[uncertified], counts = _rerank(x, uncertified, codebook, operand, thresholds[uncertified])
     many = counts > _MANY_CANDIDATES
     exhaustive = int(many.sum())
     if exhaustive:
         _search_exhaustively(x, codebook, operand, uncertified[many], indices)
     reranked = int(counts.count_nonzero()) - exhaustive
     return indices, torch.tensor([x.shape[0] - reranked - exhaustive, reranked, exhaustive], device=x.device)
-
-
-def _scan_one_tile(x: Tensor, codebook: Tensor, operand: CodebookOperand) -> tuple[Tensor, Tensor, Tensor]:
-    """`_scan_tiles` for few rows, whose scores are kept for the reranking."""
-    norms = operand.matrix.new_empty(x.shape[0])
-    left = augment(x, operand, operand.matrix.new_empty(x.shape[0], operand.matrix.shape[1]), norms)
-    scores = left @ operand.matrix[: codebook.shape[0]].t()  # [N, K]
-    best, indices = scores.max(dim=1)
-    scores.scatter_(1, indices[:, None], -torch.inf)
-    thresholds = operand.lower_bound(best, operand.errors(indices, norms), norms)
-    rows = (~(scores.amax(dim=1) < thresholds)).nonzero()[:, 0]  # not >=: NaN certifies nothing
-    x, scores, thresholds, best, found = (each.index_select(0, rows) for each in (x, scores, thresholds, best, indices))
-    scores.scatter_(1, found[:, None], best[:, None])
-    indices[rows], counts = _rerank_scores(x, codebook, operand, scores, thresholds)
-    return indices, rows, counts
-
-
-def _scan_tiles(x: Tensor, codebook: Tensor, operand: CodebookOperand) -> tuple[Tensor, Tensor, Tensor]:
-    """Steps 1 and 2 for x [N, D]: indices [N], the uncertified rows [M], and their numbers of candidates [M].
-
-    Rows with more than _MANY_CANDIDATES remain undecided. Rows that are not finite have 0 candidates.
-    """
-    indices, thresholds, rows = _scan(x, operand)
-    indices[rows], counts = _rerank(x, rows, codebook, operand, thresholds[rows])
-    return indices, rows, counts
 
 
 def _search_exhaustively(x: Tensor, codebook: Tensor, operand: CodebookOperand, rows: Tensor, indices: Tensor) -> None:
@@ -200,7 +134,18 @@ def _rerank(
     thresholds: Tensor,
     allowed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`_rerank_scores` for the rows [M] of x [N, D], whose scores are computed again, a tile at a time."""
+    """Compare the candidates of the rows [M] of x [N, D] in float64, by direct differences or by products.
+
+    The scores are computed again, a tile at a time. The candidates are the codes whose score may reach the threshold.
+
+    Args:
+        thresholds: [M].
+        allowed: [K] bool, the only codes to consider. All of their candidates are then compared, however many.
+
+    Returns:
+        indices [M] and the number of candidates [M]. Rows with more than _MANY_CANDIDATES, and rows that are not
+        finite, which have no candidates, get index 0.
+    """
     indices, counts = torch.empty_like(rows), torch.empty_like(rows)
     tile_rows = max(1, min(rows.shape[0], TILE_ELEMENTS // operand.matrix.shape[0], _GATHER_ELEMENTS // x.shape[1]))
     left, norms = operand.matrix.new_empty(tile_rows, operand.matrix.shape[1]), operand.matrix.new_empty(tile_rows)
@@ -208,29 +153,19 @@ def _rerank(
         tile = slice(start, start + tile_rows)
         part = x.index_select(0, rows[tile])
         scores = augment(part, operand, left, norms) @ operand.matrix[: codebook.shape[0]].t()
-        indices[tile], counts[tile] = _rerank_scores(part, codebook, operand, scores, thresholds[tile], allowed)
+        indices[tile], counts[tile] = _rerank_tile(part, codebook, operand, scores, thresholds[tile], allowed)
     return indices, counts
 
 
-def _rerank_scores(
+def _rerank_tile(
     x: Tensor,
     codebook: Tensor,
-    operand: CodebookOperand | SmallOperand,
+    operand: CodebookOperand,
     scores: Tensor,
     thresholds: Tensor,
-    allowed: Tensor | None = None,
+    allowed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Compare the candidates of x [N, D] in float64, by direct differences or by products.
-
-    Args:
-        scores: [N, K], overwritten. The candidates are the codes whose score may reach the threshold.
-        thresholds: [N].
-        allowed: [K] bool, the only codes to consider. All of their candidates are then compared, however many.
-
-    Returns:
-        indices [N] and the number of candidates [N]. Rows with more than _MANY_CANDIDATES, and rows that are not
-        finite, which have no candidates, get index 0.
-    """
+    """`_rerank` for x [N, D] with these scores [N, K], which are overwritten."""
     candidates = ~(scores < thresholds[:, None])  # not scores >= thresholds: a code with a NaN stays a candidate
     # A row that is not finite has a NaN threshold. A code that is not finite scores below the lowest threshold.
     if not bool((thresholds > operand.lowest_threshold).all()):

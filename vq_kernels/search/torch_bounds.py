@@ -16,10 +16,11 @@ from torch import Tensor
 from vq_kernels.search.top2 import padded
 
 _UNIT = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
-_ROW_LIMIT = {torch.float32: 2.0**42, torch.float64: 2.0**400}  # scaled rows that are longer get no bound
-_NEVER = {torch.float32: -(2.0**100), torch.float64: -(2.0**900)}  # the score of a code that must not win
-_TINY = {torch.float32: 2.0**-100, torch.float64: 2.0**-900}  # covers every underflow, even when flushed to zero
-_HIDDEN_NORM = 2.0**-50  # covers what a norm loses to squares that underflow
+ROW_LIMIT = 2.0**42
+_ROW_LIMIT = {torch.float32: ROW_LIMIT, torch.float64: 2.0**400}  # scaled rows that are longer get no bound
+NEVER = {torch.float32: -(2.0**100), torch.float64: -(2.0**900)}  # the score of a code that must not win
+TINY = {torch.float32: 2.0**-100, torch.float64: 2.0**-900}  # covers every underflow, even when flushed to zero
+HIDDEN_NORM = 2.0**-50  # covers what a norm loses to squares that underflow
 _LARGEST_FLOAT32_DIM = 1 << 15  # up to it, the 1 % added to the errors covers the smaller terms
 _SHORTEST_RADIUS, _LONGEST_RADIUS = 2.0**-12, 2.0**12  # codebooks with a longest code in between are not scaled
 _CODE_LIMIT = {torch.float32: 2.0**42, torch.float64: 2.0**420}  # with a longer scaled code, no row gets a bound
@@ -36,11 +37,11 @@ class CodebookOperand(NamedTuple):
     @property
     def lowest_threshold(self) -> float:
         """A score above those of codes that are not finite, and below all others for rows in range."""
-        return _NEVER[self.matrix.dtype] / 2
+        return NEVER[self.matrix.dtype] / 2
 
     def usable(self, num_codes: int) -> Tensor:
         """Return [K] bool, which of the num_codes codes are finite."""
-        return self.matrix[:num_codes, -2] != _NEVER[self.matrix.dtype]
+        return self.matrix[:num_codes, -2] != NEVER[self.matrix.dtype]
 
     def errors(self, indices: Tensor, norms: Tensor) -> Tensor:
         """Return E [N] for the codes at indices [N] and rows with norms [N]."""
@@ -97,7 +98,7 @@ def prepare(codebook: Tensor, dtype: torch.dtype = torch.float32) -> CodebookOpe
     scale, minus_mean, not_usable = 1.0, wide.mean(dim=0).neg_().to(dtype), None
     norms = _shift_and_scale(wide, scale, minus_mean, centred)
     radius = float(norms.amax())
-    if not _SHORTEST_RADIUS <= radius <= _LONGEST_RADIUS:  # or NaN
+    if not is_moderate(radius):
         scale, minus_mean, not_usable, norms = _shift_and_scale_any(wide, centred)
         radius = float(norms.amax())
     error_constant = _write_bounds(matrix, norms, norms.square(), radius, not_usable)
@@ -125,17 +126,22 @@ def _write_bounds(matrix: Tensor, norms: Tensor, sq_norms: Tensor, radius: float
     """
     dtype, num_codes, code_dim = matrix.dtype, norms.shape[0], matrix.shape[1] - 2
     error = error_factor(code_dim, dtype)
-    error_constant = (error * sq_norms).add_(_TINY[dtype])  # one half for the product, one for the norm
+    error_constant = (error * sq_norms).add_(TINY[dtype])  # one half for the product, one for the norm
     torch.sub(error_constant, sq_norms, alpha=0.5, out=matrix[:num_codes, code_dim])
-    torch.mul(norms, error, out=matrix[:num_codes, code_dim + 1]).add_(error * _HIDDEN_NORM)
+    torch.mul(norms, error, out=matrix[:num_codes, code_dim + 1]).add_(error * HIDDEN_NORM)
     if not radius <= _CODE_LIMIT[dtype]:
         matrix[:num_codes, code_dim:] = torch.nan  # no bounds, so every row is decided by direct differences
     if not_usable is not None:
-        matrix[:num_codes, code_dim].masked_fill_(not_usable, _NEVER[dtype])
+        matrix[:num_codes, code_dim].masked_fill_(not_usable, NEVER[dtype])
     if matrix.shape[0] > num_codes:
         matrix[num_codes:] = 0
-        matrix[num_codes:, code_dim] = _NEVER[dtype]
+        matrix[num_codes:, code_dim] = NEVER[dtype]
     return error_constant
+
+
+def is_moderate(radius: float) -> bool:
+    """Whether a codebook whose longest centred code has this length needs no scale. NaN does."""
+    return _SHORTEST_RADIUS <= radius <= _LONGEST_RADIUS
 
 
 def error_factor(code_dim: int, dtype: torch.dtype) -> float:
@@ -216,7 +222,7 @@ def augment(x: Tensor, operand: CodebookOperand, left: Tensor, norms: Tensor) ->
     x = x.to(wider)
     torch.addcmul(operand.minus_mean.to(wider), x, operand.row_scales(x).to(wider), out=shifted)
     torch.linalg.vector_norm(shifted, dim=1, out=norms)
-    norms.add_(_HIDDEN_NORM)
+    norms.add_(HIDDEN_NORM)
     left[:, code_dim] = 1
     left[:, code_dim + 1] = norms
     return left

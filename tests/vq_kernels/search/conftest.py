@@ -1,5 +1,6 @@
 """Fixtures for the tests of the search."""
 
+import functools
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -10,7 +11,7 @@ import torch
 
 from tests.vq_kernels.search.exactness import BACKENDS_HERE, INTERPRETED, poisoned_allocations, require_backend
 from tests.vq_kernels.search.steps import TOTALS, Totals, counted_steps
-from vq_kernels.search import torch_small
+from vq_kernels.search.llvm import launch
 
 # test_triton_launch.py runs these tests in the interpreter.
 collect_ignore = [] if "triton" in BACKENDS_HERE else ["test_triton_margin.py"]
@@ -18,13 +19,8 @@ collect_ignore = [] if "triton" in BACKENDS_HERE else ["test_triton_margin.py"]
 
 # Only a GPU rounds the scores as matrix units do.
 _ON_GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))
-# What to change in torch_small.py, so that every search by PyTorch takes the same way whatever its size.
-_WAYS = {
-    "by tiles": {"LARGEST_SCAN": 0},
-    "by sorting": {"MOST_SORTED_ROWS": 1 << 62},
-    "by maxima": {"MOST_SORTED_ROWS": 0},
-}
-_BACKENDS = BACKENDS_HERE if INTERPRETED else (*_WAYS, pytest.param("triton", marks=_ON_GPU))
+_PLAIN_CPU = "llvm, divided, for a CPU without extensions"
+_BACKENDS = BACKENDS_HERE if INTERPRETED else ("llvm", _PLAIN_CPU, "torch", pytest.param("triton", marks=_ON_GPU))
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -48,19 +44,29 @@ def steps() -> Counter[str]:
     return Counter()
 
 
+@functools.cache
+def plain_kernels() -> launch.Kernels:
+    """Kernels without multiply-adds; their tiles do not fit the vectors of this CPU."""
+    return launch.Kernels("", "", 8)
+
+
 @pytest.fixture(params=_BACKENDS)
 def backend(
     request: pytest.FixtureRequest, steps: Counter[str], totals: Totals, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[str]:
-    """Each backend, and each way of PyTorch's; Triton on a GPU or interpreted."""
-    way = _WAYS.get(request.param, {})
-    name = "torch" if way else request.param
-    for constant, value in way.items():
-        monkeypatch.setattr(torch_small, constant, value)
+    """Each backend; Triton on a GPU or interpreted."""
+    name: str = request.param
+    if name == _PLAIN_CPU:
+        name = "llvm"
+        monkeypatch.setattr(launch, "kernels", plain_kernels)
+        monkeypatch.setattr(launch, "_CACHED_ELEMENTS", 1 << 7)  # chunks of some rows, blocks of some codes
+        monkeypatch.setattr(launch, "_THREAD_PRODUCTS", 1 << 10)
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     require_backend(name)
     with ExitStack() as contexts:
         contexts.enter_context(counted_steps(name, steps, totals))
-        if INTERPRETED:
+        if name != "torch":
             contexts.enter_context(poisoned_allocations())
+        if INTERPRETED:
             contexts.enter_context(np.errstate(all="ignore"))  # numpy warns where a GPU returns Inf
         yield name

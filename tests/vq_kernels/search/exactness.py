@@ -15,7 +15,7 @@ from vq_kernels.search.reference import brute_force_nearest
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether the Triton kernels run in the interpreter: on the CPU, a thousand times slower."""
 
-BACKENDS_HERE = ("triton",) if INTERPRETED else ("torch", "triton") if torch.cuda.is_available() else ("torch",)
+BACKENDS_HERE = ("triton",) if INTERPRETED else ("llvm", "torch", *(["triton"] if torch.cuda.is_available() else []))
 """The backends that this process tests. test_triton_launch.py starts a process that interprets Triton."""
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, *((torch.float64,) if "torch" in BACKENDS_HERE else ()))
@@ -55,8 +55,8 @@ def poisoned_allocations() -> Iterator[None]:
 
 def check_exact(backend: str, x: Tensor, codebook: Tensor) -> NearestCode:
     """Search x [N, D] in codebook [K, D], check every output against float64, and return the outputs on the CPU."""
-    if backend == "triton" and torch.float64 in (x.dtype, codebook.dtype):
-        pytest.skip("the Triton backend does not take float64")
+    if backend != "torch" and torch.float64 in (x.dtype, codebook.dtype):
+        pytest.skip(f"backend {backend} does not take float64")
     device = device_of(backend)
     found = NearestCode(*(t.cpu() for t in nearest_code(x.to(device), codebook.to(device), backend=backend)))
     check_outputs(found, x, codebook)

@@ -83,14 +83,39 @@ def test_error_messages_name_the_tensor(
 
 def test_error_messages_name_the_choices() -> None:
     x, codebook = draw(3, 4), draw(5, 4)
-    with pytest.raises(ValueError, match="backend must be one of auto, triton, torch, got 'cuda'"):
+    with pytest.raises(ValueError, match="backend must be one of auto, triton, llvm, torch, got 'cuda'"):
         nearest_code(x, codebook, backend="cuda")
 
 
-def test_auto_selects_pytorch_on_the_cpu_without_a_warning() -> None:
-    name, reason = select_backend(draw(3, 4), draw(5, 4))
-    assert name == "torch"
-    assert "cpu" in reason
+@pytest.mark.parametrize(
+    ("dtype", "code_dim", "chosen", "because"),
+    [
+        (torch.float32, 4, "llvm", "x is on cpu"),
+        (torch.bfloat16, 1 << 15, "llvm", "x is on cpu"),
+        (torch.float64, 4, "torch", "x is torch.float64"),
+        (torch.float32, (1 << 15) + 1, "torch", "D is 32,769"),
+    ],
+)
+def test_auto_selects_by_dtype_and_dimension_on_the_cpu(
+    dtype: torch.dtype, code_dim: int, chosen: str, because: str
+) -> None:
+    name, reason = select_backend(torch.zeros(3, code_dim, dtype=dtype), torch.zeros(5, code_dim, dtype=dtype))
+    assert name == chosen
+    assert because in reason
+
+
+def test_without_llvmlite_pytorch_searches_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, codebook = draw(3, 4), draw(5, 4)
+    expected = nearest_code(x, codebook, backend="torch")
+    monkeypatch.setitem(sys.modules, "llvmlite", None)
+    backend_module._missing.cache_clear()
+    try:
+        assert select_backend(x, codebook)[0] == "torch"
+        assert torch.equal(nearest_code(x, codebook).indices, expected.indices)
+        with pytest.raises(RuntimeError, match="backend='llvm' cannot run here: llvmlite cannot be imported"):
+            nearest_code(x, codebook, backend="llvm")
+    finally:
+        backend_module._missing.cache_clear()
 
 
 def test_an_explicit_triton_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,7 +134,7 @@ def test_the_environment_replaces_auto_only(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(RuntimeError, match="VQ_KERNELS_BACKEND='triton' cannot run here"):
         nearest_code(x, codebook)
     monkeypatch.setenv("VQ_KERNELS_BACKEND", "tritn")
-    with pytest.raises(ValueError, match="VQ_KERNELS_BACKEND must be one of auto, triton, torch, got 'tritn'"):
+    with pytest.raises(ValueError, match="VQ_KERNELS_BACKEND must be one of auto, triton, llvm, torch, got 'tritn'"):
         nearest_code(x, codebook)
 
 
@@ -135,7 +160,7 @@ def test_prepared_codebook_is_a_copy_with_the_same_results() -> None:
     assert torch.equal(found.sq_distances, expected.sq_distances)
     assert search_statistics(x, prepared) == search_statistics(x, prepared.codebook)
     with pytest.raises(
-        ValueError, match="backend must be 'auto' or 'torch', which codebook was prepared for, got 'triton'"
+        ValueError, match="backend must be 'auto' or 'llvm', which codebook was prepared for, got 'triton'"
     ):
         nearest_code(x, prepared, backend="triton")
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vq_kernels import PreparedCodebook, nearest_code_topk, select_backend, vector_quantize
+from vq_kernels import PreparedCodebook, nearest_code, nearest_code_topk, select_backend, vector_quantize
 
 
 @pytest.fixture
@@ -37,9 +37,11 @@ def test_backend_is_the_one_it_was_prepared_for(pair: tuple[Tensor, Tensor], mon
     x, codebook = pair
     prepared = PreparedCodebook.from_codebook(codebook)
     monkeypatch.setenv("VQ_KERNELS_BACKEND", "triton")
-    assert select_backend(x, prepared) == ("torch", "codebook was prepared for it")
+    assert select_backend(x, prepared) == ("llvm", "codebook was prepared for it")
+    assert select_backend(x.double(), prepared) == ("torch", "codebook was prepared for it")
+    assert torch.equal(nearest_code(x.double(), prepared).indices, nearest_code(x, codebook, backend="torch").indices)
     for call in (select_backend, vector_quantize):
-        with pytest.raises(ValueError, match="backend must be 'auto' or 'torch', which codebook was prepared for"):
+        with pytest.raises(ValueError, match="backend must be 'auto' or 'llvm', which codebook was prepared for"):
             call(x, prepared, backend="triton")
 
 

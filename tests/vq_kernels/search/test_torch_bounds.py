@@ -4,9 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vq_kernels.search import torch_small
 from vq_kernels.search.torch_bounds import augment, prepare
-from vq_kernels.search.torch_small import prepare_small, scan_small
 
 N, K, D = 200, 100, 24
 
@@ -59,26 +57,3 @@ def test_codes_that_are_not_finite_cannot_win() -> None:
     never[:K] = ~operand.usable(K)
     assert (scores[:, never] < operand.lowest_threshold).all()
     assert (scores[:, ~never] > operand.lowest_threshold).all()
-
-
-@pytest.mark.parametrize("most_sorted_rows", [0, N])
-@pytest.mark.parametrize("offset", [0.0, 1000.0])
-@pytest.mark.parametrize("log_size", [-41, -30, 0, 40, 45])
-def test_scores_of_a_small_scan_lie_within_their_bounds(
-    monkeypatch: pytest.MonkeyPatch, log_size: int, offset: float, most_sorted_rows: int
-) -> None:
-    monkeypatch.setattr(torch_small, "MOST_SORTED_ROWS", most_sorted_rows)
-    generator = torch.Generator().manual_seed(log_size)
-    x, codebook = (2.0**log_size * (torch.randn(size, D, generator=generator) + offset) for size in (N, K))
-    codebook = torch.cat([codebook, codebook])  # twins, so that no row is certified
-    rows, thresholds, scores = scan_small(x, codebook, prepare_small(codebook))[1]
-    assert rows.tolist() == list(range(N))
-    errors = (scores.amax(dim=1).double() - thresholds) / 2
-    assert ((scores - exact_scores(x, codebook, torch.zeros(1), torch.ones(1))).abs().amax(dim=1) <= errors).all()
-    assert (errors <= 1e-5 * (x.norm(dim=1) + codebook.norm(dim=1).amax()) * codebook.norm(dim=1).amax()).all()
-
-
-@pytest.mark.parametrize("size", [2.0**-60, 2.0**62, torch.inf, torch.nan])
-def test_a_small_scan_leaves_out_codebooks_out_of_range(size: float) -> None:
-    codebook = torch.full((K, D), size)
-    assert scan_small(torch.ones(1, D), codebook, prepare_small(codebook)) is None

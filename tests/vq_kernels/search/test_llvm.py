@@ -1,0 +1,90 @@
+"""The kernels for the CPU: the certificate, vectors of other lengths, threads, memory."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import llvmlite.binding as llvm
+import pytest
+import torch
+from torch import Tensor
+
+from tests.vq_kernels.search.exactness import check_exact
+from tests.vq_kernels.search.memory import extra_mib
+from vq_kernels import nearest_code, search_statistics
+from vq_kernels.search.llvm import launch
+from vq_kernels.search.torch_bounds import CodebookOperand, augment
+
+
+def gaussian(num_rows: int, num_codes: int, code_dim: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(num_rows, code_dim, generator=generator), torch.randn(num_codes, code_dim, generator=generator)
+
+
+@pytest.mark.parametrize("offset", [0.0, 10.0, 300.0])
+@pytest.mark.parametrize(("gap", "certified"), [(0.9, False), (1.1, True)])
+def test_a_row_is_certified_if_its_best_scores_differ_by_more_than_both_errors(
+    offset: float, gap: float, certified: bool
+) -> None:
+    x, codebook = (t + offset for t in gaussian(200, 20, 24))
+    num_certified = 0
+    for row in x:
+        codes = codebook.clone()
+        codes[:2] = row + 0.05 * codebook[0].sub(offset)  # twins that are nearest
+        operand = CodebookOperand(*launch.prepare(codes))
+        norms = torch.empty(1)
+        augment(row[None], operand, torch.empty(1, 26), norms)
+        errors = operand.errors(torch.tensor([0, 1]), norms).double().sum()
+        towards = (
+            row.double() - codes[1].double()
+        )  # moving a twin by t·towards raises its score by (t - t²/2)·‖towards‖²
+        codes[1] = (codes[1].double() + gap * errors / towards.square().sum() * towards).float()
+        raised = (row.double() - codes[:2].double()).square().sum(dim=1).diff() / -2
+        if abs(raised / errors - gap) < 0.05:  # codes that float32 represents well enough
+            certified_here = search_statistics(row[None], codes, backend="llvm").certified
+            num_certified += 1
+            assert certified_here == certified
+    assert num_certified >= 20
+
+
+@pytest.mark.parametrize("lanes", [4, 8, 16, 32])
+def test_tiles_of_every_width(monkeypatch: pytest.MonkeyPatch, lanes: int) -> None:
+    kernels = launch.Kernels(llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten(), lanes)
+    monkeypatch.setattr(launch, "kernels", lambda: kernels)
+    for num_rows in (1, lanes - 1, lanes, lanes + 1, 100):
+        check_exact("llvm", *gaussian(num_rows, 50, 7))
+
+
+def test_searches_in_several_threads_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    x, codebook = gaussian(5000, 512, 16)
+    expected = nearest_code(x, codebook, backend="torch").indices
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(lambda _: nearest_code(x, codebook, backend="llvm").indices, range(16)))
+    assert all(torch.equal(indices, expected) for indices in found)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # of a process with threads, which is the case here
+def test_a_forked_process_searches_in_threads_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    x, codebook = gaussian(5000, 512, 16)
+    expected = nearest_code(x, codebook, backend="llvm").indices
+    child = os.fork()
+    if not child:
+        os._exit(int(not torch.equal(nearest_code(x, codebook, backend="llvm").indices, expected)))
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_a_view_that_is_negated_when_it_is_read() -> None:
+    x, codebook = gaussian(50, 40, 6)
+    negated = torch.complex(torch.zeros(50, 6), -x).conj().imag
+    assert negated.is_neg()
+    assert torch.equal(negated, x)
+    assert torch.equal(nearest_code(negated, codebook).indices, nearest_code(x, codebook, backend="torch").indices)
+
+
+@pytest.mark.parametrize("call", ["nearest_code(x, codebook)", "nearest_code(x, torch.ones_like(codebook))"])
+def test_no_distances_are_stored(call: str) -> None:
+    num_rows, num_codes, code_dim = 1 << 16, 4096, 16
+    outputs_mib = num_rows * (4 * code_dim + 20) / (1 << 20)  # codes, indices, distances in float64 and float32
+    assert extra_mib(call, num_rows, num_codes, code_dim) < outputs_mib + 16  # [N, K] takes 1,024 MiB

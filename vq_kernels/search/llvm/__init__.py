@@ -1,0 +1,1 @@
+"""The search as one loop in machine code, for the CPU."""

@@ -1,0 +1,121 @@
+"""The LLVM backend: compiles the kernels for this CPU on first use, and runs them in PyTorch's number of threads."""
+
+import ctypes
+import functools
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import llvmlite.binding as llvm
+import torch
+from llvmlite import ir
+from torch import Tensor
+
+from vq_kernels.search.backend import Found
+from vq_kernels.search.llvm.kernels import CODES_AT_A_TIME, STATE_ROWS, build_module
+from vq_kernels.search.top2 import padded
+from vq_kernels.search.torch_bounds import NEVER, TINY, CodebookOperand, error_factor, is_moderate
+from vq_kernels.search.torch_bounds import prepare as prepare_in_torch
+
+_CACHED_ELEMENTS = 1 << 15  # of the rows of a chunk, and of the codes of a block
+_THREAD_PRODUCTS = 1 << 21  # multiply-adds for which another thread pays
+_C_TYPES: dict[str, Any] = {"void": None, "float": ctypes.c_float, "i64": ctypes.c_int64}  # others are pointers
+
+_pool = functools.cache(ThreadPoolExecutor)
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # the child has none of its threads
+
+
+class Kernels:
+    """The kernels as functions, compiled for a CPU with these features and for tiles of `lanes` rows."""
+
+    def __init__(self, cpu: str, features: str, lanes: int) -> None:
+        self.lanes = lanes
+        llvm.initialize_native_target()
+        llvm.initialize_native_asmprinter()
+        target = llvm.Target.from_default_triple()
+        machine = target.create_target_machine(cpu=cpu, features=features, opt=3, codemodel="jitdefault", jit=True)
+        built = build_module(lanes)
+        module = llvm.parse_assembly(str(built))
+        passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))
+        passes.getModulePassManager().run(module, passes)
+        self._engine = llvm.create_mcjit_compiler(module, machine)  # owns the code
+        self._engine.finalize_object()
+        self.prepare_codes, self.search = (
+            self._callable(built.get_global(name)) for name in ("prepare_codes", "search")
+        )
+
+    def _callable(self, function: ir.Function) -> Callable[..., Any]:
+        signature = (function.return_value.type, *(argument.type for argument in function.args))
+        types = (_C_TYPES.get(str(kind), ctypes.c_void_p) for kind in signature)
+        return ctypes.CFUNCTYPE(*types)(self._engine.get_function_address(function.name))
+
+
+@functools.cache
+def kernels() -> Kernels:
+    """Compile for this CPU. A tile has two vectors of rows."""
+    features = llvm.get_host_cpu_features()
+    lanes = 32 if features.get("avx512f") else 16 if features.get("avx2") else 8
+    return Kernels(llvm.get_host_cpu_name(), features.flatten(), lanes)
+
+
+def prepare(codebook: Tensor) -> tuple[Tensor, ...]:
+    """Return the operand of the codebook [K, D]: float32, float16 or bfloat16, on the CPU."""
+    num_codes, code_dim = codebook.shape
+    codes = _readable(codebook).contiguous()
+    sums = codes.new_zeros(code_dim, dtype=torch.float64)
+    minus_mean, error_constant = codes.new_empty(code_dim), codes.new_empty(num_codes)
+    matrix = codes.new_empty(padded(num_codes), code_dim + 2)
+    outputs = (output.data_ptr() for output in (sums, minus_mean, matrix, error_constant))
+    constants = (error_factor(code_dim, torch.float32), TINY[torch.float32], NEVER[torch.float32])
+    radius = kernels().prepare_codes(codes.data_ptr(), num_codes, matrix.shape[0], code_dim, *constants, *outputs)
+    if not is_moderate(radius):
+        return prepare_in_torch(codebook)
+    return CodebookOperand(codes.new_ones(1), minus_mean, matrix, error_constant)
+
+
+def search(x: Tensor, codebook: Tensor, prepared: list[Tensor]) -> Found:
+    """Find the nearest code of each row.
+
+    Args:
+        x: [N, D], float32, float16 or bfloat16, any strides, on the CPU.
+        codebook: [K, D], likewise; its dtype may differ from x's.
+        prepared: what `prepare(codebook)` returned, as a list; or empty to prepare here.
+
+    Returns:
+        As described at `Found`. Rows that are not finite count as certified.
+    """
+    scale, minus_mean, matrix, error_constant = prepared or prepare(codebook)
+    rows, source = _readable(x), _readable(codebook).contiguous()
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    (num_rows, code_dim), lanes = x.shape, kernels().lanes
+    num_threads = min(torch.get_num_threads(), 1 + num_rows * matrix.numel() // _THREAD_PRODUCTS)
+    share = max(1, -(-num_rows // (num_threads * lanes))) * lanes
+    num_threads = max(1, -(-num_rows // share))
+    chunk_rows = max(1, min(share, _CACHED_ELEMENTS // code_dim) // lanes) * lanes
+    block_codes = max(1, _CACHED_ELEMENTS // code_dim // CODES_AT_A_TIME) * CODES_AT_A_TIME
+    scratch = rows.new_empty(num_threads, chunk_rows * (code_dim + STATE_ROWS) + code_dim)
+    indices, codes = rows.new_empty(num_rows, dtype=torch.int64), rows.new_empty(num_rows, code_dim)
+    sq_distances = rows.new_empty(num_rows, dtype=torch.float64)
+    statistics = rows.new_zeros(num_threads, 3, dtype=torch.int64)
+
+    def search_share(number: int) -> None:
+        first = number * share
+        kernels().search(
+            rows.data_ptr(), rows.stride(0), first, min(first + share, num_rows), source.data_ptr(),
+            codebook.shape[0], code_dim, scale.data_ptr(), minus_mean.data_ptr(), matrix.data_ptr(), matrix.shape[0],
+            error_constant.data_ptr(), scratch[number].data_ptr(), chunk_rows, block_codes, indices.data_ptr(),
+            codes.data_ptr(), sq_distances.data_ptr(), statistics[number].data_ptr(),
+        )  # fmt: skip
+
+    others = [_pool(num_threads).submit(search_share, number) for number in range(1, num_threads)]
+    search_share(0)
+    for other in others:
+        other.result()
+    return indices, codes.to(x.dtype), sq_distances, statistics.sum(dim=0)
+
+
+def _readable(tensor: Tensor) -> Tensor:
+    """The tensor in float32, with its values in memory."""
+    return tensor.float().resolve_neg()
