@@ -1,7 +1,7 @@
 """Compares millions of indices with float64 brute force. None may differ.
 
-    python benchmarks/exactness.py                        # 10^7 rows by the PyTorch backend, about 10 minutes
-    python benchmarks/exactness.py --rows 1000000 --rows-per-search 256   # small searches, which take another scan
+    python benchmarks/exactness.py                        # 10^7 rows on the CPU, about 10 minutes
+    python benchmarks/exactness.py --backend torch --rows 1000000
 
 The rows are spread evenly over the data sets of data.py and over `CASES`: sizes for which brute force is affordable,
 some of them odd, in all dtypes. Each block has its own codebook, drawn from the seed and the block's number. For

@@ -1,4 +1,4 @@
-"""Both sides of the PyTorch backend's matrix product: codebook and rows, shifted and scaled, with error bounds.
+"""Both sides of the scan on the CPU: codebook and rows, shifted and scaled, with error bounds.
 
 The nearest code of x maximises S_k = (x - m)·(c_k - m) - ½‖c_k - m‖², where m is the mean of the codebook. The product
 of the row [x - m, 1, ‖x - m‖] and the code [c_k - m, E'_k - ½‖c_k - m‖², E''_k] is S_k plus E_k = E'_k + ‖x - m‖·E''_k,

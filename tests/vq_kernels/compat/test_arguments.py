@@ -99,7 +99,7 @@ def test_unknown_keywords() -> None:
         ({"eps": float("nan")}, "eps must be >= 0, got nan"),
         ({"threshold_ema_dead_code": -1}, "threshold_ema_dead_code must be >= 0, got -1"),
         ({"commitment_weight": -1.0}, "commitment_weight must be >= 0, got -1.0"),
-        ({"backend": "cuda"}, "backend must be one of auto, triton, torch, got 'cuda'"),
+        ({"backend": "cuda"}, "backend must be one of auto, triton, llvm, torch, got 'cuda'"),
         ({"learnable_codebook": True}, "learnable_codebook=True needs ema_update=False"),
         ({"learnable_codebook": True, "ema_update": False, "use_cosine_sim": True}, "needs use_cosine_sim=False"),
         ({"accept_image_fmap": True, "accept_3d_fmap": True}, "must not both be True"),

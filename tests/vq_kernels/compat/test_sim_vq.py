@@ -160,7 +160,7 @@ def test_sequential_of_theirs_takes_ours() -> None:
     [
         ("SimVQ", {"frozen_codebook_dim": 0}, ValueError, "frozen_codebook_dim must be >= 1, got 0"),
         ("SimVQ", {"commitment_weight": -1}, ValueError, "commitment_weight must be >= 0, got -1"),
-        ("SimVQ", {"backend": "numpy"}, ValueError, "backend must be one of auto, triton, torch, got 'numpy'"),
+        ("SimVQ", {"backend": "numpy"}, ValueError, "backend must be one of auto, triton, llvm, torch, got 'numpy'"),
         ("ResidualSimVQ", {"num_quantizers": 0}, ValueError, "num_quantizers must be >= 1, got 0"),
         ("ResidualSimVQ", {"num_quantizers": 2, "heads": 2}, ValueError, "heads must be 1, got 2"),
         ("ResidualSimVQ", {"num_quantizers": 2, "decay": 0.5}, TypeError, "unexpected keyword argument 'decay'"),

@@ -76,7 +76,7 @@ CASES: list[tuple[Callable[..., Any], str, Any, str]] = [
     (vector, "init_scale", math.inf, "finite"),
     *((make, name, value, "True or False") for makes, name in BOOLS for make in makes for value in (1, "no", None)),
     (vector, "metric", "dot", "one of euclidean, cosine"),
-    (vector, "backend", "cuda", "one of auto, triton, torch"),
+    (vector, "backend", "cuda", "one of auto, triton, llvm, torch"),
     (vector, "init", "zeros", "one of normal, uniform, data, kmeans"),
     (vector, "init", np.zeros((4, 2)), "one of normal, uniform, data, kmeans"),
     (cluster, "init", np.zeros((2, 2)), "one of k-means++, random"),
