@@ -344,11 +344,16 @@ def _gradient_by_backend(
     if not has_float64(x.device):
         means, counts = _gradient_by_backend(x.cpu(), codebook.cpu(), indices.cpu(), divisor, backend)
         return means.to(x.device), counts.to(x.device)
-    name, _ = choose_backend(x, codebook, backend)
+    # float64 rows may have been searched by what another backend prepared
+    name = "torch" if torch.float64 in (x.dtype, codebook.dtype) else choose_backend(x, codebook, backend)[0]
     deterministic = x.device.type == "cpu" or torch.are_deterministic_algorithms_enabled()
     if name == "triton":
         triton_backend = import_module("vq_kernels.gradient.triton_backend")  # on first use
         means, counts = triton_backend.codebook_gradient(x, codebook, indices, divisor, deterministic)
+        return means, counts
+    if name == "llvm":
+        llvm_backend = import_module("vq_kernels.gradient.llvm_backend")  # on first use
+        means, counts = llvm_backend.codebook_gradient(x, codebook, indices, divisor)
         return means, counts
     return codebook_gradient(x, codebook, indices, divisor, deterministic)
 

@@ -47,7 +47,7 @@ def steps() -> Counter[str]:
 @functools.cache
 def plain_kernels() -> launch.Kernels:
     """Kernels without multiply-adds; their tiles do not fit the vectors of this CPU."""
-    return launch.Kernels("", "", 8)
+    return launch.Kernels(8, "", "")
 
 
 @pytest.fixture(params=_BACKENDS)

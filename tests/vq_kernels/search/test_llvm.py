@@ -3,7 +3,6 @@
 import os
 from concurrent.futures import ThreadPoolExecutor
 
-import llvmlite.binding as llvm
 import pytest
 import torch
 from torch import Tensor
@@ -48,7 +47,7 @@ def test_a_row_is_certified_if_its_best_scores_differ_by_more_than_both_errors(
 
 @pytest.mark.parametrize("lanes", [4, 8, 16, 32])
 def test_tiles_of_every_width(monkeypatch: pytest.MonkeyPatch, lanes: int) -> None:
-    kernels = launch.Kernels(llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten(), lanes)
+    kernels = launch.Kernels(lanes)
     monkeypatch.setattr(launch, "kernels", lambda: kernels)
     for num_rows in (1, lanes - 1, lanes, lanes + 1, 100):
         check_exact("llvm", *gaussian(num_rows, 50, 7))

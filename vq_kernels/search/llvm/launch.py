@@ -1,18 +1,15 @@
-"""The LLVM backend: compiles the kernels for this CPU on first use, and runs them in PyTorch's number of threads."""
+"""The LLVM backend: compiles the kernels on first use, and runs them in PyTorch's number of threads."""
 
-import ctypes
 import functools
 import os
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import llvmlite.binding as llvm
 import torch
-from llvmlite import ir
 from torch import Tensor
 
 from vq_kernels.search.backend import Found
+from vq_kernels.search.llvm.compile import compile_module
 from vq_kernels.search.llvm.kernels import CODES_AT_A_TIME, STATE_ROWS, build_module
 from vq_kernels.search.top2 import padded
 from vq_kernels.search.torch_bounds import NEVER, TINY, CodebookOperand, error_factor, is_moderate
@@ -20,7 +17,6 @@ from vq_kernels.search.torch_bounds import prepare as prepare_in_torch
 
 _CACHED_ELEMENTS = 1 << 15  # of the rows of a chunk, and of the codes of a block
 _THREAD_PRODUCTS = 1 << 21  # multiply-adds for which another thread pays
-_C_TYPES: dict[str, Any] = {"void": None, "float": ctypes.c_float, "i64": ctypes.c_int64}  # others are pointers
 
 _pool = functools.cache(ThreadPoolExecutor)
 if hasattr(os, "register_at_fork"):  # not on Windows
@@ -28,42 +24,25 @@ if hasattr(os, "register_at_fork"):  # not on Windows
 
 
 class Kernels:
-    """The kernels as functions, compiled for a CPU with these features and for tiles of `lanes` rows."""
+    """The kernels for tiles of `lanes` rows, compiled for this CPU or the given one; see `compile_module`."""
 
-    def __init__(self, cpu: str, features: str, lanes: int) -> None:
+    def __init__(self, lanes: int, *target: str) -> None:
         self.lanes = lanes
-        llvm.initialize_native_target()
-        llvm.initialize_native_asmprinter()
-        target = llvm.Target.from_default_triple()
-        machine = target.create_target_machine(cpu=cpu, features=features, opt=3, codemodel="jitdefault", jit=True)
-        built = build_module(lanes)
-        module = llvm.parse_assembly(str(built))
-        passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))
-        passes.getModulePassManager().run(module, passes)
-        self._engine = llvm.create_mcjit_compiler(module, machine)  # owns the code
-        self._engine.finalize_object()
-        self.prepare_codes, self.search = (
-            self._callable(built.get_global(name)) for name in ("prepare_codes", "search")
-        )
-
-    def _callable(self, function: ir.Function) -> Callable[..., Any]:
-        signature = (function.return_value.type, *(argument.type for argument in function.args))
-        types = (_C_TYPES.get(str(kind), ctypes.c_void_p) for kind in signature)
-        return ctypes.CFUNCTYPE(*types)(self._engine.get_function_address(function.name))
+        functions = compile_module(build_module(lanes), *target)
+        self.prepare_codes, self.search = functions["prepare_codes"], functions["search"]
 
 
 @functools.cache
 def kernels() -> Kernels:
     """Compile for this CPU. A tile has two vectors of rows."""
     features = llvm.get_host_cpu_features()
-    lanes = 32 if features.get("avx512f") else 16 if features.get("avx2") else 8
-    return Kernels(llvm.get_host_cpu_name(), features.flatten(), lanes)
+    return Kernels(32 if features.get("avx512f") else 16 if features.get("avx2") else 8)
 
 
 def prepare(codebook: Tensor) -> tuple[Tensor, ...]:
     """Return the operand of the codebook [K, D]: float32, float16 or bfloat16, on the CPU."""
     num_codes, code_dim = codebook.shape
-    codes = _readable(codebook).contiguous()
+    codes = readable(codebook).contiguous()
     sums = codes.new_zeros(code_dim, dtype=torch.float64)
     minus_mean, error_constant = codes.new_empty(code_dim), codes.new_empty(num_codes)
     matrix = codes.new_empty(padded(num_codes), code_dim + 2)
@@ -87,7 +66,7 @@ def search(x: Tensor, codebook: Tensor, prepared: list[Tensor]) -> Found:
         As described at `Found`. Rows that are not finite count as certified.
     """
     scale, minus_mean, matrix, error_constant = prepared or prepare(codebook)
-    rows, source = _readable(x), _readable(codebook).contiguous()
+    rows, source = readable(x), readable(codebook).contiguous()
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     (num_rows, code_dim), lanes = x.shape, kernels().lanes
     num_threads = min(torch.get_num_threads(), 1 + num_rows * matrix.numel() // _THREAD_PRODUCTS)
@@ -116,6 +95,6 @@ def search(x: Tensor, codebook: Tensor, prepared: list[Tensor]) -> Found:
     return indices, codes.to(x.dtype), sq_distances, statistics.sum(dim=0)
 
 
-def _readable(tensor: Tensor) -> Tensor:
-    """The tensor in float32, with its values in memory."""
+def readable(tensor: Tensor) -> Tensor:
+    """Return the tensor in float32, with its values in memory."""
     return tensor.float().resolve_neg()
