@@ -8,7 +8,7 @@ some of them odd, in all dtypes. Each block has its own codebook, drawn from the
 distances that agree within 1e-13, either index is right. Of identical codes, only the lowest index is right. The exit
 status is 1 if any index is wrong. The last line of standard output is a JSON object, such as
 
-    {"rows": 10000000, "wrong": 0, "seed": 0, "backend": "llvm", "seconds": 246.8, "data": {...}, "device": ...}
+    {"rows": 10000000, "wrong": 0, "seed": 0, "backend": "auto", "seconds": 246.8, "data": {...}, "device": ...}
 """
 
 import json
@@ -17,7 +17,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # run as a file: import the package from the checkout
@@ -29,6 +28,7 @@ from benchmarks.data import DATA_NAMES, make_search_data
 from benchmarks.results import environment
 from benchmarks.verification import wrong_rows
 from vq_kernels.search.api import nearest_code_op
+from vq_kernels.search.backend import Backend
 
 _F64, _F32, _F16, _BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
 CASES: tuple[tuple[int, int, torch.dtype, torch.dtype], ...] = (
@@ -51,8 +51,8 @@ class Options:
     """Rows in all, at least. Every data set gets an equal part."""
     seed: int = 0
     """Seed of the data."""
-    backend: Literal["llvm", "torch", "triton"] = "llvm"
-    """The backend to check."""
+    backend: Backend = "auto"
+    """The backend to check. "auto" is LLVM on the CPU, and PyTorch for float64."""
     device: str = "cpu"
     """The device of both sides."""
     rows_per_search: int | None = None
@@ -85,7 +85,7 @@ def _blocks(rows: int, most: int) -> Iterator[int]:
 
 def _soak_block(options: Options, name: str, number: int, rows: int, count: dict[str, int]) -> None:
     """Searches one block of rows and adds what it finds to `count`."""
-    cases = [case for case in CASES if options.backend == "torch" or torch.float64 not in case]
+    cases = [case for case in CASES if options.backend in ("auto", "torch") or torch.float64 not in case]
     num_codes, code_dim, x_dtype, codebook_dtype = cases[number % len(cases)]
     # Drawn in the codebook's dtype, so that near-duplicates differ in its last bit; then x is rounded to its own.
     x, codebook = make_search_data(

@@ -127,11 +127,12 @@ def _build_search(module: ir.Module, lanes: int) -> None:
                 _rerank(b, values, column, norm, threshold, codebook, matrix, num_codes, code_dim, index, step)
             b.store(b.load(index), b.at(indices, row))
             code, target = b.at(codebook, b.mul(b.load(index), code_dim)), b.at(codes, b.mul(row, code_dim))
+            zero = b.variable(ir.Constant(F64, 0.0))  # or NaN, if the row is not finite
             with b.loop(code_dim) as d:
                 b.store(b.read(code, d), b.at(target, d))
-            sq_distance = _sq_distance(b, values, code, code_dim)
-            finite = b.fcmp_ordered("<", sq_distance, ir.Constant(F64, float("inf")))
-            b.store(b.select(finite, sq_distance, ir.Constant(F64, float("nan"))), b.at(sq_distances, row))
+                value = b.fpext(b.read(values, d), F64)
+                b.update(zero, b.multiply_add(value, ir.Constant(F64, 0.0), b.load(zero), any_order=True))
+            b.store(b.fadd(_sq_distance(b, values, code, code_dim), b.load(zero)), b.at(sq_distances, row))
             counter = b.at(statistics, b.load(step))
             b.store(b.add(b.load(counter), integer(1)), counter)
     b.ret_void()
