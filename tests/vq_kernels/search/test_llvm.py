@@ -53,8 +53,13 @@ def test_tiles_of_every_width(monkeypatch: pytest.MonkeyPatch, lanes: int) -> No
         check_exact("llvm", *gaussian(num_rows, 50, 7))
 
 
-def test_searches_in_several_threads_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("openmp", [True, False])
+def test_searches_in_several_threads_at_once(monkeypatch: pytest.MonkeyPatch, openmp: bool) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    if openmp:
+        monkeypatch.setattr(launch, "_pool", None)
+    else:
+        monkeypatch.setattr(launch.kernels(), "search_as_member", None)
     x, codebook = gaussian(5000, 512, 16)
     expected = nearest_code(x, codebook, backend="torch").indices
     with ThreadPoolExecutor(8) as threads:

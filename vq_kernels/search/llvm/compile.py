@@ -1,6 +1,8 @@
-"""Compiles a module for the CPU that the process runs on, or for another one that it can imitate."""
+"""Compiles modules for the CPU, and finds the OpenMP runtime whose threads run them."""
 
 import ctypes
+import functools
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +22,9 @@ def compile_module(
         module: what to compile.
         cpu, features: LLVM's names. Default: those of this CPU.
     """
+    for function in module.functions:
+        if function.is_declaration and not function.name.startswith("llvm."):
+            llvm.add_symbol(function.name, address_of(getattr(openmp(), function.name)))
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     machine = llvm.Target.from_default_triple().create_target_machine(
@@ -42,3 +47,18 @@ def compile_module(
             types = (_C_TYPES.get(str(kind), ctypes.c_void_p) for kind in signature)
             found[function.name] = ctypes.CFUNCTYPE(*types)(engine.get_function_address(function.name))
     return found
+
+
+@functools.cache
+def openmp() -> Any:
+    """Return the OpenMP runtime of PyTorch if it is GNU's or has its interface; otherwise None.
+
+    Its threads wait for work between two calls of PyTorch, so they begin at once.
+    """
+    runtime = ctypes.CDLL(None) if os.name == "posix" else None
+    return runtime if hasattr(runtime, "GOMP_parallel") else None
+
+
+def address_of(function: Any) -> Any:
+    """Return the address of a ctypes function."""
+    return ctypes.cast(function, ctypes.c_void_p).value

@@ -1,7 +1,8 @@
 """The kernels, in LLVM's intermediate representation.
 
-    prepare_codes    the operand of a codebook, as `torch_bounds.prepare` computes it without scaling
-    search           the index, the code and the squared distance of each row
+    prepare_codes      the operand of a codebook, as `torch_bounds.prepare` computes it without scaling
+    search             the index, the code and the squared distance of each row
+    search_as_member   the same, as one of the threads of an OpenMP team
 
 The search computes the upper bounds U_k of torch_bounds.py. Rows lie in the lanes of vectors and codes are broadcast,
 so the two best bounds of a row stay in registers and none is stored. The bounds of several codes are summed at a time,
@@ -20,6 +21,7 @@ from vq_kernels.search.llvm.builder import F32, F64, I32, I64, Builder, integer,
 from vq_kernels.search.torch_bounds import HIDDEN_NORM, ROW_LIMIT
 
 CODES_AT_A_TIME = 4
+_FEW_ROWS = 4  # of a chunk, up to which a tile would be mostly empty
 STATE_ROWS = 4  # of a tile, below those of x
 _AVERAGED_CODES = 64  # for the mean, as any shift is right
 _MANY_CANDIDATES = 16  # a row with more of them counts as exhaustive
@@ -27,11 +29,13 @@ _CERTIFIED, _RERANKED, _EXHAUSTIVE = map(integer, range(3))
 _F32S, _F64S, _I64S = (kind.as_pointer() for kind in (F32, F64, I64))
 
 
-def build_module(lanes: int) -> ir.Module:
-    """Return a module with the kernels, for tiles of `lanes` rows."""
+def build_module(lanes: int, *, openmp: bool) -> ir.Module:
+    """Return a module with the kernels, for tiles of `lanes` rows; `search_as_member` only with an OpenMP runtime."""
     module = ir.Module("vq_kernels")
     _build_prepare_codes(module)
     _build_search(module, lanes)
+    if openmp:
+        _build_search_as_member(module)
     return module
 
 
@@ -84,15 +88,14 @@ def _build_search(module: ir.Module, lanes: int) -> None:
     The rows of x are `stride` elements apart. scratch has room for the tiles of chunk_rows rows, a multiple of `lanes`,
     and D elements. padded_codes and block_codes are multiples of CODES_AT_A_TIME.
     """
-    arguments = {"x": _F32S, "stride": I64, "first_row": I64, "last_row": I64}
+    arguments = {"first_row": I64, "last_row": I64, "x": _F32S, "stride": I64}
     arguments |= {"codebook": _F32S, "num_codes": I64, "code_dim": I64, "scale": _F32S, "minus_mean": _F32S}
-    arguments |= {"matrix": _F32S, "padded_codes": I64, "error_constant": _F32S}
-    arguments |= {"scratch": _F32S, "chunk_rows": I64, "block_codes": I64}
-    arguments |= {"indices": _I64S, "codes": _F32S, "sq_distances": _F64S, "statistics": _I64S}
+    arguments |= {"matrix": _F32S, "padded_codes": I64, "error_constant": _F32S, "chunk_rows": I64, "block_codes": I64}
+    arguments |= {"indices": _I64S, "codes": _F32S, "sq_distances": _F64S, "scratch": _F32S, "statistics": _I64S}
     b = Builder(module, "search", ir.VoidType(), arguments)
-    x, stride, first_row, last_row, codebook, num_codes, code_dim, scale, minus_mean = b.function.args[:9]
-    matrix, padded_codes, error_constant, scratch, chunk_rows, block_codes = b.function.args[9:15]
-    indices, codes, sq_distances, statistics = b.function.args[15:]
+    first_row, last_row, x, stride, codebook, num_codes, code_dim, scale, minus_mean = b.function.args[:9]
+    matrix, padded_codes, error_constant, chunk_rows, block_codes = b.function.args[9:14]
+    indices, codes, sq_distances, scratch, statistics = b.function.args[14:]
     tile_rows = b.add(code_dim, integer(STATE_ROWS))
     column = b.at(scratch, b.mul(chunk_rows, tile_rows))
 
@@ -105,10 +108,13 @@ def _build_search(module: ir.Module, lanes: int) -> None:
             places = [b.least(b.add(r, integer(i)), b.sub(num_rows, integer(1))) for i in range(lanes)]
             rows = [b.at(x, b.mul(b.add(first, place), stride)) for place in places]
             _fill_tile(b, tile_of(r), rows, code_dim, b.load(scale), minus_mean)
-        with b.loop(padded_codes, step=block_codes) as first_code:
-            last_code = b.least(b.add(first_code, block_codes), padded_codes)
-            with b.loop(num_rows, step=lanes) as r:
-                _scan_tile(b, tile_of(r), matrix, first_code, last_code, code_dim, lanes)
+        with b.if_else(b.icmp_signed("<=", num_rows, integer(_FEW_ROWS))) as (few, many):
+            with few, b.loop(num_rows) as r:
+                _scan_row(b, b.at(scratch, r), column, matrix, num_codes, code_dim, lanes)
+            with many, b.loop(padded_codes, step=block_codes) as first_code:
+                last_code = b.least(b.add(first_code, block_codes), padded_codes)
+                with b.loop(num_rows, step=lanes) as r:
+                    _scan_tile(b, tile_of(r), matrix, first_code, last_code, code_dim, lanes)
         with b.loop(num_rows) as r:
             row, tile = b.add(first, r), b.at(tile_of(r), b.srem(r, integer(lanes)))
             values, step = b.at(x, b.mul(row, stride)), b.variable(_CERTIFIED)
@@ -122,8 +128,7 @@ def _build_search(module: ir.Module, lanes: int) -> None:
             in_range = b.fcmp_ordered("<=", norm, ir.Constant(F32, ROW_LIMIT))
             threshold = b.select(in_range, lower, ir.Constant(F32, float("nan")))
             with b.if_then(b.not_(b.fcmp_ordered("<", second, threshold))):  # NaN certifies nothing
-                with b.loop(code_dim) as d:
-                    b.store(b.read(tile, b.mul(d, integer(lanes))), b.at(column, d))
+                _copy_column(b, tile, column, code_dim, lanes)
                 _rerank(b, values, column, norm, threshold, codebook, matrix, num_codes, code_dim, index, step)
             b.store(b.load(index), b.at(indices, row))
             code, target = b.at(codebook, b.mul(b.load(index), code_dim)), b.at(codes, b.mul(row, code_dim))
@@ -135,6 +140,32 @@ def _build_search(module: ir.Module, lanes: int) -> None:
             b.store(b.fadd(_sq_distance(b, values, code, code_dim), b.load(zero)), b.at(sq_distances, row))
             counter = b.at(statistics, b.load(step))
             b.store(b.add(b.load(counter), integer(1)), counter)
+    b.ret_void()
+
+
+def _build_search_as_member(module: ir.Module) -> None:
+    """Search shares of the rows: those of the numbers that this thread has, counted in steps of the size of its team.
+
+    packed holds the numbers of rows, of rows per share, and of elements of the scratch of a share; then the arguments
+    of `search` from x on, with the scratch and the statistics of share 0.
+    """
+    b = Builder(module, "search_as_member", ir.VoidType(), {"packed": _I64S})
+    (packed,) = b.function.args
+    search = module.get_global("search")
+    member, members = (
+        b.sext(b.call(ir.Function(module, ir.FunctionType(I32, []), f"omp_get_{name}"), []), I64)
+        for name in ("thread_num", "num_threads")
+    )
+    num_rows, share, scratch_size = (b.read(packed, i) for i in range(3))
+    arguments = []
+    for i, kind in enumerate(argument.type for argument in search.args[2:]):
+        value = b.read(packed, 3 + i)
+        arguments.append(b.inttoptr(value, kind) if isinstance(kind, ir.PointerType) else value)
+    *shared, scratch, statistics = arguments
+    with b.loop(num_rows, start=b.mul(member, share), step=b.mul(members, share)) as first:
+        number = b.sdiv(first, share)
+        own = b.at(scratch, b.mul(number, scratch_size)), b.at(statistics, b.mul(number, integer(3)))
+        b.call(search, [first, b.least(b.add(first, share), num_rows), *shared, *own])
     b.ret_void()
 
 
@@ -182,6 +213,35 @@ def _scan_tile(b: Builder, tile: Any, matrix: Any, first_code: Any, last_code: A
         b.write_vector(value, b.at(state, (1 + i) * lanes))
 
 
+def _copy_column(b: Builder, tile: Any, column: Any, code_dim: Any, lanes: int) -> None:
+    """Write the row in the lane of a tile that `tile` points to to consecutive elements."""
+    with b.loop(code_dim) as d:
+        b.store(b.read(tile, b.mul(d, integer(lanes))), b.at(column, d))
+
+
+def _bound(b: Builder, shifted: Any, norm: Any, code: Any, code_dim: Any) -> Any:
+    """Return U of one row and one code, summed in any order."""
+    bound = b.variable(b.multiply_add(norm, b.read(code, code_dim, 1), b.read(code, code_dim)))
+    with b.loop(code_dim) as d:
+        b.update(bound, b.multiply_add(b.read(shifted, d), b.read(code, d), b.load(bound), any_order=True))
+    return b.load(bound)
+
+
+def _scan_row(b: Builder, tile: Any, column: Any, matrix: Any, num_codes: Any, code_dim: Any, lanes: int) -> None:
+    """Write the state of the row in one lane of a tile. The entries of codes lie in the lanes of vectors here."""
+    _copy_column(b, tile, column, code_dim, lanes)
+    state = b.at(tile, b.mul(code_dim, integer(lanes)))
+    best, second, index = (b.variable(b.read(state, i * lanes)) for i in range(1, STATE_ROWS))
+    with b.loop(num_codes) as k:
+        bound = _bound(b, column, b.read(state, 0), b.at(matrix, b.mul(k, b.add(code_dim, integer(2)))), code_dim)
+        number, top = b.bitcast(b.trunc(k, I32), F32), b.load(best)
+        b.update(index, b.select(b.fcmp_ordered(">", bound, top), number, b.load(index)))
+        b.update(second, b.larger(b.smaller(bound, top), b.load(second)))
+        b.update(best, b.larger(bound, top))
+    for i, variable in enumerate((best, second, index), start=1):
+        b.store(b.load(variable), b.at(state, i * lanes))
+
+
 def _rerank(
     b: Builder, x: Any, shifted: Any, norm: Any, threshold: Any, codebook: Any, matrix: Any, num_codes: Any,
     code_dim: Any, index: Any, step: Any,
@@ -195,10 +255,8 @@ def _rerank(
     least, candidates = b.variable(ir.Constant(F64, float("inf"))), b.variable(integer(0))
     with b.loop(num_codes) as k:
         code = b.at(matrix, b.mul(k, b.add(code_dim, integer(2))))
-        bound = b.variable(b.multiply_add(norm, b.read(code, code_dim, 1), b.read(code, code_dim)))
-        with b.loop(code_dim) as d:
-            b.update(bound, b.multiply_add(b.read(shifted, d), b.read(code, d), b.load(bound), any_order=True))
-        with b.if_then(b.not_(b.fcmp_ordered("<", b.load(bound), threshold))):  # NaN rules out no code
+        bound = _bound(b, shifted, norm, code, code_dim)
+        with b.if_then(b.not_(b.fcmp_ordered("<", bound, threshold))):  # NaN rules out no code
             b.update(candidates, b.add(b.load(candidates), integer(1)))
             sq_distance = _sq_distance(b, x, b.at(codebook, b.mul(k, code_dim)), code_dim)
             with b.if_then(b.fcmp_ordered("<", sq_distance, b.load(least))):  # of equal ones the earlier stays

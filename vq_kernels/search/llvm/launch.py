@@ -1,5 +1,6 @@
 """The LLVM backend: compiles the kernels on first use, and runs them in PyTorch's number of threads."""
 
+import ctypes
 import functools
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -9,18 +10,27 @@ import torch
 from torch import Tensor
 
 from vq_kernels.search.backend import Found
-from vq_kernels.search.llvm.compile import compile_module
+from vq_kernels.search.llvm.compile import address_of, compile_module, openmp
 from vq_kernels.search.llvm.kernels import CODES_AT_A_TIME, STATE_ROWS, build_module
 from vq_kernels.search.top2 import padded
 from vq_kernels.search.torch_bounds import NEVER, TINY, CodebookOperand, error_factor, is_moderate
 from vq_kernels.search.torch_bounds import prepare as prepare_in_torch
 
 _CACHED_ELEMENTS = 1 << 15  # of the rows of a chunk, and of the codes of a block
-_THREAD_PRODUCTS = 1 << 21  # multiply-adds for which another thread pays
+_THREAD_PRODUCTS = 1 << 19  # multiply-adds for which another thread pays
 
 _pool = functools.cache(ThreadPoolExecutor)
+_forked: list[bool] = []
+
+
+def _after_fork() -> None:
+    """Start threads of its own in a forked process, which has none of OpenMP's or of the pool's."""
+    _forked.append(True)
+    _pool.cache_clear()
+
+
 if hasattr(os, "register_at_fork"):  # not on Windows
-    os.register_at_fork(after_in_child=_pool.cache_clear)  # the child has none of its threads
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 class Kernels:
@@ -28,8 +38,9 @@ class Kernels:
 
     def __init__(self, lanes: int, *target: str) -> None:
         self.lanes = lanes
-        functions = compile_module(build_module(lanes), *target)
+        functions = compile_module(build_module(lanes, openmp=openmp() is not None), *target)
         self.prepare_codes, self.search = functions["prepare_codes"], functions["search"]
+        self.search_as_member = functions.get("search_as_member")
 
 
 @functools.cache
@@ -71,28 +82,33 @@ def search(x: Tensor, codebook: Tensor, prepared: list[Tensor]) -> Found:
     (num_rows, code_dim), lanes = x.shape, kernels().lanes
     num_threads = min(torch.get_num_threads(), 1 + num_rows * matrix.numel() // _THREAD_PRODUCTS)
     share = max(1, -(-num_rows // (num_threads * lanes))) * lanes
-    num_threads = max(1, -(-num_rows // share))
+    num_shares = max(1, -(-num_rows // share))
     chunk_rows = max(1, min(share, _CACHED_ELEMENTS // code_dim) // lanes) * lanes
     block_codes = max(1, _CACHED_ELEMENTS // code_dim // CODES_AT_A_TIME) * CODES_AT_A_TIME
-    scratch = rows.new_empty(num_threads, chunk_rows * (code_dim + STATE_ROWS) + code_dim)
+    scratch = rows.new_empty(num_shares, chunk_rows * (code_dim + STATE_ROWS) + code_dim)
     indices, codes = rows.new_empty(num_rows, dtype=torch.int64), rows.new_empty(num_rows, code_dim)
     sq_distances = rows.new_empty(num_rows, dtype=torch.float64)
-    statistics = rows.new_zeros(num_threads, 3, dtype=torch.int64)
+    statistics = rows.new_zeros(num_shares, 3, dtype=torch.int64)
+    shared = (
+        rows.data_ptr(), rows.stride(0), source.data_ptr(), codebook.shape[0], code_dim, scale.data_ptr(),
+        minus_mean.data_ptr(), matrix.data_ptr(), matrix.shape[0], error_constant.data_ptr(), chunk_rows, block_codes,
+        indices.data_ptr(), codes.data_ptr(), sq_distances.data_ptr(),
+    )  # fmt: skip
 
     def search_share(number: int) -> None:
-        first = number * share
-        kernels().search(
-            rows.data_ptr(), rows.stride(0), first, min(first + share, num_rows), source.data_ptr(),
-            codebook.shape[0], code_dim, scale.data_ptr(), minus_mean.data_ptr(), matrix.data_ptr(), matrix.shape[0],
-            error_constant.data_ptr(), scratch[number].data_ptr(), chunk_rows, block_codes, indices.data_ptr(),
-            codes.data_ptr(), sq_distances.data_ptr(), statistics[number].data_ptr(),
-        )  # fmt: skip
+        last = min((number + 1) * share, num_rows)
+        kernels().search(number * share, last, *shared, scratch[number].data_ptr(), statistics[number].data_ptr())
 
-    others = [_pool(num_threads).submit(search_share, number) for number in range(1, num_threads)]
-    search_share(0)
-    for other in others:
-        other.result()
-    return indices, codes.to(x.dtype), sq_distances, statistics.sum(dim=0)
+    if num_shares == 1:
+        search_share(0)
+    elif kernels().search_as_member is None or _forked:
+        list(_pool(num_shares).map(search_share, range(num_shares)))
+    else:
+        values = (num_rows, share, scratch.stride(0), *shared, scratch.data_ptr(), statistics.data_ptr())
+        packed = (ctypes.c_int64 * len(values))(*values)
+        openmp().GOMP_parallel(ctypes.c_void_p(address_of(kernels().search_as_member)), packed, num_shares, 0)
+    counts = statistics.sum(dim=0) if num_shares > 1 else statistics[0]
+    return indices, codes.to(x.dtype), sq_distances, counts
 
 
 def readable(tensor: Tensor) -> Tensor:
