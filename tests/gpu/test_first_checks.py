@@ -41,11 +41,15 @@ def test_indices_and_how_many_rows_are_certified(shape: tuple[int, int, int]) ->
 
 
 @pytest.mark.parametrize(
-    ("dtype", "offset", "d"), [(torch.float32, 3.0, 64), (torch.bfloat16, 0.0, 50), (torch.float16, 100.0, 70)]
+    ("dtype", "offset", "k", "d"),
+    [
+        *((torch.float32, 3.0, 300, 64), (torch.bfloat16, 0.0, 300, 50), (torch.float16, 100.0, 300, 70)),
+        (torch.float32, 3.0, 2100, 3),  # more codes than the partial sums have at once
+    ],
 )
-def test_a_prepared_codebook(dtype: torch.dtype, offset: float, d: int) -> None:
-    codebook = gaussian(1, 300, d, offset=offset, dtype=dtype)[1]
-    codebook[7, 3], codebook[11, 0] = float("nan"), float("inf")
+def test_a_prepared_codebook(dtype: torch.dtype, offset: float, k: int, d: int) -> None:
+    codebook = gaussian(1, k, d, offset=offset, dtype=dtype)[1]
+    codebook[7, -1], codebook[11, 0] = float("nan"), float("inf")
     prepared = TritonCodebook(*prepare(codebook))
     wide = codebook.cpu().double()
     finite = wide.isfinite().all(1)
@@ -56,12 +60,12 @@ def test_a_prepared_codebook(dtype: torch.dtype, offset: float, d: int) -> None:
     assert 2.0**13 <= scaled.abs().max() < 2.0**14
     rounded = scaled.float().half()
     codes16, half_norms = prepared.codes16.cpu(), prepared.half_norms.cpu()
-    assert torch.equal(codes16[:300, :d], rounded)
-    assert not codes16[300:].any()
+    assert torch.equal(codes16[:k, :d], rounded)
+    assert not codes16[k:].any()
     assert not codes16[:, d:].any()
     expected = torch.where(finite, 0.5 * scaled.square().sum(1), 2.0**104)
-    assert ((half_norms[:300].double() - expected).abs() <= 2.0**-22 * expected.clamp(min=1e-30)).all()
-    assert (half_norms[300:] == 2.0**104).all()
+    assert ((half_norms[:k].double() - expected).abs() <= 2.0**-22 * expected.clamp(min=1e-30)).all()
+    assert (half_norms[k:] == 2.0**104).all()
     norms = [
         scaled.norm(dim=1).max(),
         (scaled - rounded.double()).norm(dim=1).max(),

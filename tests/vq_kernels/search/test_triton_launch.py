@@ -1,4 +1,4 @@
-"""Runs the tests of the Triton search, and the attacks, in the interpreter."""
+"""Runs the tests of the Triton search, the planted faults and the attacks in the interpreter."""
 
 import re
 from pathlib import Path
@@ -13,7 +13,7 @@ HERE = Path(__file__).parent
 
 @pytest.mark.timeout(600)
 def test_interpreted() -> None:
-    run_interpreted(HERE / "interpreted_triton_launch.py")
+    run_interpreted(HERE / "interpreted_triton_launch.py", HERE / "interpreted_faults.py")
 
 
 @pytest.mark.timeout(900)
