@@ -221,7 +221,9 @@ class _Quantize(torch.autograd.Function):
         grad_x = grad_quantized if needs_x else None
         if residual_sum is not None:
             grad_x = grad_quantized + (2 * grad_commitment / num_numbers * residual_sum).to(grad_quantized.dtype)
-        return grad_x, torch.stack(grad_codebooks) if grad_codebooks else None, *[None] * 6
+        if not grad_codebooks:
+            return grad_x, *[None] * 7
+        return grad_x, torch.stack(grad_codebooks) if len(indices) > 1 else grad_codebooks[0][None], *[None] * 6
 
 
 def _num_numbers(x: Tensor, indices: Tensor, complete: bool) -> int | Tensor:

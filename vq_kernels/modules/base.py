@@ -237,7 +237,7 @@ class QuantizerBase(Codebook):
         rows = self._as_searched(self._layout.split(positions))
         left_out = self._left_out(rows.shape[1], row_mask, active, num_stages)
         choices, searched, batches = self._choose(rows.detach(), row_mask, left_out, learns, num_stages)
-        indices = torch.stack([choice.indices for choice in choices])  # [C, q, M]
+        indices = stack([choice.indices for choice in choices])  # [C, q, M]
         codebooks = self._by_head(self._differentiable(searched, learns))
         passed = (
             pass_gradients(
@@ -269,10 +269,11 @@ class QuantizerBase(Codebook):
                     sq_distances = torch.stack([choice.sq_distances for choice in choices])
                     problem = self._monitor.check(rows.detach(), sq_distances, *self._usage())
                     warn_of(problem, self.commitment_weight, self.restart_after, self.init)
+        quantized = self._layout.join(stack(codes).to(x.dtype), leading)
         return Quantized(
-            self._layout.join(stack(codes).to(x.dtype), leading).movedim(-1, self.channel_dim),
+            quantized if self.channel_dim == -1 else quantized.movedim(-1, self.channel_dim),
             self._layout.join_indices(indices.transpose(1, 2), leading),
-            torch.stack(losses).mean(),
+            torch.stack(losses).mean() if len(losses) > 1 else losses[0],
         )
 
     def _usage(self) -> tuple[Tensor, Tensor]:
@@ -344,7 +345,8 @@ class QuantizerBase(Codebook):
                 total = total + codes if stage else codes
                 indices.append(chosen)
                 sq_distances.append(distances)
-            choices.append(Choice(torch.cat(indices), total, torch.cat(sq_distances)))
+            both = (torch.cat(each) if len(each) > 1 else each[0] for each in (indices, sq_distances))
+            choices.append(Choice(next(both), total, next(both)))
         return choices, searched, batches
 
     def _left_out(
@@ -379,7 +381,7 @@ class QuantizerBase(Codebook):
             raise ValueError(f"x must have {channels} channels in dimension {self.channel_dim}, got {tuple(x.shape)}")
         if x.device != self.codebook.device:
             raise ValueError(f"the module must be on x's device, {x.device}, got {self.codebook.device}")
-        positions = x.movedim(self.channel_dim, -1)
+        positions = x if self.channel_dim == -1 else x.movedim(self.channel_dim, -1)
         if mask is None:
             return positions, None
         check_mask(mask, positions.shape[:-1])

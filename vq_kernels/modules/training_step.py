@@ -296,13 +296,19 @@ class CodebookStep(HasCodebooks):
 
         Frozen codes do not count steps without use.
         """
-        chosen = indices != LEFT_OUT
-        first = torch.arange(indices.shape[0], device=indices.device)[:, None] * self.num_codes
-        slots = (indices.masked_fill(~chosen, 0) + first).flatten()
-        counts = self.batch_counts.new_zeros(self.batch_counts.numel()).index_add_(0, slots, chosen.flatten().long())
-        self.batch_counts.copy_(sum_over_ranks(counts, self.synchronise).view_as(self.batch_counts))
+        num_codebooks, num_slots = indices.shape[0], self.num_codes + 1
+        slots = indices - LEFT_OUT  # slot 0 of each codebook counts the rows left out
+        if num_codebooks > 1:
+            slots = slots + torch.arange(num_codebooks, device=indices.device)[:, None] * num_slots
+        slots, size = slots.flatten(), num_codebooks * num_slots
+        if is_readable(slots):
+            counts = slots.bincount(minlength=size)
+        else:
+            counts = slots.new_zeros(size).index_add_(0, slots, torch.ones_like(slots))
+        counts = sum_over_ranks(counts, self.synchronise).view(num_codebooks, num_slots)[:, 1:]
+        self.batch_counts.copy_(counts.reshape(self.batch_counts.shape))
         learned = 1 if learning is None else learning[:, None].long()
-        flat(self.usage_counts, 1).add_(flat(self.batch_counts, 1) * learned)
+        flat(self.usage_counts, 1).add_(counts if learning is None else counts * learned)
         if not self.freeze_codebook:
             flat(self.steps_unused, 1).add_(learned)
         self.steps_unused.masked_fill_(self.batch_counts > 0, 0)
