@@ -22,7 +22,7 @@ NEVER = {torch.float32: -(2.0**100), torch.float64: -(2.0**900)}  # the score of
 TINY = {torch.float32: 2.0**-100, torch.float64: 2.0**-900}  # covers every underflow, even when flushed to zero
 HIDDEN_NORM = 2.0**-50  # covers what a norm loses to squares that underflow
 _LARGEST_FLOAT32_DIM = 1 << 15  # up to it, the 1 % added to the errors covers the smaller terms
-_SHORTEST_RADIUS, _LONGEST_RADIUS = 2.0**-12, 2.0**12  # codebooks with a longest code in between are not scaled
+SHORTEST_RADIUS, LONGEST_RADIUS = 2.0**-12, 2.0**12  # codebooks with a longest code in between are not scaled
 _CODE_LIMIT = {torch.float32: 2.0**42, torch.float64: 2.0**420}  # with a longer scaled code, no row gets a bound
 
 
@@ -141,7 +141,7 @@ def _write_bounds(matrix: Tensor, norms: Tensor, sq_norms: Tensor, radius: float
 
 def is_moderate(radius: float) -> bool:
     """Whether a codebook whose longest centred code has this length needs no scale. NaN does."""
-    return _SHORTEST_RADIUS <= radius <= _LONGEST_RADIUS
+    return SHORTEST_RADIUS <= radius <= LONGEST_RADIUS
 
 
 def error_factor(code_dim: int, dtype: torch.dtype) -> float:
@@ -166,7 +166,7 @@ def _shift_and_scale_any(wide: Tensor, centred: Tensor) -> tuple[float, Tensor, 
     minus_mean = (wide * -scale).sum(dim=0).div_(num_usable).to(centred.dtype)  # scaled first: no sum overflows
     norms = _shift_and_scale(wide, scale, minus_mean, centred, not_usable)
     radius = float(norms.amax())
-    if radius < _SHORTEST_RADIUS:
+    if radius < SHORTEST_RADIUS:
         finer = min(max(scale * _power_of_two_for(radius), 2.0**-100), 2.0**100)
         minus_mean *= finer / scale
         scale = finer

@@ -20,7 +20,10 @@ collect_ignore = [] if "triton" in BACKENDS_HERE else ["test_triton_margin.py"]
 # Only a GPU rounds the scores as matrix units do.
 _ON_GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))
 _PLAIN_CPU = "llvm, divided, for a CPU without extensions"
-_BACKENDS = BACKENDS_HERE if INTERPRETED else ("llvm", _PLAIN_CPU, "torch", pytest.param("triton", marks=_ON_GPU))
+_FEW_ROWS = "llvm, as for a few rows"
+_BACKENDS = (
+    BACKENDS_HERE if INTERPRETED else ("llvm", _FEW_ROWS, _PLAIN_CPU, "torch", pytest.param("triton", marks=_ON_GPU))
+)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -56,12 +59,14 @@ def backend(
 ) -> Iterator[str]:
     """Each backend; Triton on a GPU or interpreted."""
     name: str = request.param
+    if name == _FEW_ROWS:
+        monkeypatch.setattr(launch, "_FEW_ROWS", 1 << 62)
     if name == _PLAIN_CPU:
-        name = "llvm"
         monkeypatch.setattr(launch, "kernels", plain_kernels)
         monkeypatch.setattr(launch, "_CACHED_ELEMENTS", 1 << 7)  # chunks of some rows, blocks of some codes
         monkeypatch.setattr(launch, "_THREAD_PRODUCTS", 1 << 10)
         monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    name = name.partition(",")[0]
     require_backend(name)
     with ExitStack() as contexts:
         contexts.enter_context(counted_steps(name, steps, totals))

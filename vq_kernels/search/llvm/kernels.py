@@ -3,6 +3,7 @@
     prepare_codes      the operand of a codebook, as `torch_bounds.prepare` computes it without scaling
     search             the index, the code and the squared distance of each row
     search_as_member   the same, as one of the threads of an OpenMP team
+    search_few         the same for a few rows and codes as they are, if the error bounds decide
 
 The search computes the upper bounds U_k of torch_bounds.py. Rows lie in the lanes of vectors and codes are broadcast,
 so the two best bounds of a row stay in registers and none is stored. The bounds of several codes are summed at a time,
@@ -34,6 +35,7 @@ def build_module(lanes: int, *, openmp: bool) -> ir.Module:
     module = ir.Module("vq_kernels")
     _build_prepare_codes(module)
     _build_search(module, lanes)
+    _build_search_few(module)
     if openmp:
         _build_search_as_member(module)
     return module
@@ -130,17 +132,63 @@ def _build_search(module: ir.Module, lanes: int) -> None:
             with b.if_then(b.not_(b.fcmp_ordered("<", second, threshold))):  # NaN certifies nothing
                 _copy_column(b, tile, column, code_dim, lanes)
                 _rerank(b, values, column, norm, threshold, codebook, matrix, num_codes, code_dim, index, step)
-            b.store(b.load(index), b.at(indices, row))
-            code, target = b.at(codebook, b.mul(b.load(index), code_dim)), b.at(codes, b.mul(row, code_dim))
-            zero = b.variable(ir.Constant(F64, 0.0))  # or NaN, if the row is not finite
-            with b.loop(code_dim) as d:
-                b.store(b.read(code, d), b.at(target, d))
-                value = b.fpext(b.read(values, d), F64)
-                b.update(zero, b.multiply_add(value, ir.Constant(F64, 0.0), b.load(zero), any_order=True))
-            b.store(b.fadd(_sq_distance(b, values, code, code_dim), b.load(zero)), b.at(sq_distances, row))
+            _write_row(b, row, b.load(index), values, codebook, code_dim, indices, codes, sq_distances)
             counter = b.at(statistics, b.load(step))
             b.store(b.add(b.load(counter), integer(1)), counter)
     b.ret_void()
+
+
+def _build_search_few(module: ir.Module) -> None:
+    """Search the rows of x [N, D] without an operand, with mean 0 and scale 1.
+
+    Return how many rows the bounds do not decide. Their outputs are not written.
+    """
+    arguments = {"x": _F32S, "stride": I64, "num_rows": I64, "codebook": _F32S, "num_codes": I64, "code_dim": I64}
+    arguments |= {"factor": F32, "tiny": F32, "shortest": F32, "longest": F32}
+    arguments |= {"indices": _I64S, "codes": _F32S, "sq_distances": _F64S}
+    b = Builder(module, "search_few", I64, arguments)
+    x, stride, num_rows, codebook, num_codes, code_dim, factor, tiny, shortest, longest = b.function.args[:10]
+    outputs, undecided = b.function.args[10:], b.variable(integer(0))
+    zero, lowest = ir.Constant(F32, 0.0), ir.Constant(F32, float("-inf"))
+    with b.loop(num_rows) as r:
+        row, square = b.at(x, b.mul(r, stride)), b.variable(zero)
+        with b.loop(code_dim) as d:
+            b.update(square, b.multiply_add(b.read(row, d), b.read(row, d), b.load(square), any_order=True))
+        norm = b.fadd(b.square_root(b.load(square)), ir.Constant(F32, HIDDEN_NORM))
+        best, second, error, radius = (b.variable(value) for value in (lowest, lowest, zero, zero))
+        index = b.variable(integer(0))
+        with b.loop(num_codes) as k:
+            code, product, sq_length = b.at(codebook, b.mul(k, code_dim)), b.variable(zero), b.variable(zero)
+            with b.loop(code_dim) as d:
+                entry = b.read(code, d)
+                b.update(product, b.multiply_add(b.read(row, d), entry, b.load(product), any_order=True))
+                b.update(sq_length, b.multiply_add(entry, entry, b.load(sq_length), any_order=True))
+            length = b.square_root(b.load(sq_length))
+            sq_norm, slope = b.fmul(length, length), b.fmul(factor, b.fadd(length, ir.Constant(F32, HIDDEN_NORM)))
+            own_error = b.multiply_add(norm, slope, b.multiply_add(factor, sq_norm, tiny))
+            score = b.multiply_add(sq_norm, ir.Constant(F32, -0.5), b.load(product))
+            bound, top = b.fadd(score, own_error), b.load(best)
+            higher = b.fcmp_ordered(">", bound, top)
+            b.update(index, b.select(higher, k, b.load(index)))
+            b.update(error, b.select(higher, own_error, b.load(error)))
+            b.update(second, b.larger(b.smaller(bound, top), b.load(second)))
+            b.update(best, b.larger(bound, top))
+            shorter = b.fcmp_ordered("<=", length, b.load(radius))  # false for NaN, which then stays
+            b.update(radius, b.select(shorter, b.load(radius), length))
+        lower = b.fsub(b.load(best), b.fmul(b.load(error), ir.Constant(F32, 2.0)))
+        decided = b.fcmp_ordered("<", b.load(second), lower)
+        for condition in (
+            b.fcmp_ordered("<=", norm, ir.Constant(F32, ROW_LIMIT)),
+            b.fcmp_ordered(">=", b.load(radius), shortest),
+            b.fcmp_ordered("<=", b.load(radius), longest),
+        ):
+            decided = b.and_(decided, condition)
+        with b.if_else(decided) as (certified, other):
+            with certified:
+                _write_row(b, r, b.load(index), row, codebook, code_dim, *outputs)
+            with other:
+                b.update(undecided, b.add(b.load(undecided), integer(1)))
+    b.ret(b.load(undecided))
 
 
 def _build_search_as_member(module: ir.Module) -> None:
@@ -265,6 +313,21 @@ def _rerank(
     many = b.icmp_signed(">", b.load(candidates), integer(_MANY_CANDIDATES))
     with b.if_then(b.fcmp_ordered("<", b.load(least), ir.Constant(F64, float("inf")))):
         b.update(step, b.select(many, _EXHAUSTIVE, _RERANKED))
+
+
+def _write_row(
+    b: Builder, row: Any, index: Any, values: Any, codebook: Any, code_dim: Any, indices: Any, codes: Any,
+    sq_distances: Any,
+) -> None:  # fmt: skip
+    """Write index, code and squared distance of the row with these values; NaN if they are not finite."""
+    b.store(index, b.at(indices, row))
+    code, target = b.at(codebook, b.mul(index, code_dim)), b.at(codes, b.mul(row, code_dim))
+    zero = b.variable(ir.Constant(F64, 0.0))  # or NaN, if a value is not finite
+    with b.loop(code_dim) as d:
+        b.store(b.read(code, d), b.at(target, d))
+        value = b.fpext(b.read(values, d), F64)
+        b.update(zero, b.multiply_add(value, ir.Constant(F64, 0.0), b.load(zero), any_order=True))
+    b.store(b.fadd(_sq_distance(b, values, code, code_dim), b.load(zero)), b.at(sq_distances, row))
 
 
 def _sq_distance(b: Builder, x: Any, code: Any, code_dim: Any) -> Any:
