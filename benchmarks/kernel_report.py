@@ -59,12 +59,12 @@ _SHAPES = (
     *((256, 1_024, 128, _F16), (256, 1_024, 512, _F32)),
 )
 # (rows, codes, D, dtype of x, dtype of the codebook).
-# D = 1; multiples of 16 that do not fill a product; a split codebook of short codes and in 16 bits; few rows without a
-# split; two dtypes, as under autocast and the other way round.
+# D = 1; multiples of 16 that do not fill a product; 16-bit rows whose x' is not padded; a split codebook of short codes
+# and in 16 bits; few rows without a split; two dtypes, as under autocast and the other way round.
 _MIXED_SHAPES = (
     (65_536, 1_024, 1, _F32, _F32),
     *((65_536, 1_024, d, _F32, _F32) for d in (48, 80, 96, 112)),
-    *((65_536, 1_024, d, _BF16, _BF16) for d in (48, 96)),
+    *((65_536, 1_024, d, _BF16, _BF16) for d in (48, 96, 300)),
     *((1_024, 4_096, 16, _F32, _F32), (1_024, 4_096, 64, _BF16, _BF16), (1_024, 4_096, 64, _F16, _F16)),
     *((1_024, 65_536, 128, _BF16, _BF16), (256, 1_024, 128, _BF16, _BF16), (12_800, 128, 128, _F32, _F32)),
     *((65_536, 1_024, d, _BF16, _F32) for d in (64, 128, 512)),
@@ -133,7 +133,7 @@ def _recorder(launches: dict[str, Launch], labels: dict[str, str], other: str, a
         # In these kernels D only sets a mask and the length of a loop. One launch per dtype represents all lengths with
         # the loop, and one all without. If ptxas unrolls the loop, other lengths take a few registers more or less.
         if kernel.__name__ != "_scan_kernel":
-            loops = {k: v > launch.constants["BLOCK_D"] for k, v in launch.constants.items() if k in ("D", "PITCH")}
+            loops = {k: v > launch.constants["BLOCK_D"] for k, v in launch.constants.items() if k == "PITCH"}
             identity["constants"] = launch.constants | loops
         launches.setdefault(repr(identity), launch)
 
@@ -172,11 +172,11 @@ def collect_launches(arch: int) -> list[Launch]:
     launches: dict[str, Launch] = {}
     for layout, x, codebook, config in _cases(properties):
         (n, d), k = x.shape, codebook.shape[0]
-        plan = plan_search(n, k, d, config, properties)
+        plan = plan_search(n, k, config, properties)
         dtypes = "/".join(str(dtype).removeprefix("torch.") for dtype in dict.fromkeys((x.dtype, codebook.dtype)))
         scan_label = f"{config.name} D={d} {dtypes}{layout}{' split' if plan.splits > 1 else ''}"
 
-        labels = {"_scan_kernel": scan_label, "_merge_kernel": dtypes + layout}
+        labels = {"_scan_kernel": scan_label, "_finish_kernel": dtypes + layout}
         with mock.patch.object(JITFunction, "run", _recorder(launches, labels, dtypes + layout, arch)):
             search_with_plan(x, codebook, [], plan)
         if layout not in ("", " misaligned"):
@@ -227,7 +227,9 @@ def report_launch(launch: Launch) -> dict[str, Any]:
 
 
 def _most_pending(ttgir: str, wait: str) -> int:
-    return max(map(int, re.findall(wait, ttgir)), default=0)
+    """The largest number in the loops that hold products. The loops that compute x' copy ahead too."""
+    loops = [loop for loop in ttgir.split("scf.for ") if re.search(r"dot\b|tc_gen5_mma", loop)]
+    return max((int(number) for loop in loops for number in re.findall(wait, loop)), default=0)
 
 
 def _cuobjdump(option: str, path: str) -> str:

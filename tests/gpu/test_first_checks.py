@@ -53,7 +53,7 @@ def test_a_prepared_codebook(dtype: torch.dtype, offset: float, k: int, d: int) 
     prepared = TritonCodebook(*prepare(codebook))
     wide = codebook.cpu().double()
     finite = wide.isfinite().all(1)
-    shift, exponent = prepared.shift.cpu().double(), int(prepared.exponent)
+    shift, exponent = prepared.shift.cpu().double(), prepared.exponent
     mean = wide[finite].mean(0).float().double()
     assert not shift.any() or (shift - mean).abs().max() <= 2.0**-23 * mean.abs().max()
     scaled = torch.where(finite[:, None], (wide - shift) * 2.0**exponent, 0.0)

@@ -5,11 +5,10 @@ import torch
 from torch import Tensor
 
 from tests.gpu.device import DEVICE, MARKS, SMALL
-from vq_kernels.search.triton.common import Outputs, Uncertified, ceil_div
+from tests.vq_kernels.search.triton_rows import FEW_ROWS, rounded_rows, row_ratios, scan_in_two, unrounded_scores
 from vq_kernels.search.triton.launch import prepare
-from vq_kernels.search.triton.plan import CONFIGS, ScanConfig, SearchPlan
-from vq_kernels.search.triton.prepare import TritonCodebook, launch_rows
-from vq_kernels.search.triton.scan import launch_scan
+from vq_kernels.search.triton.plan import CONFIGS, ScanConfig
+from vq_kernels.search.triton.prepare import TritonCodebook
 
 pytestmark = MARKS
 N, K = (32, 150) if SMALL else (4096, 1024)
@@ -44,28 +43,18 @@ def vectors(name: str, d: int) -> tuple[Tensor, Tensor]:
 def test_scores_stay_within_the_bound(config: ScanConfig, d: int, name: str) -> None:
     x, codebook = (tensor.to(DEVICE) for tensor in vectors(name, d))
     prepared = TritonCodebook(*prepare(codebook))
-    tiles_per_split = ceil_div(ceil_div(K, config.block_k), 2)
-    splits = ceil_div(ceil_div(K, config.block_k), tiles_per_split)  # so that the scan leaves its states
-    plan = SearchPlan(config, splits, tiles_per_split, 1 << 20)
-    outputs = Outputs(torch.empty(N, dtype=torch.int64, device=DEVICE), torch.empty_like(x), x.new_empty(N))
-    counters, rows, candidates, more_rows = (
-        torch.zeros(size, dtype=torch.int32, device=DEVICE) for size in (2, N, (N, 4), N)
-    )
-    uncertified = Uncertified(counters, rows, candidates, more_rows)
-    states = launch_scan(x, codebook, prepared, plan, outputs, uncertified)
-    assert states is not None
-    rows16, ratios, _ = launch_rows(x, prepared, plan)
+    plan, states, margins, _ = scan_in_two(x, codebook, prepared, config)
 
-    rows, codes = rows16[:N, :d].double(), prepared.codes16[:K, :d].double()
-    half_norms = prepared.half_norms[:K].double() * ratios.double()[:, None]
+    rows = rounded_rows(scan_in_two(x, codebook, prepared, FEW_ROWS)[3]).double()
+    codes, half_norms = prepared.codes16[:K, :d].double(), prepared.half_norms[:K].double() * row_ratios(x, prepared)
     sums = rows @ codes.t() - half_norms  # the exact sum of the float16 products
     magnitude = (rows.norm(dim=1) * codes.norm(dim=1).max() + half_norms.amax(1))[:, None]
-    true_scores = unrounded_scores(x, codebook, prepared.shift, int(prepared.exponent))
-    bound = states.margins.double()[:, None] / 2
-    for split in range(splits):
-        values, places = states.scores[split, :4].t(), states.codes[split].t().long()  # [N, 4]
-        first = split * tiles_per_split * config.block_k
-        last = min(first + tiles_per_split * config.block_k, K)
+    true_scores = unrounded_scores(x, codebook, prepared)
+    bound = margins.double()[:, None] / 2
+    for split in range(plan.splits):
+        values, places = states[split, :4].view(torch.float32).t(), states[split, 5:].t().long()  # [N, 4]
+        first = split * plan.tiles_per_split * config.block_k
+        last = min(first + plan.tiles_per_split * config.block_k, K)
         assert ((places >= first) & (places < last)).all()
         share = ((values.double() - true_scores.gather(1, places)).abs() / bound).max().item()
         assert share <= 1, f"a score is off by {share:.3f} of the bound"
@@ -75,14 +64,4 @@ def test_scores_stay_within_the_bound(config: ScanConfig, d: int, name: str) -> 
         share = (error / ((d + 16) * 2.0**-23 * magnitude)).max().item()
         assert share <= 1, f"the accumulator is off by {share:.3f} of its bound"
         others = true_scores[:, first:last].scatter(1, places - first, -torch.inf).amax(1)
-        assert (others <= states.scores[split, 4].double() + bound[:, 0]).all(), "a code is above `hidden`"
-
-
-def unrounded_scores(x: Tensor, codebook: Tensor, shift: Tensor, code_exponent: int) -> Tensor:
-    """X . C - h [N, K] in float64, on the scales that the kernels choose for the rows and for the codebook."""
-    largest = (x - shift).abs().amax(1)
-    exponents = 13 - ((largest.view(torch.int32) >> 23) - 127)
-    exponents = exponents.clamp(max=min(code_exponent + 20, 126)).double()[:, None]
-    rows = (x.double() - shift.double()) * torch.exp2(exponents)
-    codes = (codebook.double() - shift.double()) * 2.0**code_exponent
-    return rows @ codes.t() - 0.5 * codes.square().sum(1) * torch.exp2(exponents - code_exponent)
+        assert (others <= states[split, 4].view(torch.float32).double() + bound[:, 0]).all(), "a code is above `hidden`"

@@ -77,9 +77,9 @@ def gaussian(n: int, k: int, d: int, seed: int = 0, offset: float = 0.0) -> tupl
     return torch.randn(n, d, generator=generator) + offset, torch.randn(k, d, generator=generator) + offset
 
 
-def plan_for(config: ScanConfig, k: int, splits: int = 1, rows_per_launch: int = 1 << 20) -> SearchPlan:
+def plan_for(config: ScanConfig, k: int, splits: int = 1) -> SearchPlan:
     tiles_per_split = ceil_div(ceil_div(k, config.block_k), splits)
-    return SearchPlan(config, ceil_div(ceil_div(k, config.block_k), tiles_per_split), tiles_per_split, rows_per_launch)
+    return SearchPlan(config, ceil_div(ceil_div(k, config.block_k), tiles_per_split), tiles_per_split)
 
 
 def test_this_process_interprets():
@@ -118,13 +118,22 @@ def test_distances_of_32768_equal_differences():
     torch.testing.assert_close(outputs.sq_distances, x.double().square().sum(dim=1), rtol=1e-7, atol=0)
 
 
+@pytest.mark.parametrize("splits", [1, 2])
 @pytest.mark.parametrize("name", [config.name for config in CONFIGS])
-def test_every_configuration(name: str):
-    """Both parts of 300 codes end within a tile, 130 rows within a launch, and 72 columns within a piece."""
+def test_every_configuration(name: str, splits: int):
+    """Both parts of 300 codes end within a tile, 130 rows within a block, and 72 columns within a piece."""
     x, codebook = gaussian(130, 300, 64 if _BY_NAME[name].resident else 72, offset=3.0)
-    certified, reranked, _ = check(x, codebook, plan_for(_BY_NAME[name], 300, splits=2, rows_per_launch=128))
+    certified, reranked, _ = check(x, codebook, plan_for(_BY_NAME[name], 300, splits))
     assert certified > 100
     assert reranked > 0
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+def test_16_bit_rows_of_70_columns(splits: int):
+    """Their codes leave no memory to pad x'."""
+    x, codebook = gaussian(70, 100, 70)
+    certified, _, _ = check(x.bfloat16(), codebook, plan_for(_BY_NAME["few_rows"], 100, splits))
+    assert certified > 60
 
 
 def test_prepared_tensors_serve_many_searches():

@@ -1,4 +1,4 @@
-"""The peak memory of a call, measured in a separate process."""
+"""The peak memory of a call, measured in a separate process, and its limit for the Triton search."""
 
 import subprocess
 import sys
@@ -8,6 +8,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[3]
+
+
+def workspace_limit(n: int, k: int, d: int) -> int:
+    """Bytes a search may allocate besides inputs and outputs: 1 % of [n, k] in float32, or 16 MiB plus the codebook."""
+    return max(n * k * 4 // 100, 16 * 2**20 + 4 * k * d)
 
 
 def extra_mib(call: str, num_rows: int, num_codes: int, code_dim: int) -> float:

@@ -1,6 +1,5 @@
 """The Triton search on a GPU."""
 
-import dataclasses
 from collections.abc import Callable
 
 import pytest
@@ -8,10 +7,10 @@ import torch
 from torch import Tensor
 
 from tests.vq_kernels.plain import vector_quantizer
+from tests.vq_kernels.search.memory import workspace_limit
 from vq_kernels import PreparedCodebook, nearest_code, vector_quantize
 from vq_kernels.gradient.triton_backend import codebook_gradient
 from vq_kernels.search.triton import launch
-from vq_kernels.search.triton.plan import pick_config, plan_search, workspace_limit
 
 pytestmark = [
     pytest.mark.gpu,
@@ -87,11 +86,7 @@ def test_offsets_beyond_int32(d: int):
     """N * D exceeds 2**31, so a 32-bit offset would wrap in the last rows."""
     dims = (2**31 // d + 1000, 100, d)
     x, codebook = make(*dims, torch.float16)
-    properties = launch.device_properties(x.device)
-    plan = plan_search(*dims, pick_config(*dims, x.dtype, properties), properties)
-    # In one launch; `search` would use several with small offsets.
-    plan = dataclasses.replace(plan, rows_per_launch=2**31)
-    indices, codes, _, _ = launch.search_with_plan(x, codebook, [], plan)
+    indices, codes, _, _ = launch.search(x, codebook, [])
     for part in (slice(0, 2000), slice(-2000, None)):
         assert torch.equal(indices[part], nearest(x[part], codebook))
         assert torch.equal(codes[part], codebook[indices[part]])

@@ -54,42 +54,31 @@ class Checked(NamedTuple):
 
 def check(x: torch.Tensor, codebook: torch.Tensor) -> Checked:
     """The errors of x [N, D] and codebook [K, D], prepared by the kernels and summed by the model."""
+    from tests.vq_kernels.search.triton_rows import FEW_ROWS, rounded_rows, row_ratios, scan_in_two, unrounded_scores
     from vq_kernels.search.triton.launch import prepare
-    from vq_kernels.search.triton.plan import DeviceProperties, pick_config, plan_search
-    from vq_kernels.search.triton.prepare import TritonCodebook, launch_rows
+    from vq_kernels.search.triton.prepare import TritonCodebook
 
-    code_dim, properties = x.shape[1], DeviceProperties((9, 0), 132)
-    plan = plan_search(N, K, code_dim, pick_config(N, K, code_dim, x.dtype, properties), properties)
+    code_dim = x.shape[1]
     with np.errstate(all="ignore"):  # the interpreter computes in numpy
         prepared = TritonCodebook(*prepare(codebook))
-        rows16, ratios, margins = launch_rows(x, prepared, plan)
+        plan, _, margins, memory = scan_in_two(x, codebook, prepared, FEW_ROWS)
 
-    rows, codes = as_array(rows16)[:N, :code_dim], as_array(prepared.codes16)[:K, :code_dim]
-    half_norms = as_array(prepared.half_norms)[None, :K] * as_array(ratios)[:, None]
-    true_scores = unrounded_scores(as_array(x), as_array(codebook), as_array(prepared.shift), int(prepared.exponent))
+    rows, codes = as_array(rounded_rows(memory)), as_array(prepared.codes16)[:K, :code_dim]
+    ratios = as_array(row_ratios(x, prepared))
+    half_norms = as_array(prepared.half_norms)[None, :K] * ratios
+    true_scores = as_array(unrounded_scores(x, codebook, prepared))
     errors = []
     for group, fraction_bits in ACCUMULATORS:
         scores = truncating_product(rows, codes, -half_norms, group=group, fraction_bits=fraction_bits)
         for position in (0, plan.tile_mask):
             packed = pack(scores, plan.tile_mask.bit_length(), position)
             errors.append(np.abs(packed - true_scores).max(axis=1))
-    half_norm_term = (code_dim + 16) * 2.0**-23 * float(prepared.bounds[3]) * as_array(ratios)
+    half_norm_term = (code_dim + 16) * 2.0**-23 * float(prepared.bounds[3]) * ratios[:, 0]
     return Checked(np.max(errors, axis=0), as_array(margins) / 2, half_norm_term)
 
 
 def as_array(tensor: torch.Tensor) -> Array:
     return tensor.cpu().double().numpy()
-
-
-def unrounded_scores(x: Array, codebook: Array, shift: Array, code_exponent: int) -> Array:
-    """X·C - h [N, K] in float64, with the scales that the kernels choose."""
-    largest = np.abs(x.astype(np.float32) - shift.astype(np.float32)).max(axis=1)
-    binary_exponents = np.maximum(np.frexp(largest)[1] - 1, -127)  # as in float32's exponent field
-    row_exponents = np.minimum(13 - binary_exponents, min(code_exponent + 20, 126))[:, None]
-    scaled_rows = np.ldexp(x - shift, row_exponents)
-    scaled_codes = np.ldexp(codebook - shift, code_exponent)
-    half_norms = 0.5 * np.square(scaled_codes).sum(axis=1)
-    return scaled_rows @ scaled_codes.T - np.ldexp(half_norms[None, :], row_exponents - code_exponent)
 
 
 @pytest.mark.parametrize(

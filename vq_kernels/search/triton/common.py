@@ -41,6 +41,8 @@ NO_FINITE_CODE = tl.constexpr(-(2.0**62))
 LOWEST_SCORE = tl.constexpr(-3.0e38)
 # Marks a row with NaN or Inf; true margins are positive.
 ROW_NOT_FINITE = tl.constexpr(-1.0)
+# The index that marks a row for the exhaustive search, below every complement of two candidates.
+EXHAUSTIVE = tl.constexpr(-(2**63))
 # Whether the compiler may fuse a product and a sum into one multiply-add. Every launch states it, because Triton 3.10
 # changes the default; up to 3.9 it is True. A fused operation rounds once instead of twice, so the error bounds hold
 # either way (docs/explanations/exactness.md).
@@ -53,15 +55,6 @@ class Outputs(NamedTuple):
     indices: Tensor  # [N] int64
     codes: Tensor  # [N, D], in x's dtype
     sq_distances: Tensor  # [N] float64
-
-
-class Uncertified(NamedTuple):
-    """The rows that the scan does not certify, on the device."""
-
-    counters: Tensor  # [2] int32, the number of rows to rerank and of exhaustive rows; zeros before the scan
-    rerank_rows: Tensor  # [N] int32, the rows whose nearest code is among their candidates
-    candidates: Tensor  # [N, 4] int32, in the order of rerank_rows
-    exhaustive_rows: Tensor  # [N] int32, the rows that need a distance to every code
 
 
 def ceil_div(numerator: int, denominator: int) -> int:
@@ -160,37 +153,28 @@ def is_settled(v0, margin):
 
 @triton.jit
 def certify(
-    v0, v1, v2, v3, i0, i1, i2, i3, hidden, margin, offs_n, in_rows, counters_ptr, rerank_rows_ptr, candidates_ptr,
-    exhaustive_rows_ptr,
+    v0, v1, v2, v3, i0, i1, i2, i3, hidden, margin, offs_n, in_rows, indices_ptr, sq_distances_ptr,
 ):  # fmt: skip
-    """The index of each row. Rows that are not certified are added to `Uncertified`.
+    """The index of each row, and whether it is certified.
 
-    Candidates beyond the margin are replaced by the best. The order in which rows are added depends on timing; what is
-    computed for them does not.
+    Other rows are marked in their outputs by a negative index: EXHAUSTIVE, or the complement of two candidates, with
+    two more in place of the distance. Candidates beyond the margin are replaced by the best.
     """
     settled = is_settled(v0, margin)
     certified = settled | (v0 - tl.maximum(v1, hidden) > margin)
     complete = v0 - hidden > margin  # False if the margin is NaN
-    rerank = in_rows & (certified == 0) & complete
-    exhaustive = in_rows & (certified == 0) & (complete == 0)
-    position = _reserve(counters_ptr, rerank)
-    tl.store(rerank_rows_ptr + position, offs_n, mask=rerank)
-    tl.store(candidates_ptr + 4 * position, i0, mask=rerank)
-    tl.store(candidates_ptr + 4 * position + 1, tl.where(v0 - v1 <= margin, i1, i0), mask=rerank)
-    tl.store(candidates_ptr + 4 * position + 2, tl.where(v0 - v2 <= margin, i2, i0), mask=rerank)
-    tl.store(candidates_ptr + 4 * position + 3, tl.where(v0 - v3 <= margin, i3, i0), mask=rerank)
-    tl.store(exhaustive_rows_ptr + _reserve(counters_ptr + 1, exhaustive), offs_n, mask=exhaustive)
-    return tl.where(settled, 0, i0)
+    first = _pack(i0, tl.where(v0 - v1 <= margin, i1, i0))
+    second = _pack(tl.where(v0 - v2 <= margin, i2, i0), tl.where(v0 - v3 <= margin, i3, i0))
+    marked = in_rows & (certified == 0)
+    tl.store(indices_ptr + offs_n, tl.where(complete, ~first, EXHAUSTIVE), mask=marked)
+    tl.store(sq_distances_ptr + offs_n, second.to(tl.float64, bitcast=True), mask=marked)
+    return tl.where(settled, 0, i0), certified
 
 
 @triton.jit
-def _reserve(counter_ptr, wanted):
-    """A position for each row that wants one. One atomic per program, none if no row wants one."""
-    number = wanted.to(tl.int32)
-    total = tl.sum(number, axis=0)
-    first = tl.atomic_add(counter_ptr, total, mask=total > 0, sem="relaxed")
-    first = tl.where(total > 0, first, 0)
-    return first + tl.cumsum(number, axis=0) - number
+def _pack(low, high):
+    """Two codes in an int64, which is not negative."""
+    return low.to(tl.int64) | (high.to(tl.int64) << 32)
 
 
 @triton.jit
@@ -210,7 +194,7 @@ def round_to(code, dtype: tl.constexpr):
 @triton.jit
 def write_rows(
     index, margin, offs_n, in_rows, x_ptr, stride_xn, stride_xd, codebook_ptr, stride_ck, stride_cd, indices_ptr,
-    codes_ptr, sq_distances_ptr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    codes_ptr, sq_distances_ptr, D, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Write index, code and squared distance of BLOCK_N rows.
 

@@ -13,18 +13,8 @@ from vq_kernels.search.triton.common import ceil_div
 
 # Half norms and codes are padded to a multiple of the widest tile, so that the scan needs no mask over codes.
 CODE_PADDING = 128
-# Tiles that one program scans: 7 bits of tile and 1 of parity cost 2**-15 relative, small against fp16's 2**-12.
-MAX_TILES_PER_SPLIT = 128
-# Bytes per row of each buffer: candidates, rerank_rows, exhaustive_rows.
-_LIST_NBYTES = (16, 4, 4)
-# Bytes per row and split: five scores, four codes.
-_STATE_NBYTES = (20, 16)
-# Bytes per row: its ratio and its margin, where another launch computes them.
-_MARGIN_NBYTES = (4, 4)
-_WORKSPACE_CEILING = 256 * 2**20
-_SMALL_NBYTES = 2**13  # what does not grow with a search: bounds, exponent, counters, the rounding of each
-# PyTorch's allocator adds the rest of the block to a buffer, up to this size; buffers no larger have their own blocks.
-_UNSPLIT_NBYTES = 2**20
+# Codes that one program scans: 7 bits of tile and 1 of parity cost 2**-15 relative, small against fp16's 2**-12.
+MAX_CODES_PER_SPLIT = 128 * 64
 
 
 @dataclass(frozen=True)
@@ -40,7 +30,7 @@ class ScanConfig:
     """One configuration of the scan.
 
     Attributes:
-        resident: the program computes x'. Otherwise another launch computes it first.
+        resident: the program computes x' in registers. Otherwise it stores x' first, in the memory of the codes.
         block_d: columns per product. If D is at most block_d, x' stays in shared memory. Otherwise the scan reads x'
             and the codes in pieces of block_d columns. The largest D of a resident configuration.
         max_registers: registers per thread, if they limit how many programs share a multiprocessor.
@@ -68,18 +58,16 @@ class SearchPlan:
     Attributes:
         splits: parts of the codebook, each scanned by its own programs.
         tiles_per_split: tiles of config.block_k codes in each part but the last.
-        rows_per_launch: rows of x per round of launches; bounds the workspace.
     """
 
     config: ScanConfig
     splits: int
     tiles_per_split: int
-    rows_per_launch: int
 
     @property
     def tile_mask(self) -> int:
-        """The low bits of a score that hold its position: the tile in its split, and above it the column's parity."""
-        return 2 * (1 << (self.tiles_per_split - 1).bit_length()) - 1
+        """The low bits of a score that hold its position: 64 codes of its split, and above it the column's parity."""
+        return 2 * (1 << (self.tiles_per_split * self.config.block_k // 64 - 1).bit_length()) - 1
 
 
 CONFIGS = (
@@ -93,19 +81,23 @@ CONFIGS = (
     ),
     ScanConfig(
         "medium", 128, 64, 128, False, 8, 3, 128,
-        "two programs as above; with 128 registers, computing x' of long or unaligned rows would spill",
+        "two programs as above; with 128 registers, x' of long or unaligned rows does not stay in registers",
     ),
     ScanConfig(
         "long_ampere", 128, 128, 32, False, 8, 3, None,
         "loops over D; pieces of 32 columns keep the register operands of mma.sync small",
     ),
     ScanConfig(
-        "long_hopper", 128, 128, 64, False, 8, 3, None,
-        "pieces of 128 bytes of a row, one swizzled line of shared memory; narrower tiles would read x' more often",
+        "long_hopper", 128, 128, 64, False, 4, 3, None,
+        "four warps let two programs share a multiprocessor; narrower tiles would read x' more often",
     ),
     ScanConfig(
         "few_rows", 64, 64, 64, False, 4, 4, None,
         "too few rows to fill the device; small tiles and a split codebook make more programs",
+    ),
+    ScanConfig(
+        "long_blackwell", 128, 128, 64, False, 8, 3, None,
+        "as for Hopper, with eight warps: with four, the scores of a tile would spill",
     ),
 )  # fmt: skip
 _BY_NAME = {config.name: config for config in CONFIGS}
@@ -124,9 +116,10 @@ def pick_config(
     if d > 64 and tiles < properties.multiprocessors:
         return _BY_NAME["few_rows"]
     aligned = aligned and d % 16 == 0
-    # On Ampere, unaligned rows of more than 32 columns do not leave x' room in registers.
-    if d > 128 or (major == 8 and d > 32 and not aligned):
-        return _BY_NAME["long_ampere" if major == 8 else "long_hopper"]
+    # Except on Hopper, longer unaligned rows do not leave x' room in registers.
+    longest = 128 if aligned or major == 9 else 32 if major == 8 else 64
+    if d > longest:
+        return _BY_NAME["long_ampere" if major == 8 else "long_hopper" if major == 9 else "long_blackwell"]
     if major >= 9 and (d > 64 or not aligned):
         return _BY_NAME["medium"]
     # x' and the epilogue fit 128 registers on Hopper only.
@@ -138,26 +131,10 @@ def row_pitch(d: int) -> int:
     return ceil_div(d, 8) * 8 if d > 4 else max(2, 1 << (d - 1).bit_length())
 
 
-def workspace_limit(n: int, k: int, d: int) -> int:
-    """Bytes a search may allocate besides inputs and outputs: 1 % of [n, k] in float32, or 16 MiB plus the codebook."""
-    return max(n * k * 4 // 100, 16 * 2**20 + 4 * k * d)
-
-
-def plan_search(n: int, k: int, d: int, config: ScanConfig, properties: DeviceProperties) -> SearchPlan:
-    """Choose splits that fill the device and need few packed bits, and rows per launch that keep the memory limit."""
-    prepared_nbytes = ceil_div(k, CODE_PADDING) * CODE_PADDING * (2 * row_pitch(d) + 4)  # codes16 and half_norms
-    available = workspace_limit(n, k, d) - prepared_nbytes - 4 * d - _SMALL_NBYTES
-    available = min(available, _WORKSPACE_CEILING)
-    of_row: tuple[int, ...] = _LIST_NBYTES if config.resident else (*_LIST_NBYTES, *_MARGIN_NBYTES, 2 * row_pitch(d))
+def plan_search(n: int, k: int, config: ScanConfig, properties: DeviceProperties) -> SearchPlan:
+    """Choose splits that fill the device and need few packed bits."""
     tiles = ceil_div(k, config.block_k)
-    programs = ceil_div(min(n, available // sum(of_row)), config.block_n)
-    wanted = max(ceil_div(tiles, MAX_TILES_PER_SPLIT), properties.multiprocessors // max(programs, 1))
+    programs = max(1, ceil_div(n, config.block_n))
+    wanted = max(ceil_div(k, MAX_CODES_PER_SPLIT), properties.multiprocessors // programs)
     tiles_per_split = ceil_div(tiles, min(wanted, tiles)) if wanted > 1 else tiles
-    splits = ceil_div(tiles, tiles_per_split)
-    if splits > 1:
-        of_row += tuple(splits * nbytes for nbytes in _STATE_NBYTES) + (_MARGIN_NBYTES[:1] if config.resident else ())
-    rows = min(n, available // sum(of_row))
-    buffers = (2 * k * row_pitch(d), 4 * k, *(nbytes * rows for nbytes in of_row))
-    large = sum(nbytes > _UNSPLIT_NBYTES for nbytes in buffers)
-    rows_per_launch = (available - large * _UNSPLIT_NBYTES) // sum(of_row) // config.block_n * config.block_n
-    return SearchPlan(config, splits, tiles_per_split, max(rows_per_launch, config.block_n))
+    return SearchPlan(config, ceil_div(tiles, tiles_per_split), tiles_per_split)

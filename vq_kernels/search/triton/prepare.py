@@ -1,15 +1,13 @@
-"""Prepares both sides of the scan: codes and rows, shifted, scaled, rounded to float16, with their norms.
+"""Prepares the codes for the scan: shifted, scaled, rounded to float16, with their norms.
 
     mu   = mean over the finite codes                          (float64 sum, stored as float32)
     e    = the exponent for which max |c_k - mu| * 2**e < 2**14
     c'_k = fp16((c_k - mu) * 2**e)
     h_k  = 0.5 * ||(c_k - mu) * 2**e||**2                      (float64 sum, stored as float32)
     C, R, C', H = max ||(c_k - mu) * 2**e||, max ||(c_k - mu) * 2**e - c'_k||, max ||c'_k||, max h_k, rounded up
-    x'_n = fp16((x_n - mu) * 2**e_n), unless the scan computes it; see common.py
 
 The codebook takes two launches, which read it three times and write 2 bytes per entry and 4 bytes per code; there is
-no float64 copy. The rows take one launch, which reads x twice and writes 2 bytes per entry and 8 bytes per row. Nothing
-waits for the device.
+no float64 copy. Nothing waits for the device.
 
 Distances do not depend on mu, so any float32 mu is right. A 16-bit codebook whose mean is small compared to its spread
 gets mu = 0, and is then represented exactly.
@@ -28,15 +26,8 @@ from vq_kernels.search.triton.common import (
     ENABLE_FP_FUSION,
     LARGE_HALF_NORM,
     ceil_div,
-    device_of,
-    half_norm_ratio,
-    load_shifted,
-    mark_margin,
-    round_rows,
-    row_exponent,
-    row_margin,
 )
-from vq_kernels.search.triton.plan import CODE_PADDING, SearchPlan, row_pitch
+from vq_kernels.search.triton.plan import CODE_PADDING, row_pitch
 
 _BLOCK_K = 32
 _BLOCK_D = 64
@@ -45,7 +36,6 @@ _MAX_PARTIALS, _MAX_SUMS = 64, 2**16
 _BLOCK_P = 16  # partial sums combined at once
 # The compiler aims for fewer on its own, and then spills for some dtypes.
 _STATISTICS_REGISTERS, _ROUND_REGISTERS = 224, 128
-_ROWS_BLOCK_N, _ROWS_BLOCK_D = 16, 128
 
 
 class TritonCodebook(NamedTuple):
@@ -53,9 +43,22 @@ class TritonCodebook(NamedTuple):
 
     codes16: Tensor  # [K padded to 128, pitch] float16, c'; rows past K and codes with NaN or Inf are 0
     half_norms: Tensor  # [K padded to 128] float32, h; 2**104 past K and for codes with NaN or Inf
-    shift: Tensor  # [D] float32, mu
-    bounds: Tensor  # [4] float32, C, R, C' and H in scaled units, rounded up, without codes with NaN or Inf
-    exponent: Tensor  # [1] int32, e
+    scaling: Tensor  # [D + 5] float32, mu; C, R, C' and H in scaled units, rounded up, of the finite codes; e
+
+    @property
+    def shift(self) -> Tensor:
+        """[D] float32, mu."""
+        return self.scaling[:-5]
+
+    @property
+    def bounds(self) -> Tensor:
+        """[4] float32, C, R, C' and H."""
+        return self.scaling[-5:-1]
+
+    @property
+    def exponent(self) -> int:
+        """e."""
+        return int(self.scaling[-1])
 
 
 @triton.jit(do_not_specialize=["K", "codes_per_program"])
@@ -63,12 +66,12 @@ def _column_statistics_kernel(
     codebook_ptr, stride_k, stride_d,  # [K, D], any strides
     half_norms_ptr,  # [K padded] float32: receives 0 for a finite code, LARGE_HALF_NORM for another
     partials_ptr,  # [programs, 4, D] float64: sum, least, greatest, number of finite codes
-    bounds_ptr,  # [4] float32: receives zeros, which the next launch raises
+    scaling_ptr,  # [D + 5] float32: the bounds receive zeros, which the next launch raises
     K, D, codes_per_program, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     if program == 0:
-        tl.store(bounds_ptr + tl.arange(0, 4), tl.zeros([4], tl.float32))
+        tl.store(scaling_ptr + D + tl.arange(0, 4), tl.zeros([4], tl.float32))
     first = program * codes_per_program
     last = tl.minimum(first + codes_per_program, K)
     offs_d = tl.arange(0, BLOCK_D)
@@ -180,14 +183,13 @@ def _round_codes_kernel(
     partials_ptr,  # [num_partials, 4, D] float64
     codes16_ptr,  # [K padded, PITCH] float16
     half_norms_ptr,  # [K padded] float32
-    shift_ptr,  # [D] float32
-    bounds_ptr,  # [4] float32, zeros before
-    exponent_ptr,  # [1] int32
+    scaling_ptr,  # [D + 5] float32, whose bounds are zeros before
     K, D, num_partials, PITCH: tl.constexpr, SIXTEEN_BIT: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, CODE_PADDING: tl.constexpr,
 ):  # fmt: skip
-    exponent = _choose_shift(partials_ptr, shift_ptr, D, num_partials, SIXTEEN_BIT, BLOCK_P, BLOCK_D)
-    tl.store(exponent_ptr, exponent)
+    exponent = _choose_shift(partials_ptr, scaling_ptr, D, num_partials, SIXTEEN_BIT, BLOCK_P, BLOCK_D)
+    bounds_ptr = scaling_ptr + D
+    tl.store(bounds_ptr + 4, exponent.to(tl.float32))
     tl.debug_barrier()  # other threads of this program read mu below
     scale = ((exponent.to(tl.int64) + 1023) << 52).to(tl.float64, bitcast=True)
     largest_square = tl.zeros([BLOCK_K], tl.float64)
@@ -206,7 +208,7 @@ def _round_codes_kernel(
             columns = start_d + tl.arange(0, BLOCK_D)
             mask = finite[:, None] & (columns < D)[None, :]
             values = tl.load(rows + columns.to(tl.int64)[None, :] * stride_d, mask=mask, other=0.0).to(tl.float64)
-            shift = tl.load(shift_ptr + columns, mask=columns < D, other=0.0).to(tl.float64)
+            shift = tl.load(scaling_ptr + columns, mask=columns < D, other=0.0).to(tl.float64)
             scaled = tl.where(mask, (values - shift[None, :]) * scale, 0.0)
             rounded = scaled.to(tl.float32).to(tl.float16)  # the residual below covers both roundings
             target = codes16_ptr + offs_k.to(tl.int64)[:, None] * PITCH + columns[None, :]
@@ -233,87 +235,27 @@ def _round_codes_kernel(
 
 
 def launch_prepare(codebook: Tensor, multiprocessors: int) -> TritonCodebook:
-    """Prepare a codebook [K, D] for the scan: K >= 1, float32, float16 or bfloat16, any strides."""
+    """Prepare a codebook [K, D] on the current device: K >= 1, float32, float16 or bfloat16, any strides."""
     num_codes, code_dim = codebook.shape
     padded, pitch = ceil_div(num_codes, CODE_PADDING) * CODE_PADDING, row_pitch(code_dim)
     make = codebook.new_empty
     prepared = TritonCodebook(
         codes16=make((padded, pitch), dtype=torch.float16),
         half_norms=make((padded,), dtype=torch.float32),
-        shift=make((code_dim,), dtype=torch.float32),
-        bounds=make((4,), dtype=torch.float32),
-        exponent=make((1,), dtype=torch.int32),
+        scaling=make((code_dim + 5,), dtype=torch.float32),
     )
     programs = max(1, min(_MAX_PARTIALS, _MAX_SUMS // code_dim))
     codes_per_program = ceil_div(ceil_div(num_codes, programs), _BLOCK_K) * _BLOCK_K
     programs = ceil_div(num_codes, codes_per_program)
     partials = make((programs, 4, code_dim), dtype=torch.float64)
-    with device_of(codebook):
-        _column_statistics_kernel[(programs,)](
-            codebook, *codebook.stride(), prepared.half_norms, partials, prepared.bounds, num_codes, code_dim,
-            codes_per_program, BLOCK_K=_BLOCK_K, BLOCK_D=_BLOCK_D, num_warps=8, maxnreg=_STATISTICS_REGISTERS,
-            enable_fp_fusion=ENABLE_FP_FUSION,
-        )  # fmt: skip
-        _round_codes_kernel[(min(padded // _BLOCK_K, 2 * multiprocessors),)](
-            codebook, *codebook.stride(), partials, *prepared, num_codes, code_dim, programs, PITCH=pitch,
-            SIXTEEN_BIT=codebook.dtype != torch.float32, BLOCK_K=_BLOCK_K, BLOCK_P=_BLOCK_P, BLOCK_D=_BLOCK_D,
-            CODE_PADDING=CODE_PADDING, num_warps=8, maxnreg=_ROUND_REGISTERS, enable_fp_fusion=ENABLE_FP_FUSION,
-        )  # fmt: skip
+    _column_statistics_kernel[(programs,)](
+        codebook, *codebook.stride(), prepared.half_norms, partials, prepared.scaling, num_codes, code_dim,
+        codes_per_program, BLOCK_K=_BLOCK_K, BLOCK_D=_BLOCK_D, num_warps=8, maxnreg=_STATISTICS_REGISTERS,
+        enable_fp_fusion=ENABLE_FP_FUSION,
+    )  # fmt: skip
+    _round_codes_kernel[(min(padded // _BLOCK_K, 2 * multiprocessors),)](
+        codebook, *codebook.stride(), partials, *prepared, num_codes, code_dim, programs, PITCH=pitch,
+        SIXTEEN_BIT=codebook.dtype != torch.float32, BLOCK_K=_BLOCK_K, BLOCK_P=_BLOCK_P, BLOCK_D=_BLOCK_D,
+        CODE_PADDING=CODE_PADDING, num_warps=8, maxnreg=_ROUND_REGISTERS, enable_fp_fusion=ENABLE_FP_FUSION,
+    )  # fmt: skip
     return prepared
-
-
-@triton.jit(do_not_specialize=["N", "tile_mask"])
-def _rows_kernel(
-    x_ptr, stride_n, stride_d,  # [N, D], any strides
-    shift_ptr,  # [D] float32
-    exponent_ptr,  # [1] int32
-    bounds_ptr,  # [4] float32
-    rows16_ptr,  # [N padded to BLOCK_N, PITCH] float16
-    ratios_ptr,  # [N] float32
-    margins_ptr,  # [N] float32
-    N, tile_mask, D: tl.constexpr, PITCH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """x', ratio and margin of each row."""
-    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_d = tl.arange(0, BLOCK_D)
-    in_rows = offs_n < N
-    rows = x_ptr + offs_n.to(tl.int64)[:, None] * stride_n
-    finite = tl.full([BLOCK_N], 1, tl.int32)
-    in_range = tl.full([BLOCK_N], 1, tl.int32)
-    largest = tl.zeros([BLOCK_N], tl.float32)
-    for start_d in range(0, D, BLOCK_D):
-        values, shifted, _, shifted_in_range = load_shifted(rows, in_rows, start_d + offs_d, stride_d, shift_ptr, D)
-        finite = tl.minimum(finite, tl.min((tl.abs(values) < float("inf")).to(tl.int32), axis=1))
-        in_range = tl.minimum(in_range, tl.min(shifted_in_range.to(tl.int32), axis=1))
-        largest = tl.maximum(largest, tl.max(tl.abs(shifted), axis=1))
-    code_exponent = tl.load(exponent_ptr)
-    exponent = row_exponent(largest, code_exponent)
-    residual_square = tl.zeros([BLOCK_N], tl.float32)
-    rounded_square = tl.zeros([BLOCK_N], tl.float32)
-    for start_d in range(0, PITCH, BLOCK_D):
-        columns = start_d + offs_d
-        _, shifted, lost, _ = load_shifted(rows, in_rows, columns, stride_d, shift_ptr, D)
-        rounded, residual_part, rounded_part = round_rows(shifted, lost, exponent)
-        residual_square += residual_part
-        rounded_square += rounded_part
-        target = rows16_ptr + offs_n.to(tl.int64)[:, None] * PITCH + columns[None, :]
-        tl.store(target, rounded, mask=(columns < PITCH)[None, :])
-    margin = row_margin(residual_square, rounded_square, exponent, code_exponent, bounds_ptr, tile_mask, D)
-    tl.store(ratios_ptr + offs_n, half_norm_ratio(exponent, code_exponent), mask=in_rows)
-    tl.store(margins_ptr + offs_n, mark_margin(margin, finite, in_range), mask=in_rows)
-
-
-def launch_rows(x: Tensor, prepared: TritonCodebook, plan: SearchPlan) -> tuple[Tensor, Tensor, Tensor]:
-    """Prepare rows for a scan that is not resident: x' [N padded, pitch] float16, ratios and margins [N] float32."""
-    (num_rows, code_dim), pitch = x.shape, row_pitch(x.shape[1])
-    padded = ceil_div(num_rows, plan.config.block_n) * plan.config.block_n
-    rows16 = x.new_empty((padded, pitch), dtype=torch.float16)
-    ratios = x.new_empty((num_rows,), dtype=torch.float32)
-    margins = torch.empty_like(ratios)
-    with device_of(x):
-        _rows_kernel[(padded // _ROWS_BLOCK_N,)](
-            x, *x.stride(), prepared.shift, prepared.exponent, prepared.bounds, rows16, ratios, margins, num_rows,
-            plan.tile_mask, D=code_dim, PITCH=pitch, BLOCK_N=_ROWS_BLOCK_N, BLOCK_D=_ROWS_BLOCK_D,
-            enable_fp_fusion=ENABLE_FP_FUSION,
-        )  # fmt: skip
-    return rows16, ratios, margins

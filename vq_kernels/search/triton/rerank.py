@@ -1,15 +1,15 @@
-"""Completes a scan: merges the parts of a split codebook, and decides uncertified rows in float64.
+"""Completes a scan, in one launch: merges the parts of a split codebook, and decides uncertified rows in float64.
 
     merge        the states of all parts, in order; then the certificate, as in a scan of one part
     rerank       argmin over a row's candidates of sum_d (float64(x_d) - float64(c_d))**2
     exhaustive   the same over all codes
 
 Rows are decided by direct differences only, because a float64 product of shifted values still cancels. All distances of
-a row are summed in the same order, so identical codes have identical distances, and the lowest index wins. The launches
-have a fixed size and read the number of rows on the device: nothing waits, and a CUDA graph can capture them.
+a row are summed in the same order, so identical codes have identical distances, and the lowest index wins. Each program
+reads the marks of its rows and decides those that are not certified. Nothing waits; a CUDA graph can capture it.
 
-Reads 5 scores and 4 codes per row and part; D elements per row and candidate (rerank), the codebook once per 4 rows
-(exhaustive). Writes one index, code and distance per row.
+Reads 5 scores and 4 codes per row and part, or 8 bytes per row if the codebook is not split; D elements per row and
+candidate (rerank), the codebook once per 4 rows (exhaustive). Writes one index, code and distance per row.
 """
 
 import triton
@@ -18,22 +18,22 @@ from torch import Tensor
 
 from vq_kernels.search.triton.common import (
     ENABLE_FP_FUSION,
+    EXHAUSTIVE,
     LOWEST_SCORE,
     ROW_NOT_FINITE,
     Outputs,
-    Uncertified,
     ceil_div,
     certify,
-    device_of,
     round_to,
     write_rows,
 )
-from vq_kernels.search.triton.plan import SearchPlan
-from vq_kernels.search.triton.scan import SplitStates
 
-_CANDIDATES = tl.constexpr(4)
-_MERGE_ROWS, _MERGE_COLUMNS = 64, 32
+# Rows that a program reads at once: marks only, states of many rows, and states of so few that all programs get some.
+_MARKED_ROWS, _MERGED_ROWS, _FEW_ROWS = 512, 64, 16
 _RERANK_ROWS, _EXHAUSTIVE_ROWS, _EXHAUSTIVE_CODES = 8, 4, 16
+_CANDIDATES = tl.constexpr(4)
+# Neighbouring rows in a program. More uncertified neighbours than that are divided among programs.
+_RUN = tl.constexpr(8)
 # The compiler aims for 96 or fewer on its own, and then spills for some dtypes.
 _FLOAT64_REGISTERS = 168
 # Columns per step; few enough for the float64 differences to stay in registers.
@@ -52,21 +52,11 @@ def _insert(value, index, v0, v1, v2, v3, i0, i1, i2, i3, hidden):
     return v0, v1, v2, v3, i0, i1, i2, i3, hidden
 
 
-@triton.jit(do_not_specialize=["N", "splits"])
-def _merge_kernel(
-    x_ptr, stride_xn, stride_xd,  # [N, D], any strides
-    margins_ptr,  # [N] float32
-    codebook_ptr, stride_ck, stride_cd,  # [K, D], any strides
-    indices_ptr, codes_ptr, sq_distances_ptr,  # Outputs
-    state_scores_ptr, state_codes_ptr,  # SplitStates
-    counters_ptr, rerank_rows_ptr, candidates_ptr, exhaustive_rows_ptr,  # Uncertified
-    N, splits, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    in_rows = offs_n < N
-    margin = tl.load(margins_ptr + offs_n, mask=in_rows, other=ROW_NOT_FINITE)
-    score_ptrs = state_scores_ptr + offs_n
-    state_code_ptrs = state_codes_ptr + offs_n
+@triton.jit
+def _merge(states_ptr, splits, offs_n, in_rows, N, BLOCK_N: tl.constexpr):
+    """The row state over all parts of the codebook."""
+    score_ptrs = states_ptr.to(tl.pointer_type(tl.float32)) + offs_n
+    code_ptrs = states_ptr + 5 * N + offs_n
     lowest, first = tl.full([BLOCK_N], LOWEST_SCORE, tl.float32), tl.zeros([BLOCK_N], tl.int32)
     v0, v1, v2, v3, hidden = lowest, lowest, lowest, lowest, lowest
     i0, i1, i2, i3 = first, first, first, first
@@ -74,18 +64,11 @@ def _merge_kernel(
         hidden = tl.maximum(hidden, tl.load(score_ptrs + 4 * N, mask=in_rows, other=0.0))
         for rank in tl.static_range(4):
             score = tl.load(score_ptrs + rank * N, mask=in_rows, other=0.0)
-            index = tl.load(state_code_ptrs + rank * N, mask=in_rows, other=0)
+            index = tl.load(code_ptrs + rank * N, mask=in_rows, other=0)
             v0, v1, v2, v3, i0, i1, i2, i3, hidden = _insert(score, index, v0, v1, v2, v3, i0, i1, i2, i3, hidden)
-        score_ptrs += 5 * N
-        state_code_ptrs += 4 * N
-    index = certify(
-        v0, v1, v2, v3, i0, i1, i2, i3, hidden, margin, offs_n, in_rows, counters_ptr, rerank_rows_ptr,
-        candidates_ptr, exhaustive_rows_ptr,
-    )  # fmt: skip
-    write_rows(
-        index, margin, offs_n, in_rows, x_ptr, stride_xn, stride_xd, codebook_ptr, stride_ck, stride_cd, indices_ptr,
-        codes_ptr, sq_distances_ptr, D, BLOCK_N, BLOCK_D,
-    )  # fmt: skip
+        score_ptrs += 9 * N
+        code_ptrs += 9 * N
+    return v0, v1, v2, v3, i0, i1, i2, i3, hidden
 
 
 @triton.jit
@@ -136,118 +119,131 @@ def _rewrite_rows(
     tl.store(sq_distances_ptr + rows, sq_distance, mask=in_list)
 
 
-@triton.jit(do_not_specialize=["N"])
-def _rerank_kernel(
-    x_ptr, stride_xn, stride_xd,  # [N, D], any strides
-    codebook_ptr, stride_ck, stride_cd,  # [K, D], any strides
-    indices_ptr, codes_ptr, sq_distances_ptr,  # Outputs
-    counters_ptr, rerank_rows_ptr, candidates_ptr,  # Uncertified
-    statistics_ptr,  # [3] int64: certified, reranked, exhaustive
-    N,
-    D,  # not constexpr: the compiler would unroll the loop over the columns, and spill
-    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    num_rerank = tl.load(counters_ptr)
-    if tl.program_id(0) == 0:
-        num_exhaustive = tl.load(counters_ptr + 1)
-        tl.atomic_add(statistics_ptr, (N - num_rerank - num_exhaustive).to(tl.int64), sem="relaxed")
-        tl.atomic_add(statistics_ptr + 1, num_rerank.to(tl.int64), sem="relaxed")
-        tl.atomic_add(statistics_ptr + 2, num_exhaustive.to(tl.int64), sem="relaxed")
-    for start in range(tl.program_id(0) * BLOCK_R, num_rerank, tl.num_programs(0) * BLOCK_R):
-        places = start + tl.arange(0, BLOCK_R)
-        in_list = places < num_rerank
-        rows = tl.load(rerank_rows_ptr + places, mask=in_list, other=0).to(tl.int64)
-        candidate_ptrs = candidates_ptr + places[:, None] * _CANDIDATES + tl.arange(0, _CANDIDATES)[None, :]
-        offs_k = tl.load(candidate_ptrs, mask=in_list[:, None], other=0)
-        sq_distances = _sq_distances(
-            rows, x_ptr, stride_xn, stride_xd, offs_k, offs_k >= 0, codebook_ptr, stride_ck, stride_cd, D, BLOCK_R,
-            _CANDIDATES, BLOCK_D, tl.float64,
-        )  # fmt: skip
-        least, index = _least_code(sq_distances, offs_k, offs_k >= 0)
-        _rewrite_rows(
-            rows, in_list, index, least, codebook_ptr, stride_ck, stride_cd, indices_ptr, codes_ptr, sq_distances_ptr,
-            D, BLOCK_D,
-        )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["K"])
-def _exhaustive_kernel(
-    x_ptr, stride_xn, stride_xd,  # [N, D], any strides
-    codebook_ptr, stride_ck, stride_cd,  # [K, D], any strides
-    indices_ptr, codes_ptr, sq_distances_ptr,  # Outputs
-    counters_ptr, exhaustive_rows_ptr,  # Uncertified
-    K,
-    D,  # not constexpr, as above
+@triton.jit
+def _search_exhaustively(
+    rows, in_list, x_ptr, stride_xn, stride_xd, codebook_ptr, stride_ck, stride_cd, K, D,
     BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Decide BLOCK_R rows at a time, which share each read of the codes.
+    """The least squared distance of BLOCK_R rows and its code. The rows share each read of the codes.
 
     A float32 sum of direct differences rules out most blocks of codes, which then need no float64 sum. It cannot
     cancel: D squares of rounded differences, summed in any order, are within (D + 3) 2**-23 relative, unless they
     overflow or underflow.
     """
-    num_exhaustive = tl.load(counters_ptr + 1)
     lower = 1.0 - (D + 8) * 2.0**-23  # exact in float32
-    for start in range(tl.program_id(0) * BLOCK_R, num_exhaustive, tl.num_programs(0) * BLOCK_R):
-        places = start + tl.arange(0, BLOCK_R)
-        in_list = places < num_exhaustive
-        rows = tl.load(exhaustive_rows_ptr + places, mask=in_list, other=0).to(tl.int64)
-        least = tl.full([BLOCK_R], float("inf"), tl.float64)
-        index = tl.zeros([BLOCK_R], tl.int32)
-        for start_k in range(0, K, BLOCK_K):
-            offs_k = start_k + tl.arange(0, BLOCK_K)[None, :]
-            at_least = _sq_distances(
-                rows, x_ptr, stride_xn, stride_xd, offs_k, offs_k < K, codebook_ptr, stride_ck, stride_cd, D, BLOCK_R,
-                BLOCK_K, BLOCK_D, tl.float32,
+    least = tl.full([BLOCK_R], float("inf"), tl.float64)
+    index = tl.zeros([BLOCK_R], tl.int32)
+    for start_k in range(0, K, BLOCK_K):
+        offs_k = start_k + tl.arange(0, BLOCK_K)[None, :]
+        at_least = _sq_distances(
+            rows, x_ptr, stride_xn, stride_xd, offs_k, offs_k < K, codebook_ptr, stride_ck, stride_cd, D, BLOCK_R,
+            BLOCK_K, BLOCK_D, tl.float32,
+        )  # fmt: skip
+        at_least = tl.where(at_least > 1e-30, tl.minimum(at_least, 3.4e38) * lower, 0.0)
+        nearest = tl.min(tl.where(offs_k < K, at_least, float("inf")), axis=1)
+        if tl.max((in_list & (nearest.to(tl.float64) < least)).to(tl.int32), axis=0) > 0:
+            sq_distances = _sq_distances(
+                rows, x_ptr, stride_xn, stride_xd, offs_k, offs_k < K, codebook_ptr, stride_ck, stride_cd, D,
+                BLOCK_R, BLOCK_K, BLOCK_D, tl.float64,
             )  # fmt: skip
-            at_least = tl.where(at_least > 1e-30, tl.minimum(at_least, 3.4e38) * lower, 0.0)
-            nearest = tl.min(tl.where(offs_k < K, at_least, float("inf")), axis=1)
-            if tl.max((in_list & (nearest.to(tl.float64) < least)).to(tl.int32), axis=0) > 0:
-                sq_distances = _sq_distances(
-                    rows, x_ptr, stride_xn, stride_xd, offs_k, offs_k < K, codebook_ptr, stride_ck, stride_cd, D,
-                    BLOCK_R, BLOCK_K, BLOCK_D, tl.float64,
-                )  # fmt: skip
-                block_least, block_index = _least_code(sq_distances, offs_k, offs_k < K)
-                index = tl.where(block_least < least, block_index, index)  # on a tie the earlier block stays
-                least = tl.minimum(block_least, least)
-        _rewrite_rows(
-            rows, in_list, index, least, codebook_ptr, stride_ck, stride_cd, indices_ptr, codes_ptr, sq_distances_ptr,
-            D, BLOCK_D,
-        )  # fmt: skip
+            block_least, block_index = _least_code(sq_distances, offs_k, offs_k < K)
+            index = tl.where(block_least < least, block_index, index)  # on a tie the earlier block stays
+            least = tl.minimum(block_least, least)
+    return least, index
 
 
-def launch_merge(
-    x: Tensor,
-    codebook: Tensor,
-    plan: SearchPlan,
-    states: SplitStates,
-    outputs: Outputs,
-    uncertified: Uncertified,
+@triton.jit
+def _rows_at(wanted, offs_n, start, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr):
+    """The wanted rows of BLOCK_N at places `start` and following, [BLOCK_R], and which of these places exist."""
+    places = start + tl.arange(0, BLOCK_R)
+    order = tl.cumsum(wanted.to(tl.int32), axis=0) - 1
+    here = wanted[None, :] & (order[None, :] == places[:, None])
+    return tl.sum(tl.where(here, offs_n[None, :], 0), axis=1).to(tl.int64), places < tl.sum(wanted.to(tl.int32), axis=0)
+
+
+@triton.jit(do_not_specialize=["N", "K", "splits"])
+def _finish_kernel(
+    x_ptr, stride_xn, stride_xd,  # [N, D], any strides
+    codebook_ptr, stride_ck, stride_cd,  # [K, D], any strides
+    indices_ptr, codes_ptr, sq_distances_ptr,  # Outputs; rows that are not certified are marked
+    states_ptr,  # [splits, 9, N] int32, if SPLIT; the margins are then in sq_distances
+    statistics_ptr,  # [3] int64: certified, reranked, exhaustive
+    N, K, splits,
+    D,  # not constexpr: the compiler would unroll the loop over the columns, and spill
+    SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, RERANK_ROWS: tl.constexpr, EXHAUSTIVE_ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    lanes = tl.arange(0, BLOCK_N)
+    lanes = (lanes // _RUN * tl.num_programs(0) + tl.program_id(0)) * _RUN + lanes % _RUN
+    num_reranked, num_exhaustive = tl.zeros([], tl.int32), tl.zeros([], tl.int32)
+    for start_n in range(0, N, BLOCK_N * tl.num_programs(0)):
+        offs_n = start_n + lanes
+        in_rows = offs_n < N
+        if SPLIT:
+            margin_ptrs = sq_distances_ptr.to(tl.pointer_type(tl.float32)) + 2 * offs_n.to(tl.int64)
+            margin = tl.load(margin_ptrs, mask=in_rows, other=ROW_NOT_FINITE)
+            v0, v1, v2, v3, i0, i1, i2, i3, hidden = _merge(
+                states_ptr, splits, offs_n, in_rows, N.to(tl.int64), BLOCK_N
+            )
+            tl.debug_barrier()  # every thread has read the margins, which are now overwritten
+            best, certified = certify(
+                v0, v1, v2, v3, i0, i1, i2, i3, hidden, margin, offs_n, in_rows, indices_ptr, sq_distances_ptr
+            )
+            write_rows(
+                best, margin, offs_n, in_rows & certified, x_ptr, stride_xn, stride_xd, codebook_ptr, stride_ck,
+                stride_cd, indices_ptr, codes_ptr, sq_distances_ptr, D, BLOCK_N, BLOCK_D,
+            )  # fmt: skip
+            tl.debug_barrier()  # other threads of this program read the marks below
+        mark = tl.load(indices_ptr + offs_n, mask=in_rows, other=0)
+        rerank, exhaustive = (mark < 0) & (mark != EXHAUSTIVE), mark == EXHAUSTIVE
+        rerank_rows, exhaustive_rows = tl.sum(rerank.to(tl.int32), axis=0), tl.sum(exhaustive.to(tl.int32), axis=0)
+        num_reranked += rerank_rows
+        num_exhaustive += exhaustive_rows
+        for start in range(0, rerank_rows, RERANK_ROWS):
+            rows, in_list = _rows_at(rerank, offs_n, start, BLOCK_N, RERANK_ROWS)
+            first = ~tl.load(indices_ptr + rows, mask=in_list, other=-1)
+            second = tl.load(sq_distances_ptr.to(tl.pointer_type(tl.int64)) + rows, mask=in_list, other=0)
+            place = tl.arange(0, _CANDIDATES)[None, :]
+            offs_k = tl.where(place < 2, first[:, None], second[:, None]) >> (place % 2 * 32).to(tl.int64)
+            offs_k = (offs_k & 0x7FFFFFFF).to(tl.int32)
+            sq_distances = _sq_distances(
+                rows, x_ptr, stride_xn, stride_xd, offs_k, offs_k >= 0, codebook_ptr, stride_ck, stride_cd, D,
+                RERANK_ROWS, _CANDIDATES, BLOCK_D, tl.float64,
+            )  # fmt: skip
+            least, index = _least_code(sq_distances, offs_k, offs_k >= 0)
+            tl.debug_barrier()  # every thread has read the marks, which are now overwritten
+            _rewrite_rows(
+                rows, in_list, index, least, codebook_ptr, stride_ck, stride_cd, indices_ptr, codes_ptr,
+                sq_distances_ptr, D, BLOCK_D,
+            )  # fmt: skip
+        for start in range(0, exhaustive_rows, EXHAUSTIVE_ROWS):
+            rows, in_list = _rows_at(exhaustive, offs_n, start, BLOCK_N, EXHAUSTIVE_ROWS)
+            least, index = _search_exhaustively(
+                rows, in_list, x_ptr, stride_xn, stride_xd, codebook_ptr, stride_ck, stride_cd, K, D,
+                EXHAUSTIVE_ROWS, BLOCK_K, BLOCK_D,
+            )  # fmt: skip
+            _rewrite_rows(
+                rows, in_list, index, least, codebook_ptr, stride_ck, stride_cd, indices_ptr, codes_ptr,
+                sq_distances_ptr, D, BLOCK_D,
+            )  # fmt: skip
+    if num_reranked + num_exhaustive > 0:
+        tl.atomic_add(statistics_ptr, -(num_reranked + num_exhaustive).to(tl.int64), sem="relaxed")
+        tl.atomic_add(statistics_ptr + 1, num_reranked.to(tl.int64), sem="relaxed")
+        tl.atomic_add(statistics_ptr + 2, num_exhaustive.to(tl.int64), sem="relaxed")
+
+
+def launch_finish(
+    x: Tensor, codebook: Tensor, states: Tensor | None, outputs: Outputs, statistics: Tensor, multiprocessors: int
 ) -> None:
-    """Merge the states of the parts of a codebook, and write `outputs` as a scan of one part does."""
-    num_rows, code_dim = x.shape
-    with device_of(x):
-        _merge_kernel[(ceil_div(num_rows, _MERGE_ROWS),)](
-            x, *x.stride(), states.margins, codebook, *codebook.stride(), *outputs, states.scores, states.codes,
-            *uncertified, num_rows, plan.splits, D=code_dim, BLOCK_N=_MERGE_ROWS,
-            BLOCK_D=_MERGE_COLUMNS, num_warps=4, enable_fp_fusion=ENABLE_FP_FUSION,
-        )  # fmt: skip
-
-
-def launch_rerank(
-    x: Tensor, codebook: Tensor, outputs: Outputs, uncertified: Uncertified, statistics: Tensor, multiprocessors: int
-) -> None:
-    """Decide the uncertified rows in float64, rewrite them in `outputs`, and add to statistics [3] int64."""
-    num_rows, code_dim = x.shape
-    counters, rerank_rows, candidates, exhaustive_rows = uncertified
-    shared = (x, *x.stride(), codebook, *codebook.stride(), *outputs, counters)
-    options = {"num_warps": 4, "maxnreg": _FLOAT64_REGISTERS, "enable_fp_fusion": ENABLE_FP_FUSION}
-    with device_of(x):
-        _rerank_kernel[(min(ceil_div(num_rows, _RERANK_ROWS), 16 * multiprocessors),)](
-            *shared, rerank_rows, candidates, statistics, num_rows, code_dim, BLOCK_R=_RERANK_ROWS,
-            BLOCK_D=_DIFFERENCE_COLUMNS, **options,
-        )  # fmt: skip
-        _exhaustive_kernel[(min(ceil_div(num_rows, _EXHAUSTIVE_ROWS), 4 * multiprocessors),)](
-            *shared, exhaustive_rows, codebook.shape[0], code_dim, BLOCK_R=_EXHAUSTIVE_ROWS,
-            BLOCK_K=_EXHAUSTIVE_CODES, BLOCK_D=_DIFFERENCE_COLUMNS, **options,
-        )  # fmt: skip
+    """Merge the states of a split codebook, decide the uncertified rows in float64, and count them in `statistics`."""
+    (num_rows, code_dim), num_codes = x.shape, codebook.shape[0]
+    programs = min(ceil_div(num_rows, _FEW_ROWS), 4 * multiprocessors)
+    block_n = _MARKED_ROWS
+    if states is not None:
+        block_n = _FEW_ROWS if num_rows <= programs * _FEW_ROWS else _MERGED_ROWS
+    _finish_kernel[(programs,)](
+        x, *x.stride(), codebook, *codebook.stride(), *outputs, states, statistics, num_rows, num_codes,
+        1 if states is None else len(states), code_dim, SPLIT=states is not None, BLOCK_N=block_n,
+        RERANK_ROWS=_RERANK_ROWS, EXHAUSTIVE_ROWS=_EXHAUSTIVE_ROWS, BLOCK_K=_EXHAUSTIVE_CODES,
+        BLOCK_D=_DIFFERENCE_COLUMNS, num_warps=4, maxnreg=_FLOAT64_REGISTERS, enable_fp_fusion=ENABLE_FP_FUSION,
+    )  # fmt: skip
