@@ -1,6 +1,9 @@
 """The kernels for the CPU: the certificate, vectors of other lengths, threads, memory."""
 
+import ctypes
+import mmap
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -11,12 +14,64 @@ from tests.vq_kernels.search.exactness import check_exact
 from tests.vq_kernels.search.memory import extra_mib
 from vq_kernels import nearest_code, search_statistics
 from vq_kernels.search.llvm import launch
-from vq_kernels.search.torch_bounds import CodebookOperand, augment
+from vq_kernels.search.torch_bounds import ROW_LIMIT, CodebookOperand, augment, prepare
+
+forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 
 
 def gaussian(num_rows: int, num_codes: int, code_dim: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     return torch.randn(num_rows, code_dim, generator=generator), torch.randn(num_codes, code_dim, generator=generator)
+
+
+def holds_in_a_fork(check: Callable[[], bool]) -> bool:
+    """Whether the check returns True in a forked process, which ends with it."""
+    child = os.fork()
+    if child:
+        return os.waitpid(child, 0)[1] == 0
+    status = 1
+    try:
+        status = int(not check())
+    finally:
+        os._exit(status)
+
+
+def before_a_page_without_access(tensor: Tensor) -> Tensor:
+    """A copy, at the end of a page. To read beyond it ends the process."""
+    pages = mmap.mmap(-1, 2 * mmap.PAGESIZE)
+    next_page = ctypes.addressof(ctypes.c_char.from_buffer(pages)) + mmap.PAGESIZE
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(next_page), mmap.PAGESIZE, 0) == 0
+    offset = mmap.PAGESIZE - tensor.nbytes
+    copy = torch.frombuffer(pages, dtype=tensor.dtype, count=tensor.numel(), offset=offset).view_as(tensor)
+    return copy.copy_(tensor)
+
+
+def test_the_operand_is_that_of_the_torch_backend() -> None:
+    half = torch.randint(-3, 4, (20, 6), generator=torch.Generator().manual_seed(0)).float()
+    codebook = torch.cat([half, -half, torch.zeros(1, 6)])  # few codes, so that the mean is that of all: 0
+    torch.testing.assert_close(launch.prepare(codebook), prepare(codebook), rtol=1e-6, atol=0)
+
+
+def test_a_code_that_is_not_finite_is_found_wherever_it_is() -> None:
+    codebook = gaussian(1, 150, 5)[1]
+    for position in range(150):
+        codes = codebook.clone()
+        codes[position, 3] = torch.nan
+        usable = CodebookOperand(*launch.prepare(codes)).usable(150)
+        assert (~usable).nonzero().tolist() == [[position]]
+
+
+def test_a_row_longer_than_the_bounds_cover_is_not_certified() -> None:
+    x, codebook = torch.tensor([[ROW_LIMIT / 2], [2 * ROW_LIMIT]]), gaussian(1, 60, 1)[1]
+    assert search_statistics(x, codebook, backend="llvm").certified == 1
+
+
+@forks
+@pytest.mark.parametrize("num_rows", [3, 37])
+def test_nothing_beyond_the_arguments_is_read(num_rows: int) -> None:
+    x, codebook = (before_a_page_without_access(t) for t in gaussian(num_rows, 50, 5))
+    expected = nearest_code(x, codebook, backend="torch").indices
+    assert holds_in_a_fork(lambda: torch.equal(nearest_code(x, codebook, backend="llvm").indices, expected))
 
 
 @pytest.mark.parametrize("offset", [0.0, 10.0, 300.0])
@@ -63,20 +118,19 @@ def test_searches_in_several_threads_at_once(monkeypatch: pytest.MonkeyPatch, op
     x, codebook = gaussian(5000, 512, 16)
     expected = nearest_code(x, codebook, backend="torch").indices
     with ThreadPoolExecutor(8) as threads:
-        found = list(threads.map(lambda _: nearest_code(x, codebook, backend="llvm").indices, range(16)))
-    assert all(torch.equal(indices, expected) for indices in found)
+        searches = list(threads.map(lambda _: launch.search(x, codebook, []), range(16)))
+    for indices, _, _, statistics in searches:
+        assert torch.equal(indices, expected)
+        assert statistics.sum() == 5000
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@forks
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # of a process with threads, which is the case here
 def test_a_forked_process_searches_in_threads_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     x, codebook = gaussian(5000, 512, 16)
     expected = nearest_code(x, codebook, backend="llvm").indices
-    child = os.fork()
-    if not child:
-        os._exit(int(not torch.equal(nearest_code(x, codebook, backend="llvm").indices, expected)))
-    assert os.waitpid(child, 0)[1] == 0
+    assert holds_in_a_fork(lambda: torch.equal(nearest_code(x, codebook, backend="llvm").indices, expected))
 
 
 def test_a_view_that_is_negated_when_it_is_read() -> None:

@@ -89,6 +89,10 @@ class Builder(ir.IRBuilder):  # type: ignore[misc]
         """Return the larger; b if one is NaN."""
         return self.select(self.fcmp_ordered(">", a, b), a, b)
 
+    def larger_or_nan(self, a: Any, b: Any) -> Any:
+        """Return the larger; NaN if one is NaN."""
+        return self.select(self.or_(self.fcmp_ordered(">", a, b), self.fcmp_unordered("uno", a, a)), a, b)
+
     def smaller(self, a: Any, b: Any) -> Any:
         """Return the smaller; b if one is NaN."""
         return self.select(self.fcmp_ordered("<", a, b), a, b)

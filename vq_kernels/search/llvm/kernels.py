@@ -74,8 +74,7 @@ def _build_prepare_codes(module: ir.Module) -> None:
         b.store(error, b.at(error_constant, k))
         b.store(b.multiply_add(sq_norm, ir.Constant(F32, -0.5), error), b.at(target, code_dim))
         b.store(b.fmul(factor, b.fadd(norm, ir.Constant(F32, HIDDEN_NORM))), b.at(target, code_dim, 1))
-        shorter = b.fcmp_ordered("<=", norm, b.load(longest))  # false for NaN, which then stays
-        b.update(longest, b.select(shorter, b.load(longest), norm))
+        b.update(longest, b.larger_or_nan(b.load(longest), norm))
     with b.loop(padded_codes, start=num_codes) as k:
         target = b.at(matrix, b.mul(k, width))
         with b.loop(width) as d:
@@ -173,8 +172,7 @@ def _build_search_few(module: ir.Module) -> None:
             b.update(error, b.select(higher, own_error, b.load(error)))
             b.update(second, b.larger(b.smaller(bound, top), b.load(second)))
             b.update(best, b.larger(bound, top))
-            shorter = b.fcmp_ordered("<=", length, b.load(radius))  # false for NaN, which then stays
-            b.update(radius, b.select(shorter, b.load(radius), length))
+            b.update(radius, b.larger_or_nan(b.load(radius), length))
         lower = b.fsub(b.load(best), b.fmul(b.load(error), ir.Constant(F32, 2.0)))
         decided = b.fcmp_ordered("<", b.load(second), lower)
         for condition in (
