@@ -12,9 +12,9 @@ from torch import Tensor
 
 from tests.vq_kernels.search.exactness import check_exact
 from tests.vq_kernels.search.memory import extra_mib
-from vq_kernels import nearest_code, search_statistics
+from vq_kernels import PreparedCodebook, nearest_code, search_statistics
 from vq_kernels.search.llvm import launch
-from vq_kernels.search.torch_bounds import ROW_LIMIT, CodebookOperand, augment, prepare
+from vq_kernels.search.torch_bounds import ROW_LIMIT, CodebookOperand, augment, error_factor, prepare
 
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 
@@ -100,6 +100,18 @@ def test_a_row_is_certified_if_its_best_scores_differ_by_more_than_both_errors(
     assert num_certified >= 20
 
 
+@pytest.mark.parametrize("num_rows", [1, 40])
+@pytest.mark.parametrize("prepared", [False, True])
+def test_a_row_is_not_certified_if_the_error_of_the_second_code_exceeds_the_gap(num_rows: int, prepared: bool) -> None:
+    row = gaussian(1, 1, 64)[0]
+    factor = error_factor(64, torch.float32)
+    longer = (2 + 5 * factor) * row  # its score is 5·factor·‖row‖² below that of the code 0, its error 6·factor·‖row‖²
+    codebook = torch.cat([torch.zeros(1, 64), longer, -longer])
+    codes = PreparedCodebook.from_codebook(codebook, backend="llvm") if prepared else codebook
+    statistics = search_statistics(row.expand(num_rows, -1), codes, backend="llvm")
+    assert statistics == (0, num_rows, 0)
+
+
 @pytest.mark.parametrize("lanes", [4, 8, 16, 32])
 def test_tiles_of_every_width(monkeypatch: pytest.MonkeyPatch, lanes: int) -> None:
     kernels = launch.Kernels(lanes)
@@ -135,7 +147,7 @@ def test_a_forked_process_searches_in_threads_of_its_own(monkeypatch: pytest.Mon
 
 def test_a_view_that_is_negated_when_it_is_read() -> None:
     x, codebook = gaussian(50, 40, 6)
-    negated = torch.complex(torch.zeros(50, 6), -x).conj().imag
+    negated = torch._neg_view(-x)  # unlike x.conj().imag, it is contiguous
     assert negated.is_neg()
     assert torch.equal(negated, x)
     assert torch.equal(nearest_code(negated, codebook).indices, nearest_code(x, codebook, backend="torch").indices)
