@@ -153,12 +153,15 @@ def _search_exhaustively(
 
 
 @triton.jit
-def _rows_at(wanted, offs_n, start, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr):
-    """The wanted rows of BLOCK_N at places `start` and following, [BLOCK_R], and which of these places exist."""
-    places = start + tl.arange(0, BLOCK_R)
+def _rows_at(wanted, offs_n, start, BLOCK_R: tl.constexpr):
+    """The wanted rows of offs_n [BLOCK_N] at places `start` and following, [BLOCK_R], and which of these exist."""
     order = tl.cumsum(wanted.to(tl.int32), axis=0) - 1
-    here = wanted[None, :] & (order[None, :] == places[:, None])
-    return tl.sum(tl.where(here, offs_n[None, :], 0), axis=1).to(tl.int64), places < tl.sum(wanted.to(tl.int32), axis=0)
+    slots = tl.arange(0, BLOCK_R)
+    rows = tl.zeros([BLOCK_R], tl.int64)
+    for slot in tl.static_range(BLOCK_R):  # one by one: a table [BLOCK_R, BLOCK_N] would spill
+        row = tl.sum(tl.where(wanted & (order == start + slot), offs_n, 0), axis=0)
+        rows = tl.where(slots == slot, row, rows)
+    return rows, start + slots < tl.sum(wanted.to(tl.int32), axis=0)
 
 
 @triton.jit(do_not_specialize=["N", "K", "splits"])
@@ -200,7 +203,7 @@ def _finish_kernel(
         num_reranked += rerank_rows
         num_exhaustive += exhaustive_rows
         for start in range(0, rerank_rows, RERANK_ROWS):
-            rows, in_list = _rows_at(rerank, offs_n, start, BLOCK_N, RERANK_ROWS)
+            rows, in_list = _rows_at(rerank, offs_n, start, RERANK_ROWS)
             first = ~tl.load(indices_ptr + rows, mask=in_list, other=-1)
             second = tl.load(sq_distances_ptr.to(tl.pointer_type(tl.int64)) + rows, mask=in_list, other=0)
             place = tl.arange(0, _CANDIDATES)[None, :]
@@ -217,7 +220,7 @@ def _finish_kernel(
                 sq_distances_ptr, D, BLOCK_D,
             )  # fmt: skip
         for start in range(0, exhaustive_rows, EXHAUSTIVE_ROWS):
-            rows, in_list = _rows_at(exhaustive, offs_n, start, BLOCK_N, EXHAUSTIVE_ROWS)
+            rows, in_list = _rows_at(exhaustive, offs_n, start, EXHAUSTIVE_ROWS)
             least, index = _search_exhaustively(
                 rows, in_list, x_ptr, stride_xn, stride_xd, codebook_ptr, stride_ck, stride_cd, K, D,
                 EXHAUSTIVE_ROWS, BLOCK_K, BLOCK_D,
