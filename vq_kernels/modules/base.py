@@ -345,8 +345,8 @@ class QuantizerBase(Codebook):
                 total = total + codes if stage else codes
                 indices.append(chosen)
                 sq_distances.append(distances)
-            both = (torch.cat(each) if len(each) > 1 else each[0] for each in (indices, sq_distances))
-            choices.append(Choice(next(both), total, next(both)))
+            of_all = [torch.cat(each) if num_stages > 1 else each[0] for each in (indices, sq_distances)]
+            choices.append(Choice(of_all[0], total, of_all[1]))
         return choices, searched, batches
 
     def _left_out(

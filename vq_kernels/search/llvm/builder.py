@@ -18,7 +18,7 @@ class Builder(ir.IRBuilder):  # type: ignore[misc]
         module: receives the function.
         name: of the function.
         result: its type.
-        arguments: the types by name. Memory behind the pointers must not overlap.
+        arguments: the types by name. Memory that the function writes must not overlap what other arguments point to.
     """
 
     def __init__(self, module: ir.Module, name: str, result: ir.Type, arguments: dict[str, ir.Type]) -> None:
