@@ -1,12 +1,11 @@
 """Two ranks, with layers created before the process group, keep the codebook of a single process."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing
 
+from tests.ranks import run_ranks
 from tests.vq_kernels.compat.side_by_side import assert_all_close
 from tests.vq_kernels.compat.two_ranks import LAYERS, WORLD, batches, make, run
 from vq_kernels import nearest_code
@@ -14,9 +13,7 @@ from vq_kernels import nearest_code
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder: Path = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(run, args=(str(folder),), nprocs=WORLD)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+    return run_ranks(run, tmp_path_factory.mktemp("ranks"), world=WORLD)
 
 
 @pytest.mark.parametrize("name", [name for name in LAYERS if name != "alone"])

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed
-import torch.multiprocessing
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from tests.ranks import run_ranks
 from vq_kernels import kmeans, most_similar_code, nearest_code
 from vq_kernels.gradient.autograd import Metric
 from vq_kernels.learning import kmeans as module
@@ -192,8 +192,7 @@ def cluster_part(rank: int, folder: str) -> None:
 
 
 def test_two_processes_find_one_codebook(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(cluster_part, args=(str(tmp_path),), nprocs=2)
-    (codebook, counts, inertia), second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    (codebook, counts, inertia), second = run_ranks(cluster_part, tmp_path)
     assert torch.equal(codebook, second[0])
     assert torch.equal(counts, second[1])
     assert inertia == second[2]

@@ -1,12 +1,11 @@
 """Rows for dead codes: on one rank, and on two, where codes are those of one process with all rows."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing
 
+from tests.ranks import run_ranks
 from tests.vq_kernels.learning.dead_code_ranks import LAYERS, SIZES, STEPS, WORLD, make, rows, run, train
 from vq_kernels import nearest_code
 from vq_kernels.learning.dead_codes import draw_sampling, evenly_spaced_rows, random_replacements, random_rows
@@ -14,9 +13,7 @@ from vq_kernels.learning.dead_codes import draw_sampling, evenly_spaced_rows, ra
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder: Path = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(run, args=(str(folder),), nprocs=WORLD)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+    return run_ranks(run, tmp_path_factory.mktemp("ranks"), world=WORLD)
 
 
 @pytest.mark.parametrize("num_slots", [1, 3, 7, 20])

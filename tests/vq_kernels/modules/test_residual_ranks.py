@@ -1,20 +1,17 @@
 """Two ranks with different rows keep the codebooks of one process, in every stage."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing
 
+from tests.ranks import run_ranks
 from tests.vq_kernels.modules.residual_ranks import LAYERS, STEPS, WORLD, batches, make, run
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder: Path = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(run, args=(str(folder),), nprocs=WORLD)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+    return run_ranks(run, tmp_path_factory.mktemp("ranks"), world=WORLD)
 
 
 @pytest.mark.parametrize("name", LAYERS)

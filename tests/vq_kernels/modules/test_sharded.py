@@ -1,20 +1,17 @@
 """Under FSDP2 and FSDP1, quantizers train as under DistributedDataParallel, or raise an error that says what to do."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing
 
+from tests.ranks import run_ranks
 from tests.vq_kernels.modules.sharded_ranks import run
 
 
 @pytest.fixture(scope="module", params=[1, 2])
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder: Path = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(run, args=(request.param, str(folder)), nprocs=request.param)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
+    return run_ranks(run, tmp_path_factory.mktemp("ranks"), request.param, world=request.param)
 
 
 @pytest.mark.parametrize("kind", ["sharded", "left out"])

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing
 from torch.distributed import HashStore
 
+from tests.ranks import run_ranks
 from tests.vqae.commands import Outcome, assert_equal, files_in, load
 from tests.vqae.runtime import failing_rank
 from tests.vqae.runtime.two_ranks import (
@@ -42,10 +42,8 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def ranks(tiny: tuple[str, ...], stopped: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("ranks")
     arguments = [*tiny, "--image-size", "8", "--checkpoint-minutes", "1000", "--out", str(stopped)]
-    torch.multiprocessing.spawn(run, args=(str(folder), arguments), nprocs=WORLD)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+    return run_ranks(run, tmp_path_factory.mktemp("ranks"), arguments, world=WORLD)
 
 
 # -- training

@@ -208,7 +208,7 @@ def after_group(rank: int, folder: str, error: BaseException | None) -> tuple[li
     return gone, torch.distributed.is_initialized()
 
 
-def run(rank: int, folder: str, arguments: list[str]) -> None:
+def run(rank: int, arguments: list[str], folder: str) -> None:
     """All of it; save what is found."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=WORLD)
