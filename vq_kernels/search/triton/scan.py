@@ -134,7 +134,7 @@ def _scan_kernel(
     statistics_ptr,  # [3] int64: receives (N, 0, 0), the counts if all rows are certified
     N, K, tiles_per_split, tile_mask, D: tl.constexpr, PITCH: tl.constexpr, ROW_PITCH: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-    RESIDENT: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
+    X_COLUMNS: tl.constexpr, RESIDENT: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     first_row = tl.program_id(0) * BLOCK_N
     offs_n = first_row + tl.arange(0, BLOCK_N)
@@ -145,8 +145,9 @@ def _scan_kernel(
     first_tile = split * tiles_per_split
     last_tile = tl.minimum(first_tile + tiles_per_split, tl.cdiv(K, BLOCK_K))
     if tl.program_id(0) + split == 0:
-        step = tl.arange(0, 4)
-        tl.store(statistics_ptr + step, tl.where(step == 0, N, 0).to(tl.int64), mask=step < 3)
+        tl.store(statistics_ptr, N.to(tl.int64))
+        tl.store(statistics_ptr + 1, 0)
+        tl.store(statistics_ptr + 2, 0)
 
     bounds_ptr = shift_ptr + D
     code_exponent = tl.load(bounds_ptr + 4).to(tl.int32)
@@ -169,7 +170,7 @@ def _scan_kernel(
         row16_ptrs = rows16_ptr + (tl.minimum(offs_n, N - 1) - first_row)[:, None] * ROW_PITCH
         ratio, margin = _prepare_rows(
             x_ptr, stride_xn, stride_xd, offs_n, in_rows, shift_ptr, code_exponent, bounds_ptr, tile_mask, row16_ptrs,
-            D, ROW_PITCH, BLOCK_N, 4096 // BLOCK_N, STAGES,
+            D, ROW_PITCH, BLOCK_N, X_COLUMNS, STAGES,
         )  # fmt: skip
         tl.debug_barrier()  # other threads of this program read x' below
     if SPLIT:  # stored here, since it would take a register in the loop
@@ -250,8 +251,9 @@ def launch_scan(
         x, *x.stride(), codebook, *codebook.stride(), *prepared, *outputs, states, statistics, num_rows, num_codes,
         plan.tiles_per_split, plan.tile_mask, D=code_dim, PITCH=pitch,
         ROW_PITCH=pitch if 2 * pitch <= code_dim * x.element_size() else code_dim, BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k, BLOCK_D=config.columns(code_dim), RESIDENT=config.resident, SPLIT=states is not None,
-        STAGES=config.num_stages, num_warps=config.num_warps, num_stages=config.num_stages,
-        maxnreg=config.max_registers, enable_fp_fusion=ENABLE_FP_FUSION,
+        BLOCK_K=config.block_k, BLOCK_D=config.columns(code_dim),
+        X_COLUMNS=(4096 if x.stride(1) == 1 else 2048) // config.block_n,  # transposed rows would spill at full width
+        RESIDENT=config.resident, SPLIT=states is not None, STAGES=config.num_stages, num_warps=config.num_warps,
+        num_stages=config.num_stages, maxnreg=config.max_registers, enable_fp_fusion=ENABLE_FP_FUSION,
     )  # fmt: skip
     return states
