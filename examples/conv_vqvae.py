@@ -85,16 +85,16 @@ class Residual(nn.Module):
 class VQVAE(nn.Module):
     """Encoder, quantizer and decoder of van den Oord et al. 2017, arXiv:1711.00937, section 4.1, at half the width."""
 
-    def __init__(self, quantizer: nn.Module, width: int = 128) -> None:
+    def __init__(self, quantizer: Callable[[], nn.Module], width: int = 128) -> None:
         super().__init__()
         half = width // 2
         down = [nn.Conv2d(3, half, 4, 2, 1), nn.ReLU(), nn.Conv2d(half, width, 4, 2, 1), nn.ReLU()]
         refine = [nn.Conv2d(width, width, 3, 1, 1), Residual(width), Residual(width), nn.ReLU()]
         self.encoder = nn.Sequential(*down, *refine, nn.Conv2d(width, CODE_DIM, 1))
-        self.quantizer = quantizer
         up = [nn.ConvTranspose2d(width, half, 4, 2, 1), nn.ReLU(), nn.ConvTranspose2d(half, 3, 4, 2, 1)]
         restore = [nn.Conv2d(CODE_DIM, width, 3, 1, 1), Residual(width), Residual(width), nn.ReLU()]
         self.decoder = nn.Sequential(*restore, *up)
+        self.quantizer = quantizer()  # last: so all methods have the same encoder and decoder at first
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the reconstruction [B, 3, 32, 32], the indices [B, 8, 8] and the quantizer's loss."""
@@ -108,8 +108,9 @@ def scaled(images: Tensor) -> Tensor:
 
 
 def train(model: VQVAE, images: Tensor, num_steps: int, batch_size: int, seed: int) -> float:
-    """Minimise both losses by Adam. Return the CPU time it took, in seconds."""
+    """Minimise both losses by Adam, whose learning rate falls to 0. Return the CPU time it took, in seconds."""
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, num_steps)
     generator = torch.Generator().manual_seed(seed)
     started = time.process_time()
     for _ in range(num_steps):
@@ -118,6 +119,7 @@ def train(model: VQVAE, images: Tensor, num_steps: int, batch_size: int, seed: i
         optimizer.zero_grad()
         (F.mse_loss(reconstruction, batch) + loss).backward()
         optimizer.step()
+        schedule.step()
     return time.process_time() - started
 
 
@@ -149,7 +151,7 @@ def main() -> None:
         first_seconds = None
         for method in options.methods:
             torch.manual_seed(seed)
-            model = VQVAE(METHODS[method]())
+            model = VQVAE(METHODS[method])
             seconds = train(model, images.train, options.steps, options.batch_size, seed)
             first_seconds = first_seconds or seconds
             mse, perplexity = evaluate(model, images.test)
