@@ -491,7 +491,7 @@ def main(options: Options) -> int:
     print("\n".join(problems(rows)))
     for name in _PAGE:
         table = gpu_table(name, rows).partition("\n\n")[0]
-        print(f"\n{aligned(table) if table.startswith('|') else f'{name}: {table}'}")
+        print(f"\n{aligned(table) if table else f'{name}: no results'}")
     print(f"\nresults in {file}, output of the parts in {file.with_suffix('.log')}")
     return 1 if problems(rows) else 0
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from benchmarks.results import RESULTS, Row, markdown, number, read_rows
 from benchmarks.tables.rows import size_of, where, wrong
 
-NOT_MEASURED = "Not measured on a GPU yet."
+NOT_MEASURED = "The kernels have not been measured on a GPU yet."
 _GPU_CONTENDERS = {
     "triton": "this library, exact",
     "triton-prepared": "this library, codebook prepared",
@@ -118,15 +118,27 @@ def target_table(rows: Sequence[Row]) -> str:
 
 
 _MADE = {"bars": target_table, "gpu-search": throughput_table, "gpu-exactness": gpu_exactness_table}
-GPU_TABLES = (*_MADE, *_LISTS)
+_SECTION = {  # the tables of the documentation, under these lines
+    "contenders": "Searches:",
+    "tiles": "Scan configurations, with a prepared codebook:",
+    "steps": "Forward and backward of a quantizer:",
+    "gpu-training": "Training of the autoencoder:",
+    "gpu-exactness": "Exactness:",
+}
+
+
+def gpu_section(rows: Sequence[Row]) -> str:
+    """The tables of rows of gpu.py that have any, or the sentence that there are none."""
+    tables = {title: gpu_table(name, rows) for name, title in _SECTION.items()}
+    return "\n\n".join(f"{title}\n\n{table}" for title, table in tables.items() if table) or NOT_MEASURED
 
 
 def gpu_table(name: str, rows: Sequence[Row]) -> str:
-    """A table of rows of gpu.py, or the sentence that there are none."""
+    """A table of rows of gpu.py, empty without such rows."""
     ops = {"gpu-search": "nearest_code", "gpu-exactness": "exactness", **{key: op for key, (op, *_) in _LISTS.items()}}
     used = [row for row in rows if ops.get(name) in (None, row["op"])]
     if not used:
-        return NOT_MEASURED
+        return ""
     if name in _MADE:
         table = _MADE[name](used)
     else:

@@ -134,14 +134,16 @@ def rate_distortion_cells(rows: Sequence[Row]) -> list[list[str]]:
 
 
 def vqvae_table(rows: Sequence[Row]) -> str:
-    """A line for each quantizer in the convolutional VQ-VAE, over its seeds. The time is relative to the first line."""
+    """A line for each quantizer in the convolutional VQ-VAE, over its seeds, relative to the first line too."""
     if not rows:
         return NO_RESULTS
-    lines: list[Sequence[object]] = [("quantizer", "seeds", "test MSE", "perplexity", "CPU time")]
+    lines: list[Sequence[object]] = [("quantizer", "seeds", "test MSE", "relative", "perplexity", "CPU time")]
+    first_mse = {row["seed"]: row["mse"] for row in rows if row["method"] == rows[0]["method"]}
     for method in dict.fromkeys(row["method"] for row in rows):
         runs = [row for row in rows if row["method"] == method]
-        figures = (spread([run[name] for run in runs], digits) for name, digits in (("mse", 5), ("perplexity", 0)))
-        lines.append((method, len(runs), *figures, spread([run["time"] for run in runs], 2)))
+        relative = [{"relative": run["mse"] / first_mse[run["seed"]], **run} for run in runs]
+        digits = {"mse": 5, "relative": 2, "perplexity": 0, "time": 2}
+        lines.append((method, len(runs), *(spread([run[name] for run in relative], digits[name]) for name in digits)))
     settings = {
         f"{row['steps']} steps of Adam, batches of {row['batch_size']} images ({row['dataset']})" for row in rows
     }
