@@ -58,6 +58,7 @@ traced(step)
 """
 TRAINING_RUN = """
 import sys
+import vqae.train
 from vqae.runtime.process import run_command
 sys.argv = ["vqae.train", "--dataset", "synthetic", "--limit", "64", "--batch-size", "16", "--epochs", "1",
             "--image-size", "8", "--num-codes", "8", "--device", "cpu", "--out", "{out}"]
