@@ -166,9 +166,7 @@ def _run_tests(context: Context, paths: list[Path]) -> None:
     start = time.monotonic()
     # Versions that were never tested together may warn; that is not a failure of the kernels.
     command = [*_PYTEST, "-W", "default", "--continue-on-collection-errors", *map(str, paths)]
-    if context.options.dry_run:
-        command += ["-p", "tests.vq_kernels.fast_interpreter"]  # makes the interpreter faster
-    elif importlib.util.find_spec("xdist"):
+    if not context.options.dry_run and importlib.util.find_spec("xdist"):
         command += ["-n", str(min(12, os.cpu_count() or 1))]  # compile in parallel
     with tempfile.TemporaryDirectory() as folder:
         pytest.main([*command, f"--junitxml={folder}/tests.xml"])
@@ -409,6 +407,8 @@ def _run_part(part: Callable[[Context], None], context: Context) -> None:
     log = os.open(context.file.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    if context.options.dry_run:
+        importlib.import_module("tests.vq_kernels.fast_interpreter")
     part(context)
 
 

@@ -1,4 +1,4 @@
-"""A plugin for pytest that halves the time of Triton's interpreter. It changes no result.
+"""Halves the time of Triton's interpreter in the process that imports it. It changes no result.
 
 The interpreter replaces triton.language before each call of a device function, where once a launch is enough. And it
 computes whether integers overflow, but looks at the answer only if it debugs.
