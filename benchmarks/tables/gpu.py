@@ -42,6 +42,8 @@ def _searches(rows: Sequence[Row], *, graph: bool) -> list[Row]:
 def throughput_table(rows: Sequence[Row]) -> str:
     """TFLOP/s by D at the largest N."""
     found = _searches(rows, graph=False)
+    if not found:
+        return ""
     largest = max(row["N"] for row in found)
     found = [row for row in found if row["N"] == largest]
     dims = sorted({row["D"] for row in found})
@@ -128,7 +130,7 @@ _SECTION = {  # the tables of the documentation, under these lines
 
 
 def gpu_section(rows: Sequence[Row]) -> str:
-    """The tables of rows of gpu.py that have any, or the sentence that there are none."""
+    """The tables that gpu.py has rows for, under their titles, or the sentence that there are none."""
     tables = {title: gpu_table(name, rows) for name, title in _SECTION.items()}
     return "\n\n".join(f"{title}\n\n{table}" for title, table in tables.items() if table) or NOT_MEASURED
 
@@ -145,4 +147,4 @@ def gpu_table(name: str, rows: Sequence[Row]) -> str:
         op, names, columns = _LISTS[name]
         lines = ([_COLUMNS[column](row) for column in columns] for row in _latest(used, op, *names))
         table = markdown([columns, *lines])
-    return f"{table}\n\n{where(used)}."
+    return f"{table}\n\n{where(used)}." if table else ""

@@ -134,16 +134,17 @@ def rate_distortion_cells(rows: Sequence[Row]) -> list[list[str]]:
 
 
 def vqvae_table(rows: Sequence[Row]) -> str:
-    """A line for each quantizer in the convolutional VQ-VAE, over its seeds, relative to the first line too."""
+    """A line for each quantizer in the convolutional VQ-VAE, over its seeds. Time is relative to the first line."""
     if not rows:
         return NO_RESULTS
     lines: list[Sequence[object]] = [("quantizer", "seeds", "test MSE", "relative", "perplexity", "CPU time")]
     first_mse = {row["seed"]: row["mse"] for row in rows if row["method"] == rows[0]["method"]}
     for method in dict.fromkeys(row["method"] for row in rows):
         runs = [row for row in rows if row["method"] == method]
-        relative = [{"relative": run["mse"] / first_mse[run["seed"]], **run} for run in runs]
-        digits = {"mse": 5, "relative": 2, "perplexity": 0, "time": 2}
-        lines.append((method, len(runs), *(spread([run[name] for run in relative], digits[name]) for name in digits)))
+        relative = [run["mse"] / first_mse[run["seed"]] for run in runs if run["seed"] in first_mse]
+        mse, perplexity, time = ([run[name] for run in runs] for name in ("mse", "perplexity", "time"))
+        figures = (spread(mse, 5), spread(relative, 2), spread(perplexity, 0), spread(time, 2))
+        lines.append((method, len(runs), *figures))
     settings = {
         f"{row['steps']} steps of Adam, batches of {row['batch_size']} images ({row['dataset']})" for row in rows
     }

@@ -203,9 +203,14 @@ def test_documents_are_updated_and_checked(
 
 
 def test_without_results_one_sentence_says_so() -> None:
-    assert gpu_section([]) == NOT_MEASURED
-    soak = {"op": "exactness", "seed": 0, "data": {}, **ENVIRONMENT}
-    assert gpu_section([soak]).startswith("Exactness:\n\n| data set | rows |")
+    part = {"op": "part", "part": "times", **ENVIRONMENT}
+    assert gpu_section([]) == gpu_section([part]) == NOT_MEASURED
+    graph = {"op": "nearest_code", "graph": True, "N": 1, "K": 1, "D": 1, "contender": "triton", **ENVIRONMENT}
+    assert gpu_table("gpu-search", []) == gpu_table("gpu-search", [part, graph]) == ""
+    counts = {"rows": 10, "wrong": 0, "certified": 9, "reranked": 1, "exhaustive": 0}
+    section = gpu_section([part, {"op": "exactness", "seed": 0, "data": {"gaussian": counts}, **ENVIRONMENT}])
+    assert section.startswith("Exactness:\n\n| data set | rows |")
+    assert "| gaussian | 10 | 0 | 90.00 | 10.00 | 0.00 |" in section
 
 
 def test_dry_runs_are_never_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
