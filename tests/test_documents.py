@@ -209,7 +209,7 @@ def lines_to_run(document: str, images: Path) -> list[str]:
 
 
 def run_line(line: str, command: Callable[..., Outcome]) -> str:
-    """Run a line that must exit with 0, and return what it prints.
+    """Run a line that must exit with 0, and torchrun without an error message, and return what it prints.
 
     vqae and the --help of a benchmark run in this process, which has torch loaded. A line with --nnodes 2 runs twice at
     once.
@@ -236,6 +236,7 @@ def run_line(line: str, command: Callable[..., Outcome]) -> str:
         for shell in shells:
             shell.terminate()
     assert [exit_code for *_, exit_code in ends] == [0] * machines, ends
+    assert words[0] != "torchrun" or not any(err for _, err, _ in ends), ends
     return "".join(out for out, *_ in ends)
 
 

@@ -220,13 +220,6 @@ def test_an_interrupted_run_is_bit_identical(restarted: RestartedJob, stopped: P
         assert_equal(state[part], uninterrupted[part])
 
 
-def test_two_ranks_end_a_run_with_0(tiny: tuple[str, ...], environment: dict[str, str], tmp_path: Path) -> None:
-    arguments = (*tiny, "--image-size", 8, "--epochs", 1, "--out", tmp_path / "run")
-    done = torchrun({**environment, "PYTHONPATH": os.pathsep.join(sys.path)}, "-m", "vqae.train", *arguments)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert load(tmp_path / "run" / "last.pt")["finished"]
-
-
 def test_one_process_resumes_the_run_of_two(restarted: RestartedJob, command: Command, tmp_path: Path) -> None:
     out = shutil.copytree(restarted.out, tmp_path / "run")
     outcome = command("vqae.train", "--out", out, "--resume")
