@@ -141,7 +141,7 @@ def vqvae_table(rows: Sequence[Row]) -> str:
     if not rows:
         return NO_RESULTS
     lengths = sorted({row["steps"] for row in rows})
-    errors = [heading for steps in lengths for heading in (f"test MSE, {steps} steps", "relative")]
+    errors = [heading for steps in lengths for heading in (f"MSE, {steps} steps", "relative")]
     lines: list[Sequence[object]] = [("quantizer", "seeds", *errors, "perplexity", "CPU time")]
     of_first = {(row["seed"], row["steps"]): row["mse"] for row in rows if row["method"] == rows[0]["method"]}
     for method in dict.fromkeys(row["method"] for row in rows):

@@ -17,6 +17,7 @@ from benchmarks.tables.learning import (
     rate_distortion_cells,
     rate_distortion_table,
     use_table,
+    vqvae_table,
 )
 from benchmarks.tables.rows import spread
 
@@ -40,6 +41,23 @@ def test_spread() -> None:
     assert spread([1.0, 2.0, 3.0], 2) == "2.00 ± 1.00"
     assert spread([0.03], 4) == "0.0300"
     assert spread([], 4) == ""
+
+
+def test_the_vqvae_compares_runs_of_the_same_seed_and_length() -> None:
+    same = {"perplexity": 9.0, "batch_size": 64, "dataset": "imagefolder", **ENVIRONMENT}
+    lines = [
+        {"method": "first", "seed": 0, "steps": 800, "mse": 0.02, "time": 1.0, **same},
+        {"method": "first", "seed": 1, "steps": 800, "mse": 0.03, **same},
+        {"method": "other", "seed": 1, "steps": 800, "mse": 0.06, "time": 1.5, **same},
+        {"method": "other", "seed": 2, "steps": 800, "mse": 0.04, "time": 2.5, **same},
+        {"method": "first", "seed": 0, "steps": 400, "mse": 0.05, "time": 1.0, **same},
+    ]
+    assert vqvae_table(lines).splitlines()[:4] == [
+        "| quantizer | seeds | MSE, 400 steps | relative | MSE, 800 steps | relative | perplexity | CPU time |",
+        "|---|---|---|---|---|---|---|---|",
+        "| first | 2 | 0.05000 | 1.00 | 0.02500 ± 0.00707 | 1.00 ± 0.00 | 9 ± 0 | 1.00 |",
+        "| other | 2 |  |  | 0.05000 ± 0.01414 | 2.00 | 9 ± 0 | 2.00 ± 0.71 |",
+    ]
 
 
 def test_variants_stand_in_the_order_of_their_first_lines() -> None:

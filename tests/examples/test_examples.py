@@ -14,9 +14,12 @@ import torch
 
 from benchmarks.results import read_rows
 from benchmarks.tables.learning import codec_table, vqvae_table
+from tests.vqae import conftest
 from vq_kernels import ResidualVectorQuantizer
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+images = conftest.images  # a fixture
 
 
 def run(name: str, capsys: pytest.CaptureFixture[str]) -> str:
@@ -32,11 +35,12 @@ def test_every_example_is_tested() -> None:
 
 
 def test_the_vqvae_records_each_method(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, images: Path, tmp_path: Path
 ) -> None:
     methods = ["VectorQuantizer(512, 64)", "CVQ"]
-    options = ["--dataset", "synthetic", "--steps", "2", "--batch-size", "8", "--out", str(tmp_path / "rows.jsonl")]
-    monkeypatch.setattr(sys, "argv", ["conv_vqvae.py", *options, "--methods", *methods])
+    data = ["--dataset", "imagefolder", "--data-dir", str(images)]
+    options = ["--steps", "2", "--batch-size", "8", "--out", str(tmp_path / "rows.jsonl")]
+    monkeypatch.setattr(sys, "argv", ["conv_vqvae.py", *data, *options, "--methods", *methods])
     printed = run("conv_vqvae.py", capsys).splitlines()
     rows = read_rows(tmp_path / "rows.jsonl")
     assert [row["method"] for row in rows] == methods
