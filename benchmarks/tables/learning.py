@@ -154,8 +154,8 @@ def vqvae_table(rows: Sequence[Row]) -> str:
         lines.append((method, len(runs), *figures, spread([run["perplexity"] for run in runs], 0), spread(times, 2)))
     settings = {f"batches of {row['batch_size']} images ({row['dataset']})" for row in rows}
     command = "python examples/conv_vqvae.py --data-dir DIR --seeds 0 1 2 --steps"
-    commands = " and ".join(f"`{command} {steps}`" for steps in lengths)
-    return f"{markdown(lines)}\n\nAdam, {'; '.join(sorted(settings))}; K = 512, D = 64; {where(rows)}; {commands}."
+    commands = (f"`{command} {steps}`: {where([row for row in rows if row['steps'] == steps])}" for steps in lengths)
+    return f"{markdown(lines)}\n\nAdam, {'; '.join(sorted(settings))}; K = 512, D = 64. {'. '.join(commands)}."
 
 
 def codec_table(rows: Sequence[Row]) -> str:

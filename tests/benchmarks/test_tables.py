@@ -50,14 +50,17 @@ def test_the_vqvae_compares_runs_of_the_same_seed_and_length() -> None:
         {"method": "first", "seed": 1, "steps": 800, "mse": 0.03, **same},
         {"method": "other", "seed": 1, "steps": 800, "mse": 0.06, "time": 1.5, **same},
         {"method": "other", "seed": 2, "steps": 800, "mse": 0.04, "time": 2.5, **same},
-        {"method": "first", "seed": 0, "steps": 400, "mse": 0.05, "time": 1.0, **same},
+        {"method": "first", "seed": 0, "steps": 400, "mse": 0.05, "time": 1.0, **same, "perplexity": 5.0},
     ]
-    assert vqvae_table(lines).splitlines()[:4] == [
+    table = vqvae_table(lines).splitlines()
+    assert table[:4] == [
         "| quantizer | seeds | MSE, 400 steps | relative | MSE, 800 steps | relative | perplexity | CPU time |",
         "|---|---|---|---|---|---|---|---|",
         "| first | 2 | 0.05000 | 1.00 | 0.02500 ± 0.00707 | 1.00 ± 0.00 | 9 ± 0 | 1.00 |",
         "| other | 2 |  |  | 0.05000 ± 0.01414 | 2.00 | 9 ± 0 | 2.00 ± 0.71 |",
     ]
+    for steps in (400, 800):
+        assert f"--steps {steps}`: a CPU; torch 2; 2026-01-01." in table[-1]
 
 
 def test_variants_stand_in_the_order_of_their_first_lines() -> None:

@@ -44,7 +44,9 @@ def test_the_vqvae_records_each_method(
     printed = run("conv_vqvae.py", capsys).splitlines()
     rows = read_rows(tmp_path / "rows.jsonl")
     assert [row["method"] for row in rows] == methods
+    assert rows[0]["time"] == 1
     for row, line in zip(rows, printed, strict=True):
+        assert (row["seed"], row["steps"], row["batch_size"], row["dataset"]) == (0, 2, 8, "imagefolder")
         assert f"MSE {row['mse']:.5f}  perplexity {row['perplexity']:3.0f}" in line
         assert 0.01 < row["mse"] < 1
         assert 1 < row["perplexity"] <= 512
