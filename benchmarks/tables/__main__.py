@@ -47,6 +47,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "rate-distortion": lambda: rate_distortion_table(cpu_rows("rate_distortion")),
     "gaussian": lambda: gaussian_table(cpu_rows("gaussian_codes")),
     "vqvae": lambda: vqvae_table(cpu_rows("conv_vqvae")),
+    "vqvae-long": lambda: vqvae_table(cpu_rows("conv_vqvae_long")),
     "residual-signal": lambda: codec_table(cpu_rows("residual_signal")),
     "use": lambda: use_table(cpu_rows("sweep")),
     "gpu-search": lambda: gpu_table("gpu-search", gpu_rows()) or NOT_MEASURED,

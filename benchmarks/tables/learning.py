@@ -150,7 +150,7 @@ def vqvae_table(rows: Sequence[Row]) -> str:
             runs = [row for row in rows if (row["method"], row["steps"]) == (method, steps)]
             relative = [run["mse"] / of_first[run["seed"], steps] for run in runs if (run["seed"], steps) in of_first]
             figures += [spread([run["mse"] for run in runs], 5), spread(relative, 2)]
-        times = [run["time"] for run in runs if "time" in run]  # left out where other work disturbed it
+        times = [run["time"] for run in runs if "time" in run]  # left out where it was not measured
         lines.append((method, len(runs), *figures, spread([run["perplexity"] for run in runs], 0), spread(times, 2)))
     settings = {f"batches of {row['batch_size']} images ({row['dataset']})" for row in rows}
     command = "python examples/conv_vqvae.py --data-dir DIR --seeds 0 1 2 --steps"
